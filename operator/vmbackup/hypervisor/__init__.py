@@ -1,0 +1,1 @@
+"""libvirt: the connection, the few calls that are needed, XML and errors."""

@@ -1,0 +1,1 @@
+"""One disk image to another: clone, sparse copy, digest, throttle, locks."""

@@ -1,0 +1,1 @@
+"""The heart: one backup of one domain."""

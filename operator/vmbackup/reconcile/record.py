@@ -1,0 +1,144 @@
+"""The record of one backup: what its journal holds, and what each decision changes in it. Pure: no I/O.
+
+Only what libvirt and the disks cannot show is in here (DESIGN.md, principle 3), and what status needs after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+
+class Image(StrEnum):
+    """Which of the images of a disk is meant."""
+
+    BASE = "base"
+    OVERLAY = "overlay"
+
+
+class Snapshot(StrEnum):
+    """Where this backup's snapshot stands."""
+
+    NONE = "none"
+    ADOPTED = "adopted"  # an overlay that is not this backup's own goes home first
+    INTENDED = "intended"  # the snapshot may be taken at any moment
+    DONE = "done"
+
+
+class Guard(StrEnum):
+    """Who suspended the guest for a switch of images."""
+
+    NONE = "none"
+    OURS = "ours"  # by us: we resume it
+    FOUND_PAUSED = "found-paused"  # it was paused already: we never resume it
+
+
+class Freeze(StrEnum):
+    """Whether the guest's file systems are frozen by us."""
+
+    NONE = "none"
+    TRIED = "tried"  # not frozen: the guest agent refused, or has thawed again
+    FROZEN = "frozen"  # frozen, or a freeze may have been carried out
+    THAW_DUE = "thaw-due"  # frozen by a run that is gone, or no longer needed
+
+
+class Copy(StrEnum):
+    """Where the content of the snapshot stands."""
+
+    OPEN = "open"
+    TAKEN = "taken"  # all of it is safe in the store's file system, outside the chain
+    STORED = "stored"  # published in the store, with digests
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The persistent XML was redefined to name `image`, and is durable on disk if `durable`."""
+
+    image: Image
+    durable: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A mutating libvirt call that was begun, and whose answer is not known (PROTOCOL R4)."""
+
+    name: str
+    boot_id: str
+    boottime: float  # CLOCK_BOOTTIME, seconds
+
+
+@dataclass(frozen=True)
+class DiskRecord:
+    """One disk."""
+
+    target: str
+    base: str = ""
+    overlay: str = ""
+    format: str = ""
+    virtual_bytes: int = 0
+    persistent_disk_xml: str = ""  # the <disk> of the persistent XML while on base, to go back to
+    commit_begun: bool = False  # ever: from here on base is no longer the point in time
+    commit_running: bool = False  # an attempt whose end was not seen yet
+    commit_started: float | None = None  # seconds since the epoch
+    commit_seconds: float | None = None
+    pivot_intended: bool = False
+    settled: Settled | None = None
+    failures: int = 0
+    retry_at: float = 0.0  # CLOCK_BOOTTIME, seconds
+    last_error: str = ""
+    file: str = ""  # in the store
+    digest: str = ""
+    copied_bytes: int = 0
+    total_bytes: int = 0
+    merged_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One backup of one domain. `disks` holds the disks that are backed up, by target, in the domain's order."""
+
+    uid: str
+    namespace: str
+    name: str
+    domain: str = ""
+    domain_uuid: str = ""
+    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    disks: tuple[DiskRecord, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # target, why it is left out
+    snapshot: Snapshot = Snapshot.NONE
+    guard: Guard = Guard.NONE
+    freeze: Freeze = Freeze.NONE
+    copy: Copy = Copy.OPEN
+    copy_error: str = ""
+    copy_reason: str = ""
+    quarantined: str = ""  # why, and what a human should do; empty: not quarantined
+    orphan: bool = False
+    gave_up: bool = False
+    finished: bool = False
+    call: Call | None = None
+    started: float | None = None  # seconds since the epoch
+    completed: float | None = None
+    snapshot_time: float | None = None
+    quiesced: bool | None = None
+    location: str = ""
+    domain_xml: str = ""
+    nvram: str = ""
+    handled_retry: str = ""
+
+    def disk(self, target: str) -> DiskRecord:
+        """The record of one disk. Raises KeyError."""
+        for disk in self.disks:
+            if disk.target == target:
+                return disk
+        raise KeyError(target)
+
+    def with_disk(self, target: str, **changes: Any) -> Record:
+        """This record with one disk changed."""
+        return replace(self, disks=tuple(replace(d, **changes) if d.target == target else d for d in self.disks))
+
+    def with_every_disk(self, **changes: Any) -> Record:
+        """This record with every disk changed alike."""
+        return replace(self, disks=tuple(replace(disk, **changes) for disk in self.disks))

@@ -1,0 +1,1 @@
+"""Status and events to the API server, and Prometheus metrics."""
