@@ -1,0 +1,39 @@
+"""Where the programs of the sandbox come from.
+
+In this order: KUBEBUILDER_ASSETS (what setup-envtest leaves behind), PATH, our cache; and, for those that can be had
+no other way, a build from pinned Go modules into the cache (`sandbox.go`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+from sandbox import go
+from sandbox.processes import SandboxError
+
+
+@cache
+def path(name: str) -> str:
+    """The full path of a program. Builds it when it is one of ours to build. Raises SandboxError."""
+    found = find(name)
+    if found:
+        return found
+    if name in go.COMMANDS:
+        return str(go.build(name))
+    raise SandboxError(f"{name} is not installed: `make install` installs what the sandbox needs")
+
+
+def find(name: str) -> str | None:
+    """The full path of a program if it is there already, else None."""
+    assets = Path(os.environ.get("KUBEBUILDER_ASSETS", "/nonexistent")) / name
+    if os.access(assets, os.X_OK):
+        return str(assets)
+    if on_path := shutil.which(name):
+        return on_path
+    for cached in (go.BIN / name, go.TOOLS / "bin" / name):
+        if os.access(cached, os.X_OK):
+            return str(cached)
+    return None

@@ -1,0 +1,8 @@
+//go:build tools
+
+// Package kubernetes pins what the sandbox builds; each command here is listed in COMMANDS of sandbox/go.py too.
+package kubernetes
+
+import (
+	_ "k8s.io/kubernetes/cmd/kube-apiserver"
+)
