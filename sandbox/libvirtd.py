@@ -1,0 +1,271 @@
+"""A private libvirtd with real QEMU guests, for the demo, the tests and the bench: it never touches the host's own.
+
+libvirtd runs in session mode with its own XDG directories, all under one directory, without systemd. Session mode means
+"not root" to libvirt, so root runs it in a user namespace in which root has another number; files stay root's.
+
+    python -m sandbox.libvirtd start DIRECTORY      # runs on until stopped, by any process
+    python -m sandbox.libvirtd stop DIRECTORY       # ends it and all its guests
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from xml.sax.saxutils import escape, quoteattr
+
+_QEMU_CONF = 'stdio_handler = "file"\nsecurity_driver = "none"\nremember_owner = 0\nmax_core = 0\n'
+_LIBVIRTD_CONF = "max_clients = 500\nmax_client_requests = 50\n"
+_LONGEST_DIRECTORY = 40  # the guest agent's socket is 67 bytes deeper than the directory, and a socket path has 107
+_START_SECONDS = 60
+_END_SECONDS = 20
+
+
+class Libvirtd:
+    """A libvirtd and its guests under `directory`, which is kept short: socket paths are limited to 107 bytes.
+
+    As a context manager it starts on entry, and ends with all its guests on exit; libvirtd also dies with the thread
+    that started it. With `detached` it outlives its starter, and `Libvirtd(directory).stop()` in any process ends it.
+    """
+
+    def __init__(self, directory: Path | str, *, detached: bool = False) -> None:
+        self.directory = Path(directory).absolute()
+        if len(os.fsencode(self.directory)) > _LONGEST_DIRECTORY:
+            raise ValueError(f"{self.directory} is too long for socket paths: take one of {_LONGEST_DIRECTORY} bytes")
+        self.detached = detached
+        self.runtime_dir = self.directory / "run"
+        self.config_dir = self.directory / "libvirt/qemu"
+        self.socket = self.runtime_dir / "libvirt/libvirt-sock"
+        self.uri = f"qemu+unix:///session?socket={self.socket}"
+        self.pid_file = self.directory / "libvirtd.pid"
+        self.log_file = self.directory / "libvirtd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment in which libvirtd and its clients find everything under the directory."""
+        return {
+            **os.environ,
+            "HOME": str(self.directory),
+            "XDG_CONFIG_HOME": str(self.directory),
+            "XDG_CACHE_HOME": str(self.directory / "cache"),
+            "XDG_DATA_HOME": str(self.directory / "data"),
+            "XDG_RUNTIME_DIR": str(self.runtime_dir),
+        }
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the libvirtd that runs now."""
+        pid = _read_pid(self.pid_file)
+        return pid if pid and str(self.pid_file) in _command_line(pid) else None
+
+    def start(self) -> None:
+        """Start libvirtd, also again after `kill`, and return when it answers."""
+        if self.pid:
+            return
+        self.config_dir.mkdir(parents=True, exist_ok=True)
+        self.runtime_dir.mkdir(mode=0o700, exist_ok=True)
+        (self.directory / "libvirt/qemu.conf").write_text(_QEMU_CONF)
+        (self.directory / "libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF)
+        command = ["libvirtd", "--pid-file", str(self.pid_file)]
+        if not self.detached:
+            command = ["setpriv", "--pdeathsig", "KILL", *command]
+        if os.geteuid() == 0:
+            command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        with self.log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env={**self.environment, "PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+        self._wait_until_it_answers(self._process)
+
+    def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"libvirtd ended with {process.returncode}: see {self.log_file}")
+            with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(self.socket))
+                self.virsh("uri")
+                return
+            time.sleep(0.05)
+        raise TimeoutError(f"libvirtd does not answer after {_START_SECONDS} s: see {self.log_file}")
+
+    def kill(self) -> None:
+        """SIGKILL libvirtd; its guests run on. Returns when it is gone."""
+        self._signal(signal.SIGKILL)
+        self._wait_until_gone()
+
+    def stop_signal(self) -> None:
+        """SIGSTOP libvirtd: it answers nobody until `cont`."""
+        self._signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """SIGCONT libvirtd."""
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End libvirtd and destroy all its guests, whoever started it. Nothing is done if none runs."""
+        self.kill()
+        for pid in self.guest_pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            _wait_for_end(pid)
+
+    def guest_pids(self) -> dict[str, int]:
+        """The QEMU process of each running domain, by the domain's name."""
+        pids = {file.stem: _read_pid(file) for file in (self.runtime_dir / "libvirt/qemu/run").glob("*.pid")}
+        ours = f"{self.config_dir}/lib/domain-"
+        return {name: pid for name, pid in pids.items() if pid and ours in _command_line(pid)}
+
+    def kill_guest(self, name: str) -> None:
+        """SIGKILL the QEMU process of a domain, as a crash of QEMU would."""
+        pid = self.guest_pids()[name]
+        os.kill(pid, signal.SIGKILL)
+        _wait_for_end(pid)
+
+    def virsh(self, *arguments: str) -> str:
+        """Run virsh and return what it prints. Raises RuntimeError with its error message."""
+        command = ["virsh", "--quiet", "--connect", self.uri, *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"virsh {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def qemu_io(self, domain: str, target: str, command: str) -> str:
+        """Run a qemu-io command, such as `write -P 0x11 0 64k`, on what the disk's device sees: a guest without an OS.
+
+        It works on virtio disks. Returns what qemu-io says: QEMU writes that to its log, not to the monitor. Raises
+        RuntimeError if it reports an error, also where `read -P` finds something else.
+        """
+        log = self.directory / f"cache/libvirt/qemu/log/{domain}.log"
+        before = log.stat().st_size
+        number = ord(target[-1]) - ord("a")
+        hmp = f'qemu-io -d /machine/peripheral/virtio-disk{number}/virtio-backend "{command}"'
+        answer = self.virsh("qemu-monitor-command", domain, "--hmp", hmp)
+        with log.open("rb") as file:
+            file.seek(before)
+            answer += file.read().decode(errors="replace")
+        if any(word in answer for word in ("failed", "rror", "not found", "not supported")):
+            raise RuntimeError(f"{domain} {target}: {command}: {answer}")
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        if pid := self.pid:
+            os.kill(pid, number)
+
+    def _wait_until_gone(self) -> None:
+        if self._process:
+            self._process.wait(_END_SECONDS)
+        elif pid := self.pid:
+            _wait_for_end(pid)
+        self._process = None
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """A disk for `domain_xml`. `inner` is XML for inside <disk>, such as <readonly/>."""
+
+    target: str
+    path: Path | str
+    format: str = "raw"
+    kind: str = "file"
+    device: str = "disk"
+    bus: str = "virtio"
+    inner: str = ""
+
+    def xml(self) -> str:
+        attribute = "dev" if self.kind == "block" else "file"
+        return (
+            f"<disk type='{self.kind}' device='{self.device}'><driver name='qemu' type='{self.format}'/>"
+            f"<source {attribute}={quoteattr(str(self.path))}/>"
+            f"<target dev='{self.target}' bus='{self.bus}'/>{self.inner}</disk>"
+        )
+
+
+def domain_xml(
+    name: str,
+    disks: Iterable[DiskSpec],
+    *,
+    uuid: str = "",
+    memory_mib: int = 32,
+    os_xml: str = "",
+    devices: str = "",
+    extra: str = "",
+) -> str:
+    """The XML of an emulated (TCG) domain, as small as QEMU allows.
+
+    Without an OS and started paused it costs no CPU, yet takes snapshots and block jobs. `os_xml` goes into <os>
+    (kernel, initrd, …), `devices` into <devices> (serial, channel, …), `extra` at the end of <domain>.
+    """
+    return (
+        f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{escape(name)}</name>"
+        f"{f'<uuid>{uuid}</uuid>' if uuid else ''}"
+        f"<memory unit='MiB'>{memory_mib}</memory><vcpu>1</vcpu>"
+        f"<os><type arch='x86_64' machine='pc'>hvm</type>{os_xml}</os><features><acpi/></features>"
+        f"<devices>{''.join(disk.xml() for disk in disks)}"
+        f"<controller type='usb' model='none'/><memballoon model='none'/>{devices}</devices>{extra}</domain>"
+    )
+
+
+def _read_pid(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _wait_for_end(pid: int) -> None:
+    """Wait for the end of a process that may be no child of ours; a zombie has ended."""
+    deadline = time.monotonic() + _END_SECONDS
+    while _command_line(pid):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {pid} does not end")
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="sandbox.libvirtd", description="A private libvirtd that runs on until stopped."
+    )
+    parser.add_argument("action", choices=["start", "stop"])
+    parser.add_argument("directory", type=Path)
+    arguments = parser.parse_args()
+    libvirtd = Libvirtd(arguments.directory, detached=True)
+    if arguments.action == "stop":
+        libvirtd.stop()
+    else:
+        libvirtd.start()
+        print(libvirtd.uri)
+
+
+if __name__ == "__main__":
+    main()
