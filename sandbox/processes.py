@@ -106,6 +106,8 @@ class Program:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
+        if self._child is not None:
+            self._child.wait()  # no zombie stays behind
         return True
 
 

