@@ -1,0 +1,239 @@
+"""The rules while the guest is on. The first that has an action decides: their order is part of the protocol."""
+
+from __future__ import annotations
+
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
+from vmbackup.reconcile.situation import (
+    Case,
+    Rule,
+    Situation,
+    consistent,
+    end,
+    finish,
+    let_go,
+    quarantine,
+    ready,
+    settle,
+    settle_live,
+    snapshot_wanted,
+)
+from vmbackup.reconcile.terms import Action, Do, Mirror, Power
+
+
+def wait_for_migration(s: Situation) -> Action | None:
+    """Libvirt refuses a migration during our block job, and we touch nothing during a migration."""
+    if s.seen.migrating and s.record.guard is not Guard.OURS:
+        return Action(Do.WAIT, reason="the domain is being migrated")
+    return None
+
+
+def follow_the_truth(s: Situation) -> Action | None:
+    """R3: T≠L, libvirt lost a save, and its block API is of no use until a cold restart."""
+    if all(disk.seen.truth is disk.seen.live for disk in s.disks):
+        return None
+    if not s.seen.config_failing and (action := settle(s, ((disk, disk.seen.truth) for disk in s.disks))):
+        return action
+    if s.suspended_by_us:
+        return Action(Do.RESUME)
+    return quarantine(s, "QEMU writes another image than libvirt says: shut the guest down and start it again")
+
+
+def lift_quarantine(s: Situation) -> Action | None:
+    """L=P=T again, and nothing left behind: the guest was restarted, or a human has helped."""
+    if s.record.quarantined and all(consistent(disk) for disk in s.disks):
+        return Action(Do.LIFT_QUARANTINE)
+    return None
+
+
+def adopt(s: Situation) -> Action | None:
+    """R7: an overlay that this backup's journal does not know goes home before anything else, and is never copied."""
+    if s.on_overlay and s.record.snapshot is Snapshot.NONE:
+        return Action(Do.ADOPT)
+    return None
+
+
+def record_snapshot(s: Situation) -> Action | None:
+    """L=O and a snapshot was intended: it is there, whatever the call said."""
+    if s.on_overlay and s.record.snapshot is Snapshot.INTENDED:
+        return Action(Do.RECORD_SNAPSHOT)
+    return None
+
+
+def correct_persistent(s: Situation) -> Action | None:
+    """L=B with O locked is beyond us; P≠L, both ways, is put right at once."""
+    for disk in s.disks:
+        if not disk.on_overlay and disk.overlay is not None and disk.overlay.locked:
+            return quarantine(s, f"disk {disk.target}: the overlay is in use though libvirt names the base")
+        if disk.seen.persistent not in (None, disk.seen.live) and not s.seen.config_failing:
+            return Action(Do.REDEFINE, images=tuple((d.target, d.seen.live) for d in s.disks if d.seen.live))
+    return None
+
+
+def resume_guest(s: Situation) -> Action | None:
+    """Suspended by us, and no switch of images is due: settle P=L (R2), then resume."""
+    if s.record.guard is Guard.NONE or s.pivot_due:
+        return None
+    if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED:
+        return None
+    if not s.suspended_by_us:
+        return Action(Do.CLEAR_GUARD)
+    return (None if s.seen.config_failing else settle_live(s)) or Action(Do.RESUME)
+
+
+def thaw(s: Situation) -> Action | None:
+    """Frozen by us, and no longer needed. An agent that does not answer is asked again later, and blocks nothing."""
+    needed = s.record.freeze is Freeze.FROZEN and s.snapshot_due
+    if s.record.freeze not in (Freeze.FROZEN, Freeze.THAW_DUE) or needed:
+        return None
+    return Action(Do.THAW) if s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after else None
+
+
+def clear_pivot(s: Situation) -> Action | None:
+    """A pivot was intended, and the job is not READY (any more)."""
+    for disk in s.on_overlay:
+        if disk.record.pivot_intended and not ready(disk):
+            return Action(Do.CLEAR_PIVOT, disk.target)
+    return None
+
+
+def settle_overlay(s: Situation) -> Action | None:
+    """R2: L=O is made durable in P as soon as it is seen."""
+    if not s.on_overlay or s.pivot_due or s.seen.config_failing:
+        return None
+    return settle_live(s)
+
+
+def copy_or_fail(s: Situation) -> Action | None:
+    """The frozen base is copied, unless the guest comes first or base is not the point in time any more."""
+    if not s.on_overlay or s.record.copy is not Copy.OPEN or s.record.snapshot is Snapshot.ADOPTED:
+        return None
+    if s.seen.power is Power.IO_ERROR:
+        return Action(Do.FAIL_BACKUP, reason="the guest is paused by an I/O error: free space for its overlay")
+    if s.intent.deleted:
+        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
+    if any(disk.record.commit_begun for disk in s.disks):
+        return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
+    if len(s.on_overlay) < len(s.disks):  # R6
+        return Action(Do.FAIL_BACKUP, reason="the disks are apart: some are on their overlay, some on base")
+    return Action(Do.COPY)
+
+
+def remove_overlay(s: Situation) -> Action | None:
+    """L=B and O is left: it goes only on a settled P (R2), and only if it was pivoted or holds nothing."""
+    for disk in s.disks:
+        if disk.on_overlay or disk.overlay is None:
+            continue
+        if action := settle_live(s):
+            return action
+        if not disk.record.pivot_intended and not disk.empty:
+            return quarantine(s, f"disk {disk.target}: base is in use, but the overlay holds data that it may lack")
+        if s.seen.power is Power.IO_ERROR and not s.on_overlay:
+            return Action(Do.RESUME)
+        return Action(Do.REMOVE_OVERLAY, disk.target)
+    return None
+
+
+def commit_and_pivot(s: Situation) -> Action | None:
+    """L=O and the copy is decided: commit, READY, guarded pivot. Failed attempts are made again after a while."""
+    if not s.on_overlay or s.record.gave_up:
+        return None
+    actions = [_way_home(s, disk) for disk in s.on_overlay]
+    for action in actions:
+        if action.do is not Do.WAIT or action.parked:
+            return action
+    if all(disk.record.failures > s.intent.backoff_limit for disk in s.on_overlay):
+        return Action(Do.GIVE_UP)
+    until = [action.until for action in actions if action.until is not None]
+    return Action(Do.WAIT, reason="the commit is running", until=min(until, default=None))
+
+
+def _way_home(s: Situation, disk: Case) -> Action:
+    record, seen = disk.record, disk.seen
+    if not record.commit_begun:
+        return Action(Do.BEGIN_COMMIT, disk.target)
+    if record.failures > s.intent.backoff_limit:
+        return Action(Do.WAIT, disk.target)
+    if record.commit_running and not seen.job and seen.mirror is Mirror.NONE:
+        return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended without READY")
+    if s.seen.now < record.retry_at:
+        return Action(Do.WAIT, disk.target, until=record.retry_at)
+    if ready(disk):
+        return _pivot(s, disk)
+    if seen.foreign_job:
+        return Action(Do.WAIT, disk.target, reason=f"disk {disk.target}: another block job is running")
+    if not seen.job and seen.mirror is not Mirror.NONE:
+        return quarantine(s, f"disk {disk.target}: libvirt believes in a job that is gone: restart the guest")
+    if not seen.job:
+        return Action(Do.COMMIT, disk.target)
+    return Action(Do.WAIT, disk.target)
+
+
+def _pivot(s: Situation, disk: Case) -> Action:
+    if not disk.record.pivot_intended or not _guarded(s):
+        return Action(Do.INTEND_PIVOT, disk.target, guard=_guard(s))
+    return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.PIVOT, disk.target)
+
+
+def _guarded(s: Situation) -> bool:
+    """The record says who keeps the guest still: us, or somebody who had paused it, and still does."""
+    found_paused = s.record.guard is Guard.FOUND_PAUSED and s.paused
+    return s.record.guard is Guard.OURS or found_paused or not s.intent.guarded
+
+
+def _guard(s: Situation) -> Guard:
+    """Who keeps the guest still during the switch that is about to be intended."""
+    if not s.intent.guarded:
+        return Guard.NONE
+    return Guard.FOUND_PAUSED if s.paused and s.record.guard is not Guard.OURS else Guard.OURS
+
+
+def stay_on_overlay(s: Situation) -> Action | None:
+    """The limit is reached: the guest keeps running on its overlay, nothing is deleted."""
+    if not s.on_overlay:
+        return None
+    return end(s) or let_go(s) or Action(Do.DONE)
+
+
+def settle_base(s: Situation) -> Action | None:
+    """All disks are on base: make that durable, before a snapshot as well as after the way home."""
+    if s.record.snapshot is Snapshot.NONE and not snapshot_wanted(s):
+        return None
+    return settle(s, ((disk, Image.BASE) for disk in s.disks))
+
+
+def take_snapshot(s: Situation) -> Action | None:
+    """R1: all disks are on base, and this backup wants its snapshot: freeze, intend, suspend, observe, snapshot."""
+    if not snapshot_wanted(s):
+        return None
+    if s.record.snapshot is Snapshot.ADOPTED:
+        return Action(Do.PLAN)  # R7: with a fresh record
+    if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
+        return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
+    if any(disk.seen.foreign_job for disk in s.disks) and not s.suspended_by_us:
+        return Action(Do.WAIT, reason="another block job is running on a disk of this domain")
+    if s.intent.quiesce and s.record.freeze is Freeze.NONE and s.seen.power is Power.RUNNING:
+        return Action(Do.FREEZE)
+    if s.record.snapshot is Snapshot.NONE or not _guarded(s):
+        return Action(Do.INTEND_SNAPSHOT, guard=_guard(s))
+    return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.SNAPSHOT)
+
+
+RULES_ON: tuple[Rule, ...] = (
+    wait_for_migration,
+    follow_the_truth,
+    lift_quarantine,
+    adopt,
+    record_snapshot,
+    correct_persistent,
+    resume_guest,
+    thaw,
+    clear_pivot,
+    settle_overlay,
+    copy_or_fail,
+    remove_overlay,
+    commit_and_pivot,
+    stay_on_overlay,
+    settle_base,
+    take_snapshot,
+    finish,
+)

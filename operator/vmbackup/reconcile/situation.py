@@ -1,0 +1,163 @@
+"""The situation that the rules look at, and what they share: settling P, READY, quarantine, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vmbackup.reconcile.record import Copy, DiskRecord, Freeze, Guard, Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+
+
+@dataclass(frozen=True)
+class Case:
+    """One disk: its record and what is seen of it."""
+
+    record: DiskRecord
+    seen: DiskSeen
+
+    @property
+    def target(self) -> str:
+        """The disk's target."""
+        return self.seen.target
+
+    @property
+    def on_overlay(self) -> bool:
+        """L=O."""
+        return self.seen.live is Image.OVERLAY
+
+    @property
+    def overlay(self) -> OverlayFile | None:
+        """O, if there is such a file."""
+        return self.seen.overlay
+
+    @property
+    def empty(self) -> bool:
+        """O holds nothing."""
+        return self.overlay is not None and self.overlay.empty
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a rule may look at."""
+
+    intent: Intent
+    record: Record
+    seen: Observation
+    disks: tuple[Case, ...]
+
+    @property
+    def on_overlay(self) -> tuple[Case, ...]:
+        """The disks with L=O."""
+        return tuple(disk for disk in self.disks if disk.on_overlay)
+
+    @property
+    def paused(self) -> bool:
+        """The guest cannot write."""
+        return self.seen.power in (Power.PAUSED, Power.IO_ERROR)
+
+    @property
+    def suspended_by_us(self) -> bool:
+        """The guest is paused, and it is ours to resume."""
+        return self.seen.power is Power.PAUSED and self.record.guard is Guard.OURS
+
+    @property
+    def snapshot_due(self) -> bool:
+        """This backup still wants its snapshot, and nothing is in its way."""
+        return (
+            not self.on_overlay
+            and self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED)
+            and self.record.copy is Copy.OPEN
+            and not self.intent.deleted
+        )
+
+    @property
+    def pivot_due(self) -> bool:
+        """A disk is about to be pivoted."""
+        return any(disk.record.pivot_intended and ready(disk) for disk in self.on_overlay)
+
+
+Rule = Callable[[Situation], Action | None]
+
+
+def settle(situation: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
+    """R2: make P name these images, durably on disk. None if it is so, or if there is no P (a transient domain)."""
+    pairs = [(disk, image) for disk, image in wanted if image is not None and disk.seen.persistent is not None]
+    images = tuple((disk.target, image) for disk, image in pairs)
+    if any(disk.seen.persistent is not image or not settled(disk, image) for disk, image in pairs):
+        return Action(Do.REDEFINE, images=images)
+    if not all(disk.record.settled is not None and disk.record.settled.durable for disk, _ in pairs):
+        return Action(Do.SYNC_CONFIG, images=images)
+    return None
+
+
+def settled(disk: Case, image: Image) -> bool:
+    """We have redefined P to name this image since the last switch of images; not necessarily durable yet."""
+    return disk.record.settled is not None and disk.record.settled.image is image
+
+
+def settle_live(situation: Situation) -> Action | None:
+    """Settle P on L, all disks."""
+    return settle(situation, ((disk, disk.seen.live) for disk in situation.disks))
+
+
+def ready(disk: Case) -> bool:
+    """The job may be pivoted. R5: a job without `<mirror>` (libvirtd died starting it) may be tried at its end."""
+    if disk.seen.mirror is Mirror.NONE:
+        return disk.seen.job and disk.seen.job_at_end
+    return disk.seen.mirror is Mirror.READY and disk.seen.job
+
+
+def consistent(disk: Case) -> bool:
+    """L=P=T, no overlay is left behind, and libvirt does not believe in a job that is gone."""
+    return (
+        disk.seen.live is disk.seen.truth
+        and disk.seen.persistent in (None, disk.seen.live)
+        and (disk.on_overlay or disk.overlay is None)
+        and (disk.seen.job or disk.seen.mirror is Mirror.NONE)
+    )
+
+
+def quarantine(situation: Situation, reason: str) -> Action:
+    """Never with the guest suspended by us. Say so once; then let a deleted VMBackup go, or wait."""
+    if situation.suspended_by_us:
+        return settle_live(situation) or Action(Do.RESUME)
+    if not situation.record.quarantined:
+        return Action(Do.QUARANTINE, reason=reason)
+    return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
+
+
+def let_go(situation: Situation) -> Action | None:
+    """Deleted, and home is impossible for now: record the orphan on the node, then release the finalizer."""
+    if not situation.intent.deleted:
+        return None
+    return Action(Do.RELEASE) if situation.record.orphan else Action(Do.RECORD_ORPHAN)
+
+
+def snapshot_wanted(s: Situation) -> bool:
+    """This backup has not taken its snapshot, and nobody has told it not to."""
+    waiting = (Snapshot.NONE, Snapshot.ADOPTED, Snapshot.INTENDED)
+    return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.deleted
+
+
+def finish(s: Situation) -> Action | None:
+    """Every disk is home (or nothing was ever begun)."""
+    if s.seen.power is Power.IO_ERROR and s.record.snapshot in (Snapshot.ADOPTED, Snapshot.DONE):
+        return Action(Do.RESUME)  # it was our overlay that had no room
+    if s.record.guard is not Guard.NONE:
+        return Action(Do.CLEAR_GUARD)
+    if s.seen.power is not Power.OFF and s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
+        until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
+        return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
+    if s.record.orphan:
+        return Action(Do.CLEAR_ORPHAN)
+    return end(s) or (Action(Do.RELEASE) if s.intent.deleted else None)
+
+
+def end(s: Situation) -> Action | None:
+    """The copy is decided and shipped, then the backup is finished."""
+    if s.record.copy is Copy.OPEN:
+        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted" if s.intent.deleted else "no copy was made")
+    if s.record.copy is Copy.TAKEN:
+        return Action(Do.SHIP)
+    return None if s.record.finished else Action(Do.FINISH)

@@ -1,0 +1,127 @@
+"""The words of a decision: what is seen, what is wanted, what is done. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vmbackup.reconcile.record import Guard, Image
+
+
+class Power(StrEnum):
+    """What the guest does. IO_ERROR: paused by QEMU, since a write failed."""
+
+    OFF = "off"
+    RUNNING = "running"
+    PAUSED = "paused"
+    IO_ERROR = "io-error"
+
+
+class Mirror(StrEnum):
+    """`<mirror job='active-commit'>` in the live XML."""
+
+    NONE = "none"
+    PENDING = "pending"
+    READY = "ready"
+
+
+@dataclass(frozen=True)
+class OverlayFile:
+    """Our overlay's file. `empty`: no cluster is allocated (False where that was not looked at)."""
+
+    locked: bool
+    empty: bool
+
+
+@dataclass(frozen=True)
+class DiskSeen:
+    """One disk, as libvirt and the file system show it now."""
+
+    target: str
+    live: Image | None  # L; None when off
+    persistent: Image | None  # P; None for a transient domain
+    overlay: OverlayFile | None = None  # None: no such file
+    mirror: Mirror = Mirror.NONE
+    job: bool = False  # blockJobInfo knows an active commit
+    job_at_end: bool = False  # its current equals its end: a hint, never proof of READY
+    foreign_job: bool = False  # somebody else's block job
+    written: Image | None = None  # T; None: not asked
+
+    @property
+    def truth(self) -> Image | None:
+        """The image that QEMU writes: its own word where it was asked, else libvirt's."""
+        return self.written or self.live
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is seen at one moment, all of it under the same domain id."""
+
+    power: Power
+    disks: tuple[DiskSeen, ...]
+    call_in_flight: bool = False  # R4: an unanswered call may still be carried out
+    migrating: bool = False
+    config_failing: bool = False  # the persistent XML could not be made durable again and again
+    thaw_after: float = 0.0  # CLOCK_BOOTTIME before which a failed thaw is not tried again
+    now: float = 0.0  # CLOCK_BOOTTIME, seconds
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What is wanted."""
+
+    deleted: bool = False
+    guarded: bool = True  # switchPolicy: Guarded
+    quiesce: bool = False
+    backoff_limit: int = 6
+
+
+class Do(StrEnum):
+    """Every action. Those marked (journal) change the record alone; those marked (call) are mutating libvirt calls."""
+
+    WAIT = "wait"
+    PLAN = "plan"  # choose the disks, check that it can be done, start a fresh record
+    REFUSE = "refuse"  # (journal) nothing was begun, nothing will be
+    ADOPT = "adopt"  # (journal) an overlay that is not this backup's own goes home first
+    INTEND_SNAPSHOT = "intend-snapshot"  # (journal) and suspend, where guarded
+    RECORD_SNAPSHOT = "record-snapshot"  # (journal) the snapshot is there
+    FREEZE = "freeze"  # (call)
+    THAW = "thaw"  # (call)
+    SUSPEND = "suspend"  # (call)
+    RESUME = "resume"  # (call)
+    CLEAR_GUARD = "clear-guard"  # (journal) nothing of ours is suspended any more
+    SNAPSHOT = "snapshot"  # (call)
+    REDEFINE = "redefine"  # (call) settle P, first half
+    SYNC_CONFIG = "sync-config"  # settle P, second half: read back, fsync file and directory
+    COPY = "copy"
+    FAIL_BACKUP = "fail-backup"  # (journal) there will be no good copy; the chain goes home all the same
+    BEGIN_COMMIT = "begin-commit"  # (journal) from here on base is not the point in time any more
+    COMMIT = "commit"  # (call)
+    RECORD_FAILURE = "record-failure"  # (journal) the job vanished without having pivoted
+    INTEND_PIVOT = "intend-pivot"  # (journal) and suspend, where guarded
+    CLEAR_PIVOT = "clear-pivot"  # (journal)
+    COMPARE = "compare"  # Live only: off on its overlay in the middle of a pivot
+    PIVOT = "pivot"  # (call)
+    REMOVE_OVERLAY = "remove-overlay"
+    QUARANTINE = "quarantine"  # (journal) touch nothing; a human, or a cold restart, must help
+    LIFT_QUARANTINE = "lift-quarantine"  # (journal)
+    GIVE_UP = "give-up"  # (journal) the limit of attempts is reached
+    SHIP = "ship"  # what was taken is digested and published in the store
+    RECORD_ORPHAN = "record-orphan"  # (journal) deleted, and home is impossible for now
+    CLEAR_ORPHAN = "clear-orphan"  # (journal) it came home after all
+    FINISH = "finish"  # (journal)
+    RELEASE = "release"  # deleted: the finalizer may go
+    DONE = "done"  # nothing is left to do
+
+
+@dataclass(frozen=True)
+class Action:
+    """A decision. `target` names the disk, `images` (REDEFINE, SYNC_CONFIG) what P shall name, by target."""
+
+    do: Do
+    target: str = ""
+    images: tuple[tuple[str, Image], ...] = ()
+    reason: str = ""
+    until: float | None = None  # WAIT: CLOCK_BOOTTIME, seconds; None: until something happens
+    parked: bool = False  # WAIT: nothing can be done until a human or the guest acts
+    guard: Guard = Guard.NONE  # INTEND_*: who keeps the guest still during the switch

@@ -1,0 +1,96 @@
+"""How each action changes the record. Pure; the driver writes the result to the journal, the model keeps it in its
+state.
+
+A mutating call changes the record twice: `begun` before it is sent, `answered` when it was carried out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Settled, Snapshot
+from vmbackup.reconcile.terms import Action, Do
+
+
+def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a table, one line a row
+    """The record after an action that changes nothing but the record. Raises ValueError for any other."""
+    target = action.target
+    match action.do:
+        case Do.ADOPT:
+            return replace(record, snapshot=Snapshot.ADOPTED)
+        case Do.INTEND_SNAPSHOT:
+            fresh = record.with_every_disk(commit_begun=False, pivot_intended=False)
+            return replace(fresh, snapshot=Snapshot.INTENDED, guard=action.guard)
+        case Do.RECORD_SNAPSHOT:
+            return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE)
+        case Do.CLEAR_GUARD:
+            return replace(record, guard=Guard.NONE)
+        case Do.FAIL_BACKUP | Do.REFUSE:
+            return replace(record, copy=Copy.FAILED, copy_error=action.reason)
+        case Do.BEGIN_COMMIT:
+            return record.with_disk(target, commit_begun=True)
+        case Do.RECORD_FAILURE:
+            return record.with_disk(target, commit_running=False)
+        case Do.INTEND_PIVOT:
+            intended = record.with_disk(target, pivot_intended=True, settled=None)
+            return replace(intended, guard=action.guard)
+        case Do.CLEAR_PIVOT:
+            return record.with_disk(target, pivot_intended=False)
+        case Do.QUARANTINE:
+            return replace(record, quarantined=action.reason)
+        case Do.LIFT_QUARANTINE:
+            return replace(record, quarantined="")
+        case Do.GIVE_UP:
+            return replace(record, gave_up=True)
+        case Do.RECORD_ORPHAN:
+            return replace(record, orphan=True)
+        case Do.CLEAR_ORPHAN:
+            return replace(record, orphan=False)
+        case Do.FINISH:
+            return replace(record.with_every_disk(commit_begun=False, pivot_intended=False), finished=True)
+        case _:
+            raise ValueError(f"{action.do} does more than change the record")
+
+
+def begun(record: Record, action: Action) -> Record:
+    """The record that must be durable before the call is sent."""
+    match action.do:
+        case Do.FREEZE:
+            return replace(record, freeze=Freeze.FROZEN)
+        case Do.COMMIT:
+            return record.with_disk(action.target, commit_running=True)
+        case _:
+            return record
+
+
+def answered(record: Record, action: Action) -> Record:
+    """The record after the call was carried out."""
+    match action.do:
+        case Do.FREEZE:
+            return replace(record, quiesced=True)
+        case Do.THAW:
+            again = record.quiesced is None  # frozen by a run that is gone, before its snapshot: freeze anew
+            return replace(record, freeze=Freeze.NONE if again else Freeze.TRIED)
+        case Do.REDEFINE | Do.SYNC_CONFIG:
+            for target, image in action.images:
+                settled = Settled(image, durable=action.do is Do.SYNC_CONFIG)
+                record = record.with_disk(target, settled=settled)
+            return record
+        case _:
+            return record
+
+
+def resumed_after_crash(record: Record) -> Record:
+    """The record as a new run takes it up: what an earlier one had frozen is thawed at once."""
+    if record.freeze is not Freeze.FROZEN:
+        return record
+    taken = record.snapshot is Snapshot.DONE
+    return replace(record, freeze=Freeze.THAW_DUE, quiesced=record.quiesced if taken else None)
+
+
+def planned_anew(record: Record) -> Record:
+    """R7: the marks of an adopted overlay do not survive into this backup's own snapshot."""
+    fresh = record.with_every_disk(
+        commit_begun=False, commit_running=False, pivot_intended=False, settled=None, failures=0, retry_at=0.0
+    )
+    return replace(fresh, snapshot=Snapshot.NONE, gave_up=False)
