@@ -1,0 +1,52 @@
+# What there is to do here; `make` alone lists it.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-down test unit lint format model bench lock clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+install: ## install what is missing (Debian 12 or later; root or sudo)
+	@sandbox/install.sh
+
+demo: install ## a live guest, an API server, and a backup of the one declared in the other
+	@$(BIN)/python -m sandbox.demo up
+
+demo-down: ## end and remove what `make demo` started, and only that
+	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "no demo is up"; fi
+
+test: install lint ## everything: linters, types, layers, and every test on real parts
+	@$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+unit: install ## the fast tests: seconds, nothing real
+	@$(BIN)/pytest tests/unit
+
+lint: install ## style, types, layers
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+
+format: install ## apply the style
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+model: install ## the model checker in its large settings: minutes
+	@$(BIN)/python -m tests.model
+
+bench: install ## measure the figures of the README
+	@$(BIN)/python -m bench $(BENCH)
+
+lock: install ## renew requirements/*.lock from pyproject.toml
+	@$(BIN)/uv --quiet lock --upgrade
+	@for group in run dev sandbox; do \
+		case $$group in run) flags=--no-dev;; dev) flags="--group dev";; *) flags="--only-group $$group";; esac; \
+		$(BIN)/uv --quiet export --frozen --no-emit-project --no-header --no-annotate $$flags >requirements/$$group.lock; \
+	done
+
+clean: ## remove what was built here (.venv and caches; the cache of programs stays)
+	@rm -rf .venv .coverage .pytest_cache .ruff_cache .import_linter_cache dist uv.lock
+	@find . -name __pycache__ -prune -exec rm -rf {} +
