@@ -1,0 +1,123 @@
+"""The write-ahead record on the node: one append-only file for each backup, its last whole line is the record.
+
+A line is a checksum and the whole record as JSON, so a torn line is recognised and the one before it counts. What must
+survive a power cut is written with `durable=True` (fdatasync). The rest survives the death of this process, which is
+all it needs to: a power cut also ends every call in flight and every guest that we may have suspended or frozen.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from vmbackup.errors import PermanentError
+from vmbackup.reconcile.record import Record
+
+_SUFFIX = ".journal"
+
+
+class Journal:
+    """The record of one backup, and its file. `record` is what was written last."""
+
+    def __init__(self, path: Path, record: Record) -> None:
+        """Start the journal of `record`, replacing whatever is at `path`; durable on return.
+
+        Raises PermanentError where the state directory cannot be written.
+        """
+        self.path = path
+        self.record = record
+        new = path.with_suffix(".new")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with new.open("wb", opener=_private) as file:
+                file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+            _sync_directory(path.parent)
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    @classmethod
+    def of(cls, directory: Path, uid: str) -> Journal | None:
+        """Take up the journal of an earlier run; None if there is none. Raises PermanentError if it is garbled."""
+        path = directory / f"{uid}{_SUFFIX}"
+        record = _last_record(path)
+        return None if record is None else cls(path, record)
+
+    @classmethod
+    def start(cls, directory: Path, record: Record) -> Journal:
+        """Start the journal of a new backup."""
+        return cls(directory / f"{record.uid}{_SUFFIX}", record)
+
+    def write(self, record: Record, *, durable: bool) -> None:
+        """Append the record. Raises PermanentError where that fails: then nothing may be done that relies on it."""
+        try:
+            os.write(self._fd, _line(record))
+            if durable:
+                os.fdatasync(self._fd)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self.record = record
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """The backup left nothing behind: forget it."""
+        self.path.unlink(missing_ok=True)
+
+
+def records(directory: Path) -> Iterator[Record]:
+    """The records of all journals of this node that can be read."""
+    for path in sorted(directory.glob(f"*{_SUFFIX}")):
+        try:
+            record = _last_record(path)
+        except PermanentError:
+            continue
+        if record is not None:
+            yield record
+
+
+def _line(record: Record) -> bytes:
+    text = msgspec.json.encode(record)
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _last_record(path: Path) -> Record | None:
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        checksum, _, text = line.partition(b" ")
+        if checksum == b"%08x" % zlib.crc32(text):
+            return msgspec.json.decode(text, type=Record)
+    raise PermanentError(
+        f"the journal {path} has no whole line: look whether the domain is on an overlay (virsh domblklist), "
+        "then move the file away",
+        reason="JournalGarbled",
+    )
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # it holds the domain's XML, which may hold passwords
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unwritable(path: Path, error: OSError) -> PermanentError:
+    text = f"the journal {path} cannot be written ({error.strerror}): free space there, or choose another --state-dir"
+    return PermanentError(text, reason="JournalUnwritable")
