@@ -18,9 +18,11 @@ class Phase(StrEnum):
 
 
 class Reason(StrEnum):
-    """Reasons of conditions and events, as in shared CONVENTIONS, table in section 2."""
+    """Reasons of conditions and events. A refusal brings its own (RefusedError.reason)."""
 
     PENDING = "Pending"
+    FINISHED = "Finished"
+    PROGRESSING = "Progressing"
     QUEUED = "Queued"
     ADOPTING_OVERLAY = "AdoptingOverlay"
     SNAPSHOTTING = "Snapshotting"
@@ -41,6 +43,15 @@ class Reason(StrEnum):
     QUARANTINED = "Quarantined"
     SHIPPING_FAILED = "ShippingFailed"
     DELETED = "Deleted"
+
+
+class RetryReason(StrEnum):
+    """Why a commit is tried again. The label `reason` of vmbackup_commit_retries_total."""
+
+    JOB_FAILED = "JobFailed"
+    PIVOT_FAILED = "PivotFailed"
+    UNKNOWN = "Unknown"
+    BUSY = "Busy"
 
 
 class DiskState(StrEnum):
@@ -67,7 +78,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class DiskReport:
-    """What is known of one disk."""
+    """What is known of one disk. `message` says why a disk is left out, or what it waits for."""
 
     target: str
     state: DiskState
@@ -86,7 +97,11 @@ class DiskReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a status is rendered from. Times are seconds since the epoch, UTC."""
+    """Everything that a status is rendered from. Times are seconds since the epoch, UTC.
+
+    `reason` and `message` are those of Ready; the other two conditions have their own, and a standard sentence where
+    the message is empty. `outcome` decides what is running (None) and what is over.
+    """
 
     phase: Phase = Phase.PENDING
     reason: str = Reason.PENDING
@@ -94,8 +109,10 @@ class Report:
     outcome: Outcome | None = None
     backup_complete: bool | None = None  # None: not known yet
     backup_reason: str = ""
+    backup_message: str = ""
     chain_clean: bool | None = None
     chain_reason: str = ""
+    chain_message: str = ""
     domain_uuid: str = ""
     snapshot_time: float | None = None
     quiesced: bool | None = None

@@ -1,0 +1,225 @@
+"""Status and events on their way to the API server, without a backup ever waiting for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from vmbackup.api.spec import GROUP, VERSION
+from vmbackup.api.status import Report
+from vmbackup.errors import VMBackupError
+from vmbackup.report.cluster import Cluster
+from vmbackup.report.status import OPTIONAL_FIELDS, is_significant, merge_patch, render
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY = 0.5  # seconds, doubled for each failure
+_LONGEST_RETRY = 30.0
+_NOTE_LIMIT = 1000  # characters: the API server takes 1 kB (events.k8s.io/v1, field note)
+
+
+@dataclass(frozen=True)
+class BackupRef:
+    """Which VMBackup is meant: this very object, not a later one of the same name."""
+
+    namespace: str
+    name: str
+    uid: str
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> BackupRef:
+        """That of an object as the API server gives it."""
+        metadata = body["metadata"]
+        return cls(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+
+
+class StatusWriter:
+    """Writes the status of one VMBackup.
+
+    `write` never waits: a thread, which lives only while there is something to send, does. What matters (phase,
+    conditions, a handled retry) is sent at once and in order, mere progress at most every `interval` seconds. While the
+    server is away only the newest is kept, and tried again until it arrives.
+    `previous` is the status as last seen, `generation` that of the spec being acted on.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        ref: BackupRef,
+        *,
+        generation: int,
+        previous: Mapping[str, Any] | None = None,
+        interval: float = 2.0,
+    ) -> None:
+        self._cluster = cluster
+        self._ref = ref
+        self._interval = interval
+        self._generation = generation
+        self._newest: Mapping[str, Any] = previous or {}
+        # What is on the server may be newer than what was seen: the first patch names every field.
+        self._written: Mapping[str, Any] = dict.fromkeys(OPTIONAL_FIELDS)
+        self._pending: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._sent_at = float("-inf")
+        self._failures = 0
+        self._hurried = False
+        self._gone = False
+
+    @property
+    def gone(self) -> bool:
+        """Whether the object was found deleted, or replaced by another of its name: nothing is written any more."""
+        return self._gone
+
+    @property
+    def latest(self) -> Mapping[str, Any]:
+        """The status as it is, or will be, on the server."""
+        return self._newest
+
+    def write(self, report: Report, *, generation: int | None = None) -> None:
+        """Report this. `generation`: that of the spec being acted on from now on, if it has changed."""
+        with self._changed:
+            self._generation = self._generation if generation is None else generation
+            status = render(report, generation=self._generation, previous=self._newest, now=time.time())
+            if self._gone or status == self._newest:
+                return
+            self._newest = status
+            if self._failures:
+                self._pending.clear()
+            elif self._pending and not is_significant(self._pending[-1], status):
+                self._pending.pop()
+            self._pending.append(status)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._send_all, name=f"status-{self._ref.name}", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait, for at most so long, until all is written or the object is gone. False: not yet; it goes on trying."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+            arrived = self._changed.wait_for(lambda: not self._pending, seconds)
+            self._hurried = False
+            return arrived
+
+    def close(self) -> None:
+        """Give up what is not written yet."""
+        with self._changed:
+            self._pending.clear()
+            self._changed.notify_all()
+
+    def _send_all(self) -> None:
+        while (status := self._next()) is not None:
+            try:
+                patch = merge_patch(self._written, status)
+                answer = self._cluster.patch_status(self._ref.namespace, self._ref.name, self._ref.uid, patch)
+            except VMBackupError as error:
+                self._failed(error)
+            else:
+                self._arrived(status, answer)
+
+    def _next(self) -> dict[str, Any] | None:
+        """The status to send next, once it is due; None, and the thread has ended, when there is none."""
+        with self._changed:
+            while self._pending:
+                while len(self._pending) > 1 and not is_significant(self._written, self._pending[0]):
+                    self._pending.pop(0)
+                delay = self._sent_at + self._pause(self._pending[0]) - time.monotonic()
+                if delay <= 0:
+                    return self._pending[0]
+                self._changed.wait(delay)
+            self._thread = None
+            return None
+
+    def _pause(self, status: Mapping[str, Any]) -> float:
+        """How long after the last patch this one is due, in seconds."""
+        if self._failures:
+            longest = 1.0 if self._hurried else _LONGEST_RETRY
+            return min(longest, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 10))
+        return 0.0 if self._hurried or is_significant(self._written, status) else self._interval
+
+    def _failed(self, error: VMBackupError) -> None:
+        level = logging.DEBUG if self._failures else logging.WARNING
+        logger.log(level, "status of %s/%s not written, will try again: %s", self._ref.namespace, self._ref.name, error)
+        with self._changed:
+            self._sent_at = time.monotonic()
+            self._failures += 1
+            del self._pending[:-1]
+
+    def _arrived(self, status: dict[str, Any], answer: dict[str, Any] | None) -> None:
+        with self._changed:
+            self._sent_at = time.monotonic()
+            self._failures = 0
+            if answer is None:
+                self._gone = True
+                self._pending.clear()
+            else:
+                self._written = answer.get("status", {})
+                self._pending = [waiting for waiting in self._pending if waiting is not status]
+            self._changed.notify_all()
+
+
+class Events:
+    """Kubernetes events about VMBackups, sent by one thread in order. A failure is logged, never raised."""
+
+    def __init__(self, cluster: Cluster, *, node: str) -> None:
+        self._cluster = cluster
+        self._node = node
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
+        self._last: Future[None] | None = None
+
+    def normal(self, ref: BackupRef, reason: str, message: str) -> None:
+        """Something happened as it should."""
+        self._emit(ref, "Normal", reason, message)
+
+    def warning(self, ref: BackupRef, reason: str, message: str) -> None:
+        """Something happened that a human may have to look at."""
+        self._emit(ref, "Warning", reason, message)
+
+    def flush(self, seconds: float) -> bool:
+        """Wait, for at most so long, until all of them are sent or have failed."""
+        return self._last is None or not wait([self._last], seconds).not_done
+
+    def close(self) -> None:
+        """Give up what is not sent yet."""
+        self._sender.shutdown(wait=False, cancel_futures=True)
+
+    def _emit(self, ref: BackupRef, kind: str, reason: str, message: str) -> None:
+        event = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"name": f"{ref.name[:200]}.{uuid.uuid4().hex[:16]}", "namespace": ref.namespace},
+            "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "type": kind,
+            "reason": reason,
+            "action": reason,
+            "note": message if len(message) <= _NOTE_LIMIT else message[: _NOTE_LIMIT - 1] + "…",
+            "reportingController": "vmbackup",
+            "reportingInstance": f"vmbackup-{self._node}"[:128],
+            "regarding": {
+                "apiVersion": f"{GROUP}/{VERSION}",
+                "kind": "VMBackup",
+                "namespace": ref.namespace,
+                "name": ref.name,
+                "uid": ref.uid,
+            },
+        }
+        try:
+            self._last = self._sender.submit(self._send, event)
+        except RuntimeError:
+            logger.debug("event %s about %s/%s not sent: closed", reason, ref.namespace, ref.name)
+
+    def _send(self, event: Mapping[str, Any]) -> None:
+        metadata = event["metadata"]
+        try:
+            self._cluster.create_event(metadata["namespace"], event)
+        except VMBackupError as error:
+            logger.warning("event %s about %s not sent: %s", event["reason"], metadata["name"], error)
