@@ -16,6 +16,7 @@ class Image(StrEnum):
 
     BASE = "base"
     OVERLAY = "overlay"
+    OTHER = "other"  # neither: somebody else's doing
 
 
 class Snapshot(StrEnum):
@@ -79,6 +80,7 @@ class DiskRecord:
     overlay: str = ""
     format: str = ""
     virtual_bytes: int = 0
+    backing: tuple[tuple[str, str], ...] = ()  # path and format of the images below base, the template last
     persistent_disk_xml: str = ""  # the <disk> of the persistent XML while on base, to go back to
     commit_begun: bool = False  # ever: from here on base is no longer the point in time
     commit_running: bool = False  # an attempt whose end was not seen yet
