@@ -1,1 +1,5 @@
-"""One disk image to another: clone, sparse copy, digest, throttle, locks."""
+"""Disk images as files: QEMU's locks, clone, sparse copy, digest, throttle. No policy, no libvirt."""
+
+from vmbackup.imaging.control import Cancelled, CopyControl
+
+__all__ = ["Cancelled", "CopyControl"]

@@ -1,0 +1,143 @@
+"""What an image file is: asked of qemu-img, or read from the qcow2 header where qemu-img would have to lock it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from vmbackup.errors import PermanentError, TransientError, VMBackupError
+from vmbackup.imaging.errors import classified, errors_of
+from vmbackup.imaging.locks import has_writer, is_locked
+
+QEMU_IMG_SECONDS = 60.0
+COMPARE_SECONDS = 6 * 3600.0
+
+# Start of a qcow2 header, version 2 and 3 (QEMU, docs/interop/qcow2.txt): magic, version, backing file offset and
+# length, cluster bits, size, encryption, number of L1 entries, their offset, refcount table (2), number of snapshots.
+_QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQII")
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+@dataclass(frozen=True)
+class OverlayFile:
+    """An overlay on disk. `empty`: no cluster allocated, so it holds nothing; None: locked, so not to be known."""
+
+    locked: bool
+    empty: bool | None
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """An image as `qemu-img info` shows it, sizes in bytes. `backing` and `data_file` as the image names them."""
+
+    format: str
+    virtual_bytes: int
+    allocated_bytes: int
+    backing: str | None
+    data_file: str | None
+    encrypted: bool
+
+
+def overlay_file(path: Path) -> OverlayFile | None:
+    """The qcow2 overlay at `path`, or None if there is no such file. Takes no lock, so it is never in QEMU's way."""
+    if not os.path.lexists(path):
+        return None
+    if is_locked(path):
+        return OverlayFile(locked=True, empty=None)
+    return OverlayFile(locked=False, empty=_is_empty_qcow2(path))
+
+
+def _is_empty_qcow2(path: Path) -> bool:
+    """Whether a qcow2 has no cluster of its own: no L2 table and no internal snapshot.
+
+    A file of no length is empty too (creating it was cut short); what cannot be understood is not.
+    """
+    with errors_of(path), path.open("rb") as file:
+        header = file.read(_QCOW2_HEADER.size)
+        if not header:
+            return True
+        if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
+            return False
+        *_, l1_entries, l1_offset, _refcounts, _refcount_clusters, snapshots = _QCOW2_HEADER.unpack(header)
+        file.seek(l1_offset)
+        l1_table = file.read(8 * l1_entries)
+    return snapshots == 0 and l1_entries > 0 and len(l1_table) == 8 * l1_entries and not any(l1_table)
+
+
+def info(path: Path, image_format: str | None = None) -> ImageInfo:
+    """What qemu-img says of one image, its backing images aside.
+
+    Give the format where it is known: a guest can write into its raw image what then probes as another format.
+    """
+    arguments = ["info", "--output=json"]
+    if has_writer(path):
+        arguments.append("-U")  # the header alone is read, and it stays as it is while the image is in use
+    if image_format:
+        arguments += ["-f", image_format]
+    result = qemu_img(*arguments, str(path))
+    if result.returncode != 0:
+        raise _failed(result, path)
+    found: Mapping[str, Any] = json.loads(result.stdout)
+    specific = cast("Mapping[str, Any]", found.get("format-specific", {}).get("data", {}))
+    return ImageInfo(
+        format=found["format"],
+        virtual_bytes=found["virtual-size"],
+        allocated_bytes=found.get("actual-size", 0),
+        backing=found.get("backing-filename"),
+        data_file=specific.get("data-file"),
+        encrypted=bool(found.get("encrypted", False)),
+    )
+
+
+def same_content(first: Path, first_format: str, second: Path, second_format: str) -> bool:
+    """Whether two images show a guest the same bytes, backing images included. TransientError while one is written."""
+    result = qemu_img(
+        "compare", "-f", first_format, "-F", second_format, str(first), str(second), timeout=COMPARE_SECONDS
+    )
+    if result.returncode not in (0, 1):
+        raise _failed(result, first)
+    return result.returncode == 0
+
+
+def rebase(path: Path, backing: str, backing_format: str) -> None:
+    """Write another backing file into a qcow2's header, data untouched. `backing` is relative to the image's folder."""
+    result = qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, str(path))
+    if result.returncode != 0:
+        raise _failed(result, path)
+
+
+def qemu_img(*arguments: str, timeout: float = QEMU_IMG_SECONDS) -> subprocess.CompletedProcess[str]:
+    """Run qemu-img. Raises PermanentError if it is not installed, TransientError after `timeout` seconds."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            ["qemu-img", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise PermanentError("qemu-img is not installed: install qemu-utils (Debian) or qemu-img") from None
+    except subprocess.TimeoutExpired:
+        raise TransientError(f"qemu-img {arguments[0]} did not end within {timeout:g} s", reason="Timeout") from None
+    except OSError as error:
+        raise classified(error, "qemu-img") from error
+
+
+def _failed(result: subprocess.CompletedProcess[str], path: Path) -> VMBackupError:
+    text = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
+    if " lock" in text:
+        return TransientError(f"{path} is in use: {text}", reason="ImageBusy")
+    if "No space left" in text:
+        return PermanentError(f"{path}: {text}: free space there, or choose another store", reason="NoSpace")
+    return PermanentError(f"{path}: {text}", reason="QemuImgFailed")

@@ -1,0 +1,81 @@
+"""Folders and small files of a directory store: private, durable, and not through symbolic links."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from vmbackup.errors import PermanentError
+from vmbackup.imaging.errors import errors_of
+
+FOLDER_MODE = 0o700  # guests' disks are for the administrator alone
+FILE_MODE = 0o600
+
+
+def make_folder(root: Path, path: Path) -> None:
+    """Make `path`, which is below `root`, and what is missing above it, durably.
+
+    Raises PermanentError if a part of it below the root is no folder, or is a symbolic link.
+    """
+    with errors_of(root):
+        root.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    below = path.relative_to(root).parts
+    for depth in range(len(below)):
+        folder = root.joinpath(*below[: depth + 1])
+        with errors_of(folder):
+            if not os.path.lexists(folder):
+                folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+                fsync_folder(folder.parent)
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise PermanentError(f"{folder} is not a folder: move it away", reason="NotAFolder")
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the entries of a folder durable. Raises OSError."""
+    _fsync(path, os.O_DIRECTORY)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of a file durable. Raises OSError."""
+    _fsync(path, 0)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a small file in one step, durable but for its directory entry: the old content or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    with errors_of(path):
+        new.unlink(missing_ok=True)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        new.rename(path)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a small file. Errors are ours, naming the file."""
+    with errors_of(path):
+        return path.read_bytes()
+
+
+def length(path: Path) -> int:
+    """Bytes of a file or block device."""
+    with errors_of(path), path.open("rb") as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a copy of a file or block device may need: what is allocated, of a device all."""
+    with errors_of(path):
+        found = path.stat()
+    return length(path) if stat.S_ISBLK(found.st_mode) else found.st_blocks * 512
