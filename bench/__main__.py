@@ -1,0 +1,24 @@
+"""`python -m bench NAME`: what this project claims to be fast at, measured on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import copy
+
+BENCHMARKS = {"copy": copy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args()
+    raise SystemExit(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    main()
