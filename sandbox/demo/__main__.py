@@ -1,0 +1,130 @@
+"""The demo's two commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from sandbox.demo.proof import Bounds, acknowledged, prove_copy, prove_guest
+from sandbox.demo.view import Story, View
+from sandbox.demo.watch import condition, statuses
+from sandbox.demo.world import DOMAIN, World
+from sandbox.guest import Guest
+from sandbox.oracle import ProofError
+from sandbox.processes import SandboxError
+
+
+def up(world: World, view: View) -> None:
+    """Start what does not run, take a backup, prove it, and say what to try next."""
+    guest = _start(world, view)
+    before = world.virsh("domblklist", DOMAIN)
+    view.heading(f"A backup of {DOMAIN}, which keeps writing")
+    view.step("virsh domblklist, before:")
+    view.detail(before)
+    name, bounds = _back_up(world, view, guest)
+    view.heading("The proof")
+    after = world.virsh("domblklist", DOMAIN)
+    if after != before:
+        raise ProofError(f"the disks of {DOMAIN} are not what they were:\n{after}")
+    view.step("virsh domblklist, after: the same")
+    view.detail(after)
+    folder = world.backup_folder(name)
+    for proven in prove_copy(folder, bounds):
+        view.step(f"copy of {proven}" if proven[0] == "v" else proven)
+    for proven in prove_guest(world, guest):
+        view.step(proven)
+    _what_next(world, view, name, folder)
+
+
+def _start(world: World, view: View) -> Guest:
+    view.heading("Starting the world")
+    guest = world.start_guest()
+    view.step(f"libvirt, and in it the domain {DOMAIN}: {len(guest.disks)} disks, emulated, booting")
+    world.start_kube()
+    view.step(f"etcd and kube-apiserver at {world.kube.url}, with our resources and a store")
+    world.start_agent()
+    view.step(f"the agent of this hypervisor, metrics at {world.metrics_url}/metrics")
+    guest.wait_for_agent()
+    guest.wait_for_more(20)
+    view.step(f"{DOMAIN} is up and writes checksummed records, {min(acknowledged(guest).values())} so far")
+    return guest
+
+
+def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
+    """Apply a VMBackup and show it until it is Ready; its name. Raises SandboxError when it fails."""
+    before = acknowledged(guest)
+    after: dict[str, int] = {}
+    during = ""
+    name = world.apply_backup()
+    view.step(f"kubectl apply: VMBackup {name}")
+    story = Story(name)
+    with view:
+        for status in statuses(world.kube, name, alive=lambda: world.agent.running):
+            new_phase = story.take(status) if status else False
+            if not after and "snapshotTime" in story.status:
+                after = acknowledged(guest)
+                during = world.virsh("domblklist", DOMAIN)
+            story.guest = f"record {min(acknowledged(guest).values())} acknowledged"
+            view.show(story, new_phase=new_phase)
+    ready = condition(story.status, "Ready")
+    if ready["status"] != "True":
+        raise SandboxError(f"{name} failed: {ready['reason']}: {ready['message']}")
+    view.step(f"Ready, {time.monotonic() - story.started:.1f} s after kubectl apply")
+    if ".vmb-" in during:
+        view.step("virsh domblklist, meanwhile:")
+        view.detail(during)
+    return name, Bounds(before, after or acknowledged(guest))
+
+
+def _what_next(world: World, view: View, name: str, folder: Path) -> None:
+    number = int(name.rpartition("-")[2]) + 1
+    sample = "manifests/samples/vmbackup.yaml"
+    view.heading("Everything is still up. What to try next")
+    for command, meaning in (
+        (f"source {world.env_file}", "for the commands below: KUBECONFIG, LIBVIRT_DEFAULT_URI, PATH"),
+        ("kubectl get vmb -o wide", "all backups"),
+        (f"kubectl describe vmb {name}", "conditions, disks, events"),
+        ("kubectl explain vmbackup.spec.snapshot.quiesce", "every field is explained"),
+        (f"sed s/{DOMAIN}-1/{DOMAIN}-{number}/ {sample} | kubectl apply -f -", "another backup"),
+        ("kubectl get vmb --watch", "… and watch it"),
+        (f"curl -s {world.metrics_url}/metrics | grep ^vmbackup", "what Prometheus sees"),
+        (f"ls -l {folder}", "the backup: ordinary files, which explain themselves"),
+        (f"virsh domblklist {DOMAIN}", "the guest's disks"),
+        (f"vmbackup check --libvirt-uri $LIBVIRT_DEFAULT_URI {DOMAIN}", "what would be backed up, what refused"),
+        ("make demo-down", "end and remove all of it"),
+    ):
+        view.console.print(f"  {command}", soft_wrap=True)
+        view.console.print(f"      [dim]{meaning}[/dim]", soft_wrap=True)
+
+
+def down(world: World, view: View) -> None:
+    """End and remove what `up` started."""
+    if not world.exists():
+        view.step("no demo is up")
+        return
+    world.remove()
+    view.step(f"the demo has ended, and {world.state} is gone")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="sandbox.demo", description=__doc__)
+    parser.add_argument("command", choices=["up", "down"])
+    command = parser.parse_args().command
+    world, view = World(), View()
+    try:
+        {"up": up, "down": down}[command](world, view)
+    except (SandboxError, ProofError, RuntimeError, TimeoutError) as error:
+        view.console.print(f"\n[bold red]It did not work out:[/bold red] {error}", soft_wrap=True)
+        view.console.print(f"Logs are in {world.state}; `make demo-down` ends it all. The end of the agent's log:")
+        view.detail(world.agent.log_tail())
+        return 1
+    except KeyboardInterrupt:
+        view.console.print("\nInterrupted. `make demo-down` ends what runs; `make demo` goes on with it.")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

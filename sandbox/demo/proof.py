@@ -1,0 +1,83 @@
+"""Shows that a backup is what it says: the stored images, and what the guest has after it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox.demo.world import DOMAIN, World
+from sandbox.guest import Guest
+from sandbox.oracle import Journal, ProofError, prove, prove_one_moment
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the guest had acknowledged for each disk surely before the snapshot, and surely after it."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+def acknowledged(guest: Guest) -> dict[str, int]:
+    """The last record that the guest has acknowledged, for each disk."""
+    return {target: guest.acknowledged(target) for target in guest.disks}
+
+
+def prove_copy(folder: Path, bounds: Bounds) -> Iterator[str]:
+    """Prove the folder of a backup, by what it holds alone; yields what is proven. Raises ProofError."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    journals: list[Journal] = []
+    for disk in manifest["disks"]:
+        image, target = folder / disk["file"], disk["target"]
+        if (digest := f"sha256:{_sha256(image)}") != disk["digest"]:
+            raise ProofError(f"{image}: its digest is {digest}, the manifest says {disk['digest']}")
+        found = prove(
+            image,
+            acknowledged_at_least=bounds.before[target],
+            at_most=bounds.after[target] + 1,
+            image_format=disk["format"],
+        )
+        journals.append(found)
+        yield f"{target}: sha256 as in the manifest, fsck finds nothing, {found}"
+    prove_one_moment(journals)
+    ends = ", ".join(str(journal.last) for journal in journals)
+    yield f"the disks are of one moment: they end with records {ends}"
+
+
+def prove_guest(world: World, guest: Guest) -> Iterator[str]:
+    """Prove that the guest goes on and has lost nothing; yields what is proven. Raises ProofError.
+
+    Its images are copied while it is suspended for a moment: a running guest's image is no use to fsck.
+    """
+    guest.wait_for_more(20)
+    guest.assert_only_rising()
+    now = min(acknowledged(guest).values())
+    yield f"the guest writes on: it has acknowledged record {now} by now, each number once"
+    with tempfile.TemporaryDirectory(dir=world.state) as temporary:
+        copies = {target: Path(temporary, target) for target in guest.disks}
+        with _suspended(world):
+            wanted = acknowledged(guest)
+            for target, disk in guest.disks.items():
+                subprocess.run(["cp", "--reflink=auto", "--sparse=always", disk.path, copies[target]], check=True)
+        for target, disk in guest.disks.items():
+            found = prove(copies[target], acknowledged_at_least=wanted[target], image_format=disk.format)
+            yield f"{target}: the image that the guest runs on now holds {found}; {wanted[target]} were acknowledged"
+
+
+@contextmanager
+def _suspended(world: World) -> Iterator[None]:
+    world.virsh("suspend", DOMAIN)
+    try:
+        yield
+    finally:
+        world.virsh("resume", DOMAIN)
+
+
+def _sha256(path: Path) -> str:
+    done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0].removeprefix("\\")
