@@ -1,0 +1,249 @@
+"""The connection to libvirtd: one event loop thread, events, keepalive, and opening again when it was lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import libvirt
+
+from vmbackup.errors import PermanentError, RefusedError, VMBackupError
+from vmbackup.hypervisor.errors import away, classify
+from vmbackup.hypervisor.guest import Guest
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent libvirtd is given up after 20 s (measured)
+_SLOTS = 4  # libvirtd stops reading from a client with 5 calls in flight, keepalive answers included
+_FIRST_OPEN_SECONDS = 5.0
+_REOPEN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+_ALIVE_POLL_SECONDS = 2.0
+_EVENTS = (
+    libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+    libvirt.VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2,
+    libvirt.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE,
+)
+
+
+class Hypervisor:
+    """A libvirtd that is connected to until `close`. Every method may be called by any thread.
+
+    Constructing it never fails because libvirtd is away: calls raise TransientError until it answers. `config_dir` is
+    where libvirtd keeps the persistent XML of its domains. `generation` rises each time the connection was opened:
+    what was known before is in doubt (PROTOCOL R3).
+    """
+
+    def __init__(self, uri: str, *, config_dir: Path | None = None) -> None:
+        self.uri = uri
+        self.config_dir = config_dir or _default_config_dir(uri)
+        self.generation = 0
+        self._opened = 0.0
+        self._connection: libvirt.virConnect | None = None
+        self._event_ids: list[int] = []
+        self._slots = threading.BoundedSemaphore(_SLOTS)
+        self._lock = threading.Lock()
+        self._wakes: dict[str, list[Callable[[], None]]] = {}
+        self._lost = threading.Event()
+        self._closing = threading.Event()
+        self._tried = threading.Event()
+        _run_event_loop()
+        self._keeper = threading.Thread(target=self._keep_open, name="libvirt-keeper", daemon=True)
+        self._keeper.start()
+        self._tried.wait(_FIRST_OPEN_SECONDS)
+
+    def close(self) -> None:
+        """Close the connection. Calls made later raise TransientError."""
+        self._closing.set()
+        self._lost.set()
+        self._keeper.join(timeout=_FIRST_OPEN_SECONDS)  # it cannot be stopped while opening a silent libvirtd
+
+    @property
+    def answering_since(self) -> float | None:
+        """CLOCK_BOOTTIME, in seconds, since which libvirtd has answered without a break; None while it does not."""
+        connection, opened = self._connection, self._opened
+        return opened if connection is not None and _is_alive(connection) else None
+
+    def ping(self) -> bool:
+        """Whether libvirtd answers now; a silent one is given up within the keepalive limit of 20 s."""
+        try:
+            self.call("asking libvirtd for its version", lambda connection: connection.getLibVersion())
+        except VMBackupError:
+            return False
+        return True
+
+    def guest(self, name_or_uuid: str) -> Guest:
+        """The domain of that name or UUID. Raises RefusedError (DomainNotFound), TransientError."""
+        lookups: list[Callable[[libvirt.virConnect], libvirt.virDomain]] = [
+            lambda connection: connection.lookupByUUIDString(name_or_uuid),
+            lambda connection: connection.lookupByName(name_or_uuid),
+        ]
+        for lookup in lookups if _is_uuid(name_or_uuid) else lookups[1:]:
+            try:
+                domain = self.call(f"looking up domain {name_or_uuid}", lookup)
+            except PermanentError as error:
+                if error.reason != "DomainNotFound":
+                    raise
+            else:
+                return Guest(self, domain.UUIDString(), domain.name())
+        raise RefusedError(
+            f"domain {name_or_uuid!r} is not defined on this hypervisor: correct spec.domain or spec.nodeName",
+            reason="DomainNotFound",
+        )
+
+    def guests(self) -> list[Guest]:
+        """All domains, running or not. Raises TransientError."""
+        domains = self.call("listing the domains", lambda connection: connection.listAllDomains())
+        return [Guest(self, domain.UUIDString(), domain.name()) for domain in domains]
+
+    def subscribe(self, domain_uuid: str, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` whenever something may have happened to the domain; returns the end of the subscription.
+
+        That is its lifecycle, its block jobs, its guest agent, and the loss or return of the connection. `wake` is
+        called in a thread that everybody's events wait for, so it returns at once and calls nothing of this object.
+        """
+        with self._lock:
+            self._wakes.setdefault(domain_uuid, []).append(wake)
+
+        def unsubscribe() -> None:
+            with self._lock:
+                wakes = self._wakes.get(domain_uuid, [])
+                if wake in wakes:
+                    wakes.remove(wake)
+                if not wakes:
+                    self._wakes.pop(domain_uuid, None)
+
+        return unsubscribe
+
+    def call(self, doing: str, function: Callable[[libvirt.virConnect], Result], *, mutating: bool = False) -> Result:
+        """Run `function` on the connection, with libvirt's errors classified. For Guest alone."""
+        with self._slots:
+            connection = self._connection
+            if connection is None or not _is_alive(connection):
+                self._lost.set()
+                raise away(doing, self.uri)
+            try:
+                return function(connection)
+            except libvirt.libvirtError as error:
+                raise classify(error, doing, mutating=mutating) from error
+
+    # -- the keeper: the only thread that opens, replaces and closes the connection
+
+    def _keep_open(self) -> None:
+        attempt = 0
+        while not self._closing.is_set():
+            try:
+                self._open()
+            except libvirt.libvirtError as error:
+                if attempt == 0:
+                    _log.warning("%s", classify(error, f"connecting to {self.uri}", mutating=False))
+                self._tried.set()
+                self._closing.wait(_REOPEN_SECONDS[min(attempt, len(_REOPEN_SECONDS) - 1)])
+                attempt += 1
+                continue
+            attempt = 0
+            self._tried.set()
+            self._wait_for_loss()
+            self._drop()
+
+    def _open(self) -> None:
+        connection = libvirt.open(self.uri)
+        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+        connection.registerCloseCallback(self._on_close, None)
+        self._event_ids = [connection.domainEventRegisterAny(None, e, self._on_event, None) for e in _EVENTS]
+        self.generation += 1
+        self._opened = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._connection = connection
+        _log.info("connected to %s", self.uri)
+        self._wake_all()
+
+    def _wait_for_loss(self) -> None:
+        while not self._closing.is_set() and self._connection and _is_alive(self._connection):
+            self._lost.wait(_ALIVE_POLL_SECONDS)
+            self._lost.clear()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if not self._closing.is_set():
+            _log.warning("lost the connection to %s", self.uri)
+        self._wake_all()
+        if connection is None:
+            return
+        # It is closed when the last call in flight lets go of it: close() here would free it under that call.
+        for event_id in self._event_ids:
+            with suppress(libvirt.libvirtError):
+                connection.domainEventDeregisterAny(event_id)
+        with suppress(libvirt.libvirtError):
+            connection.unregisterCloseCallback()
+
+    # -- events
+
+    def _on_close(self, _connection: libvirt.virConnect, _reason: int, _opaque: object) -> None:
+        self._lost.set()
+
+    def _on_event(self, _connection: libvirt.virConnect, domain: libvirt.virDomain, *_: Any) -> None:
+        self._wake(domain.UUIDString())
+
+    def _wake_all(self) -> None:
+        with self._lock:
+            uuids = list(self._wakes)
+        for uuid in uuids:
+            self._wake(uuid)
+
+    def _wake(self, uuid: str) -> None:
+        with self._lock:
+            wakes = list(self._wakes.get(uuid, ()))
+        for wake in wakes:
+            try:
+                wake()
+            except Exception:
+                _log.exception("a subscriber of domain %s failed", uuid)
+
+
+@cache
+def _run_event_loop() -> None:
+    """Run libvirt's event loop in a thread, once in this process and before any connection is opened."""
+    libvirt.registerErrorHandler(_ignore, None)
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()
+
+
+def _ignore(_context: object, _error: object) -> None:
+    """libvirt's own handler writes every error to stderr; they are all raised as well."""
+
+
+def _is_alive(connection: libvirt.virConnect) -> bool:
+    try:
+        return connection.isAlive() == 1
+    except libvirt.libvirtError:
+        return False
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _default_config_dir(uri: str) -> Path:
+    if urlsplit(uri).path != "/session":
+        return Path("/etc/libvirt/qemu")
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "libvirt/qemu"

@@ -1,0 +1,301 @@
+"""One domain: the few libvirt calls that a backup needs, without any policy.
+
+Every method may raise TransientError (observe again), PermanentError and, if it changes something, UnknownOutcomeError
+(see errors.py). No method remembers anything about the domain but its UUID and name: the chain is the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from xml.etree import ElementTree
+
+import libvirt
+import libvirt_qemu
+from defusedxml.ElementTree import fromstring
+
+from vmbackup.errors import PermanentError, TransientError
+from vmbackup.hypervisor.chain import disks
+
+if TYPE_CHECKING:
+    from vmbackup.hypervisor.connection import Hypervisor
+
+Result = TypeVar("Result")
+
+_SNAPSHOT_FLAGS = (
+    libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+)
+# Never DELETE: it unlinks the overlay before the configuration is saved (FACTS.md).
+_COMMIT_FLAGS = (
+    libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+    | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+    | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+)
+_PERSISTENT_FLAGS = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+
+
+class GuestState(StrEnum):
+    """What the guest does, as far as a backup is concerned."""
+
+    OFF = "off"
+    RUNNING = "running"
+    PAUSED = "paused"
+    IO_ERROR = "io-error"  # paused by QEMU: an image could not be written
+
+
+_STATES = {
+    libvirt.VIR_DOMAIN_SHUTOFF: GuestState.OFF,
+    libvirt.VIR_DOMAIN_PAUSED: GuestState.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: GuestState.PAUSED,
+    libvirt.VIR_DOMAIN_CRASHED: GuestState.PAUSED,  # QEMU lives: on_crash is preserve
+}
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """A block job of a disk. `current == end` does not mean that it is ready. Bytes, and bytes per second (0: any)."""
+
+    kind: str  # active-commit | other
+    current: int
+    end: int
+    bandwidth: int
+
+
+class Guest:
+    """A domain, named by its UUID; got from Hypervisor.guest()."""
+
+    def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
+        self._hypervisor = hypervisor
+        self.uuid = uuid
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Guest({self.name!r}, {self.uuid})"
+
+    # -- what is: none of these changes anything
+
+    def state(self) -> tuple[GuestState, int | None]:
+        """The state, and the id of this run of the domain (None when off): another id is another QEMU."""
+
+        def ask(domain: libvirt.virDomain) -> tuple[GuestState, int | None]:
+            state, reason = cast("tuple[int, int]", domain.state())
+            if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR:
+                return GuestState.IO_ERROR, domain.ID()
+            return _STATES.get(state, GuestState.RUNNING), domain.ID()
+
+        state, run = self._read("asking for the state", ask)
+        return (GuestState.OFF, None) if state is GuestState.OFF or run is None or run < 0 else (state, run)
+
+    def live_xml(self) -> str | None:
+        """The live XML; None when the domain is off."""
+        xml = self._read("reading the live XML", lambda domain: domain.XMLDesc(0))
+        return xml if fromstring(xml).get("id") else None
+
+    def persistent_xml(self) -> str | None:
+        """The XML of the next start, with passwords, fit to be defined again; None for a transient domain."""
+        doing = "reading the persistent XML"
+        return self._read(doing, lambda domain: domain.XMLDesc(_PERSISTENT_FLAGS) if domain.isPersistent() else None)
+
+    def block_job(self, target: str) -> BlockJob | None:
+        """The block job of a disk; None if there is none, which is no proof of success."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
+        answer = self._while_on(
+            f"asking for the block job of {target}", lambda domain: domain.blockJobInfo(target, flags), otherwise=None
+        )
+        info = cast("dict[str, int] | None", answer)
+        if not info:
+            return None
+        commit = info["type"] == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
+        return BlockJob("active-commit" if commit else "other", info["cur"], info["end"], info["bandwidth"])
+
+    def control_idle(self) -> bool:
+        """Whether no libvirt call to this domain's QEMU is in flight (PROTOCOL R4)."""
+        answer = self._while_on("asking for calls in flight", lambda domain: domain.controlInfo(), otherwise=None)
+        return answer is None or cast("list[int]", answer)[0] == libvirt.VIR_DOMAIN_CONTROL_OK
+
+    def migrating(self) -> bool:
+        """Whether a migration or another job of the whole domain (save, dump, backup) runs."""
+        answer = self._while_on("asking for the domain's job", lambda domain: domain.jobInfo(), otherwise=None)
+        return answer is not None and cast("list[int]", answer)[0] != libvirt.VIR_DOMAIN_JOB_NONE
+
+    def written_images(self) -> dict[str, str]:
+        """QEMU's own word: the file that each disk writes, by disk target (PROTOCOL R3).
+
+        It goes through the QEMU monitor, which taints the domain: ask only in doubt. Raises TransientError when off.
+        """
+        command = json.dumps({"execute": "query-block"})
+        doing = "asking QEMU for its images"
+        answer = self._read(doing, lambda domain: libvirt_qemu.qemuMonitorCommand(domain, command, 0))
+        devices = cast("list[dict[str, Any]]", json.loads(answer)["return"])
+        images = {
+            part: _file_name(device["inserted"]["file"])
+            for device in devices
+            if "inserted" in device
+            for part in str(device.get("qdev", "")).split("/")
+        }
+        xml = self.live_xml()
+        if xml is None:
+            raise TransientError(f"{self.name}: {doing}: the domain has stopped; observe again", reason="StateChanged")
+        return {disk.target: images[disk.alias] for disk in disks(xml) if disk.alias in images}
+
+    # -- what changes something
+
+    def suspend(self) -> None:
+        """Stop the guest's CPUs. A guest that is stopped already stays so."""
+        self._change("suspending", lambda domain: domain.suspend())
+
+    def resume(self) -> None:
+        """Let the guest's CPUs run again. TransientError if they do already."""
+        self._change("resuming", lambda domain: domain.resume())
+
+    def snapshot(self, overlays: Mapping[str, str], others: Iterable[str]) -> None:
+        """Put a new qcow2 overlay on each disk of `overlays` (target to path), all or none, at one point in time.
+
+        `others` names every other disk of the domain: one that is left out would be snapshotted too. A file that is
+        not empty is refused (PermanentError), which guards against doing it twice. After any error, observe: an
+        overlay may be in use all the same.
+        """
+        root = ElementTree.Element("domainsnapshot")
+        every = ElementTree.SubElement(root, "disks")
+        for target, overlay in overlays.items():
+            disk = ElementTree.SubElement(every, "disk", name=target, snapshot="external", type="file")
+            ElementTree.SubElement(disk, "driver", type="qcow2")
+            ElementTree.SubElement(disk, "source", file=overlay)
+        for target in others:
+            ElementTree.SubElement(every, "disk", name=target, snapshot="no")
+        xml = ElementTree.tostring(root, encoding="unicode")
+        self._change("taking the snapshot", lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
+
+    def commit(self, target: str, base: str, top: str | None = None, bandwidth: int | None = None) -> None:
+        """Start the active commit of a disk's overlay into `base`, the image right below it. Bytes per second.
+
+        A base that is not right below is refused, so that a deeper template is never written.
+        """
+
+        def start(domain: libvirt.virDomain) -> None:
+            # None is libvirt's word for the active image, though libvirt-python's type for it is wrong
+            domain.blockCommit(target, base, cast("str", top), bandwidth or 0, _COMMIT_FLAGS)
+
+        self._change(f"starting the commit of {target}", start)
+
+    def set_job_bandwidth(self, target: str, bandwidth: int | None) -> None:
+        """Limit the block job of a disk, in bytes per second; None lifts the limit."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        doing = f"setting the bandwidth of the block job of {target}"
+        self._change(doing, lambda domain: domain.blockJobSetSpeed(target, bandwidth or 0, flags))
+
+    def pivot(self, target: str) -> None:
+        """Let QEMU write the base again. Success says nothing about the persistent XML on disk: settle it."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
+        self._change(f"pivoting {target}", lambda domain: domain.blockJobAbort(target, flags))
+
+    def freeze(self, timeout: int) -> int:
+        """Freeze the guest's file systems through the guest agent; returns how many. Seconds to wait for the agent.
+
+        After an error they may be frozen all the same: thaw.
+        """
+        return self._agent("freezing the file systems", timeout, lambda domain: domain.fsFreeze())
+
+    def thaw(self, timeout: int) -> int:
+        """Thaw the guest's file systems; returns how many were frozen. It may be called again and again."""
+        return self._agent("thawing the file systems", timeout, lambda domain: domain.fsThaw())
+
+    def define(self, xml: str) -> None:
+        """Replace the persistent XML. A domain that was undefined meanwhile stays so (TransientError)."""
+        doing = f"{self.name}: redefining"
+
+        def define(connection: libvirt.virConnect) -> bool:
+            if persistent := bool(connection.lookupByUUIDString(self.uuid).isPersistent()):
+                connection.defineXML(xml)
+            return persistent
+
+        if not self._hypervisor.call(doing, define, mutating=True):
+            raise TransientError(f"{doing}: it has become a transient domain; observe again", reason="StateChanged")
+
+    def sync_config(self, images: Mapping[str, str]) -> bool:
+        """Whether the persistent XML *on disk* names these images (target to path), having made it durable.
+
+        libvirt neither fsyncs the directory nor reports a failed save (FACTS.md), so the file itself is read back
+        and fsynced with its directory. Raises PermanentError if libvirt's configuration directory is not here.
+        """
+        name = self._read("asking for the name", lambda domain: domain.name())
+        directory = self._hypervisor.config_dir
+        try:
+            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise PermanentError(
+                f"{self.name}: cannot open libvirt's configuration directory {directory} ({error.strerror}): "
+                "mount it into the agent's container at the same path, or let the agent read it",
+                reason="ConfigDirectoryMissing",
+            ) from error
+        try:
+            return _sync(folder, f"{name}.xml", self.uuid, images)
+        finally:
+            os.close(folder)
+
+    # -- how libvirt is called
+
+    def _read(self, doing: str, ask: Callable[[libvirt.virDomain], Result]) -> Result:
+        return self._on_domain(doing, ask, mutating=False)
+
+    def _change(self, doing: str, change: Callable[[libvirt.virDomain], Result]) -> Result:
+        return self._on_domain(doing, change, mutating=True)
+
+    def _on_domain(self, doing: str, function: Callable[[libvirt.virDomain], Result], *, mutating: bool) -> Result:
+        return self._hypervisor.call(
+            f"{self.name}: {doing}",
+            lambda connection: function(connection.lookupByUUIDString(self.uuid)),
+            mutating=mutating,
+        )
+
+    def _while_on(self, doing: str, ask: Callable[[libvirt.virDomain], Result], *, otherwise: Result) -> Result:
+        """What `ask` says, or `otherwise` where libvirt can ask it of a running domain only."""
+
+        def ask_if_on(domain: libvirt.virDomain) -> Result:
+            try:
+                return ask(domain)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not domain.isActive():
+                    return otherwise
+                raise
+
+        return self._read(doing, ask_if_on)
+
+    def _agent(self, doing: str, timeout: int, ask: Callable[[libvirt.virDomain], int]) -> int:
+        def ask_in_time(domain: libvirt.virDomain) -> int:
+            domain.agentSetResponseTimeout(timeout)  # else a hung agent blocks the call for ever
+            return ask(domain)
+
+        return self._change(doing, ask_in_time)
+
+
+def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:
+    try:
+        file = os.open(name, os.O_RDONLY, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    with os.fdopen(file, "rb") as reader:
+        xml = reader.read()
+        root = fromstring(xml)
+        sources = {disk.target: disk.source for disk in disks(xml.decode())}
+        if root.findtext("uuid") != uuid or any(sources.get(target) != image for target, image in images.items()):
+            return False
+        os.fsync(file)
+    os.fsync(folder)
+    return True
+
+
+def _file_name(name: str) -> str:
+    """The file of a QEMU node, whose name is its path or a JSON description of its graph."""
+    if not name.startswith("json:"):
+        return name
+    node: Any = json.loads(name.removeprefix("json:"))
+    while isinstance(node.get("file"), dict):
+        node = node["file"]
+    return str(node.get("filename", name))
