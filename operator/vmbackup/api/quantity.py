@@ -5,23 +5,30 @@ The kubernetes client has a parser, but importing it costs 40 MB and a second, w
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
-_QUANTITY = re.compile(r"(?P<number>[+]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?)(?P<suffix>[KMGTPE]i|[kMGTPE]|)")
-_FACTOR = {"": 1, "k": 10**3} | {
-    letter + binary: (1024 if binary else 1000) ** power
-    for power, letter in enumerate("KMGTPE", start=1)
-    for binary in ("", "i")
-    if letter + binary != "K"
+# k8s.io/apimachinery/pkg/api/resource, "Quantity": a decimal exponent or a suffix, never both.
+_QUANTITY = re.compile(
+    r"(?P<number>[+-]?(\d+(\.\d*)?|\.\d+))([eE](?P<exponent>[+-]?\d{1,5})|(?P<suffix>[KMGTPE]i|[numkMGTPE]|))",
+    re.ASCII,
+)
+_FACTOR = {
+    "": Decimal(1),
+    **{suffix: Decimal(1000) ** power for power, suffix in enumerate("num", start=-3)},
+    **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},
+    **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", start=1)},
 }
+_LARGEST = 2**63 - 1  # what is larger counts as this, as in Kubernetes
 
 
 def parse_quantity(value: object) -> int:
     """A Kubernetes quantity (`200Mi`, `1e9`, 1024) as a whole number, rounded down. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"not a quantity: {value!r}")
     match = _QUANTITY.fullmatch(str(value))
     if match is None:
         raise ValueError(f"not a quantity: {value!r}")
-    return int(Decimal(match["number"]) * _FACTOR[match["suffix"]])
+    exact = Decimal(match["number"]).scaleb(int(match["exponent"] or 0)) * _FACTOR[match["suffix"] or ""]
+    return math.floor(max(-_LARGEST, min(exact, _LARGEST)))

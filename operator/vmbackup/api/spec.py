@@ -6,6 +6,7 @@ so parsing checks again and names the field and the cure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,15 @@ FINALIZER = f"{GROUP}/chain-home"
 
 # What of a spec identifies the backup: it may not change once the resource exists.
 IMMUTABLE_FIELDS = ("nodeName", "domain", "storeRef", "disks", "snapshot", "switchPolicy")
+
+# The same as in crds/, rule by rule.
+_OBJECT_NAME = re.compile(
+    r"(?=.{1,253}\Z)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+)  # RFC 1123 subdomain
+_DOMAIN = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
+_TARGET = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,31}")
+_MOST_DISKS = 64
+_PATH = re.compile(r"(?=.{1,1024}\Z)(/(?!\.\.?(/|\Z))[^/\x00-\x1f\x7f]+)+/?")
 
 
 class Quiesce(StrEnum):
@@ -102,12 +112,14 @@ class BackupSpec:
         snapshot = _Fields("spec.snapshot", top.group("snapshot"))
         copy = _Fields("spec.copy", top.group("copy"))
         commit = _Fields("spec.commit", top.group("commit"))
-        disks = tuple(top.strings("disks"))
+        store = _Fields("spec.storeRef", top.group("storeRef", required=True))
         parsed = cls(
-            node_name=top.string("nodeName"),
-            domain=top.string("domain"),
-            store=_Fields("spec.storeRef", top.group("storeRef", required=True)).string("name"),
-            disks=disks,
+            node_name=top.string(
+                "nodeName", _OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"
+            ),
+            domain=top.string("domain", _DOMAIN, "give the name or UUID of a libvirt domain, without '/'"),
+            store=store.string("name", _OBJECT_NAME, "give the name of a VMBackupStore"),
+            disks=tuple(top.targets("disks")),
             snapshot=SnapshotSpec(
                 quiesce=snapshot.choice("quiesce", Quiesce.TRY),
                 freeze_timeout_seconds=snapshot.integer("freezeTimeoutSeconds", 10, 1, 300),
@@ -127,7 +139,7 @@ class BackupSpec:
             deletion_policy=top.choice("deletionPolicy", DeletionPolicy.RETAIN),
             ttl_seconds_after_finished=top.optional_integer("ttlSecondsAfterFinished", 0, 315360000),
         )
-        for fields in (snapshot, copy, commit, top):
+        for fields in (snapshot, copy, commit, store, top):
             fields.refuse_unknown()
         return parsed
 
@@ -150,9 +162,7 @@ class StoreSpec:
         """Parse `spec` of a VMBackupStore manifest. Raises RefusedError naming the field and the cure."""
         top = _Fields("spec", spec)
         directory = _Fields("spec.directory", top.group("directory", required=True))
-        path = directory.string("path")
-        if not path.startswith("/") or ".." in path.split("/"):
-            raise RefusedError(f"spec.directory.path is {path!r}: give an absolute path without '..'")
+        path = directory.string("path", _PATH, "give an absolute path below /, without '.' and '..'")
         directory.refuse_unknown()
         top.refuse_unknown()
         return cls(directory=DirectoryStoreSpec(path=path))
@@ -184,21 +194,29 @@ class _Fields:
             raise RefusedError(f"{self._path}.{name} is required")
         return {} if value is None else value
 
-    def string(self, name: str) -> str:
+    def string(self, name: str, form: re.Pattern[str], cure: str) -> str:
         value = self._get(name)
-        if not isinstance(value, str) or not value:
-            raise RefusedError(f"{self._path}.{name} is required: give a non-empty string")
+        if value is None:
+            raise RefusedError(f"{self._path}.{name} is required: {cure}")
+        if not isinstance(value, str) or form.fullmatch(value) is None:
+            raise self._bad(name, cure)
         return value
 
-    def strings(self, name: str) -> list[str]:
+    def targets(self, name: str) -> list[str]:
         value = self._get(name)
         if value is None:
             return []
         if not isinstance(value, list):
             raise self._bad(name, "give a list of disk targets such as [vda, vdb]")
         items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
-        if any(not isinstance(item, str) or not item for item in items) or len(set(items)) != len(items):
-            raise self._bad(name, "give each disk target (such as vda) once")
+        if not items:
+            raise self._bad(name, "name at least one disk target such as vda, or leave disks out for all")
+        if len(items) > _MOST_DISKS:
+            raise self._bad(name, f"name at most {_MOST_DISKS} disks")
+        if any(not isinstance(item, str) or _TARGET.fullmatch(item) is None for item in items):
+            raise self._bad(name, "give the target of a disk such as vda, as `virsh domblklist` shows it")
+        if len(set(items)) != len(items):
+            raise self._bad(name, "give each disk target once")
         return items
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -246,4 +264,6 @@ class _Fields:
     def refuse_unknown(self) -> None:
         unknown = sorted(set(self._values) - self._read)
         if unknown:
-            raise RefusedError(f"{self._path} has unknown fields: {', '.join(unknown)}")
+            raise RefusedError(
+                f"{self._path} has unknown fields: {', '.join(unknown)}; remove them or correct their names"
+            )
