@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _VERSION = next(
 )
 COMMANDS = ("kube-apiserver",)  # each a package k8s.io/kubernetes/cmd/… that tools.go imports
 
+_PACKAGES = 2080  # that kube-apiserver consists of, to tell how far a build is
 BIN = tools.CACHE / f"kubernetes-{_VERSION}"
 
 
@@ -36,30 +38,27 @@ def build(command: str) -> Path:
     say(f"building {command} {_VERSION} from its Go module; the first time this takes 4 to 10 minutes")
     started = time.monotonic()
     environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
+    lines: list[str] = []
     with subprocess.Popen(go, cwd=_MODULE, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        last = _show_progress(process, started)
+        assert process.stderr is not None
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+        reader.start()
+        while reader.is_alive():
+            reader.join(timeout=10)
+            _show_progress(lines, time.monotonic() - started)
     if process.returncode:
-        raise SandboxError(f"{command} cannot be built:\n{last}")
+        raise SandboxError(f"{command} cannot be built:\n{''.join(lines[-20:])}")
     new.rename(BIN / command)
     say(f"built {command} in {time.monotonic() - started:.0f} s")
     return BIN / command
 
 
-def _show_progress(process: subprocess.Popen[str], started: float) -> str:
-    """One line every few seconds, as go names a package for each that it has compiled; the last lines are returned."""
-    assert process.stderr is not None
-    lines: list[str] = []
-    shown = 0.0
-    downloads = packages = 0
-    for line in process.stderr:
-        lines = [*lines[-20:], line.rstrip()]
-        downloads += line.startswith("go: downloading")
-        packages += not line.startswith("go:")
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            now = f"{downloads} modules fetched, {packages} packages compiled"
-            say(f"  {shown - started:4.0f} s  {now}: {lines[-1]}")
-    return "\n".join(lines)
+def _show_progress(lines: list[str], seconds: float) -> None:
+    """One line; go names each module that it fetches and each package that it compiles."""
+    seen = list(lines)
+    modules = sum(line.startswith("go: downloading") for line in seen)
+    packages = sum(not line.startswith("go:") for line in seen)
+    say(f"  {seconds:4.0f} s  {modules} modules fetched, {packages} of about {_PACKAGES} packages compiled")
 
 
 def _go() -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from sandbox.kube import KubeApi
 
+pytest_plugins = ["tests.fixtures_storage"]
+
 CRDS = Path(__file__).parent.parent / "crds"
 
 
