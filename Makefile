@@ -16,7 +16,7 @@ demo: install ## a live guest, an API server, and a backup of the one declared i
 	@$(BIN)/python -m sandbox.demo up
 
 demo-down: ## end and remove what `make demo` started, and only that
-	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "no demo is up"; fi
+	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "without .venv there is no demo"; fi
 
 test: install lint ## everything: linters, types, layers, and every test on real parts
 	@$(BIN)/pytest --cov --cov-report=term:skip-covered
@@ -47,6 +47,6 @@ lock: install ## renew requirements/*.lock from pyproject.toml
 		$(BIN)/uv --quiet export --frozen --no-emit-project --no-header --no-annotate $$flags >requirements/$$group.lock; \
 	done
 
-clean: ## remove what was built here (.venv and caches; the cache of programs stays)
+clean: demo-down ## remove what was built here (.venv and caches; the cache of programs stays)
 	@rm -rf .venv .coverage .pytest_cache .ruff_cache .import_linter_cache dist uv.lock
 	@find . -name __pycache__ -prune -exec rm -rf {} +

@@ -47,6 +47,8 @@ class World:
     def start_guest(self) -> Guest:
         """A persistent domain with two disks, which writes all the time; it takes some seconds to boot."""
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.state.stat().st_uid != os.getuid():
+            raise SandboxError(f"{self.state} is another user's: set XDG_STATE_HOME to a directory of yours")
         self._images.mkdir(exist_ok=True)
         self.libvirtd.start()
         disks = [self._disk("vda", "raw", size_mib=512, bulk_mib=256), self._disk("vdb", "qcow2", size_mib=128)]
