@@ -33,7 +33,7 @@ class Journal:
         new = path.with_suffix(".new")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(new, "wb", opener=_private) as file:  # noqa: PTH123 — Path.open has no opener
+            with open(new, "wb", opener=_private) as file:
                 file.write(_line(record))
                 file.flush()
                 os.fsync(file.fileno())

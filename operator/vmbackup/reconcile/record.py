@@ -88,7 +88,8 @@ class DiskRecord:
     commit_seconds: float | None = None
     pivot_intended: bool = False
     settled: Settled | None = None
-    failures: int = 0
+    attempts: int = 0
+    failures: int = 0  # those since the last request to try again
     retry_at: float = 0.0  # CLOCK_BOOTTIME, seconds
     last_error: str = ""
     file: str = ""  # in the store

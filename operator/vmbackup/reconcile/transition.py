@@ -80,6 +80,34 @@ def answered(record: Record, action: Action) -> Record:
             return record
 
 
+def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Record:
+    """The record after the call failed for certain, or SYNC_CONFIG did not find what P should name.
+
+    `retry_at` (CLOCK_BOOTTIME, seconds) is when a commit or pivot may be tried again. What is not counted here is
+    simply decided again.
+    """
+    match action.do:
+        case Do.SNAPSHOT:
+            return recorded(record, Action(Do.FAIL_BACKUP, reason=error))
+        case Do.COMMIT | Do.PIVOT | Do.RECORD_FAILURE:
+            return record.with_disk(
+                action.target,
+                commit_running=False,
+                pivot_intended=False,
+                failures=record.disk(action.target).failures + 1,
+                retry_at=retry_at,
+                last_error=error,
+            )
+        case Do.FREEZE:  # it may have been carried out all the same: thaw, and go without
+            return replace(record, freeze=Freeze.THAW_DUE, quiesced=False)
+        case Do.SYNC_CONFIG:
+            for target, _ in action.images:
+                record = record.with_disk(target, settled=None)
+            return record
+        case _:
+            return record
+
+
 def resumed_after_crash(record: Record) -> Record:
     """The record as a new run takes it up: what an earlier one had frozen is thawed at once."""
     if record.freeze is not Freeze.FROZEN:

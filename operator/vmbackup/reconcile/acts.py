@@ -1,0 +1,385 @@
+"""What each action of the decision table does, one method each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from vmbackup.api.spec import BackupSpec, Quiesce
+from vmbackup.api.status import Reason, RetryReason
+from vmbackup.errors import PermanentError, RefusedError, UnknownOutcomeError, VMBackupError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.guest import Guest
+from vmbackup.imaging.image import same_content
+from vmbackup.reconcile.calls import send
+from vmbackup.reconcile.clock import boottime
+from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.narration import Narration
+from vmbackup.reconcile.observe import Observer, View
+from vmbackup.reconcile.plan import Planner, key_of
+from vmbackup.reconcile.record import Copy, Freeze, Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do
+from vmbackup.reconcile.transition import answered, planned_anew, recorded
+from vmbackup.reconcile.wish import Wish
+from vmbackup.stores.base import Store
+
+_CONFIG_ATTEMPTS = 5  # failures to settle P after which the guest does not wait for it any longer
+_SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
+_THAW_ATTEMPTS = 20
+_THAW_PAUSE = 3.0  # seconds
+_AGAIN = 0.2  # seconds before a step inside a switch of images is tried again
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """How long to wait after a failed commit: capped exponential, in seconds."""
+
+    first: float = 5.0
+    longest: float = 300.0
+
+    def after(self, failures: int) -> float:
+        """The pause after so many failures, 1 or more."""
+        return min(self.longest, self.first * 2 ** (failures - 1))
+
+
+class Acts:
+    """Carries out actions for one backup, and keeps its record."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        guest: Guest,
+        observer: Observer,
+        planner: Planner,
+        open_store: Callable[[], Store],
+        earlier: Callable[[], Iterable[Record]],
+        adopted_home: Callable[[], None],
+        copying: Copying,
+        narration: Narration,
+        backoff: Backoff,
+    ) -> None:
+        self._journal = journal
+        self._guest = guest
+        self._observer = observer
+        self._planner = planner
+        self._open_store = open_store
+        self._earlier = earlier
+        self._adopted_home = adopted_home
+        self._copying = copying
+        self._narration = narration
+        self._backoff = backoff
+        self._failed: dict[Do, int] = {}
+
+    @property
+    def record(self) -> Record:
+        """The record as it is in the journal."""
+        return self._journal.record
+
+    def write(self, record: Record, *, durable: bool = True) -> None:
+        """Put the record into the journal."""
+        self._journal.write(record, durable=durable)
+
+    # -- begin and end
+
+    def plan(self, wish: Wish) -> float:
+        """Choose the disks, or those that an earlier backup left on their overlay. Raises RefusedError."""
+        blank = replace(planned_anew(self.record), disks=(), skipped=())
+        if self.record.snapshot is Snapshot.ADOPTED:
+            self._adopted_home()
+        self.write(self._planner.plan(blank, wish.spec, self._guest, self._open_store(), self._earlier()))
+        return 0.0
+
+    def refuse(self, error: RefusedError) -> None:
+        """Nothing was begun, and nothing will be."""
+        self._fail_backup(str(error), error.reason)
+
+    def release(self, wish: Wish) -> None:
+        """The VMBackup may go: so do the stored data if asked for, and the journal if nothing is left to do."""
+        if wish.delete_data and self.record.copy is Copy.STORED:
+            self._open_store().delete(self.record.location, self.record.uid)
+        self._narration.forget(self.record)
+        if not self.record.orphan:
+            self._journal.remove()
+
+    def let_go(self) -> None:
+        """This run is over: nothing of it goes on."""
+        self._copying.cancel()
+
+    def cancel_copy(self) -> None:
+        """Something else comes first: no reader may be left on the base when a commit begins."""
+        self._copying.cancel_copy()
+
+    def tend(self, view: View, wish: Wish) -> None:
+        """While waiting: let a changed bandwidth take effect, and say it once when a commit passes its deadline."""
+        for target, job in view.jobs.items():
+            wanted = wish.spec.commit.bandwidth or 0
+            if job.kind == "active-commit" and job.bandwidth != wanted:
+                limit = partial(self._guest.set_job_bandwidth, target, wanted or None)
+                send(self._journal, Action(Do.WAIT, target), limit)
+        self._narration.commit_progress(self.record, view.jobs, wish.spec.commit)
+
+    # -- every other action
+
+    def perform(self, action: Action, view: View, wish: Wish) -> float:
+        """Carry out one action; returns the seconds to wait before the next look."""
+        match action.do:
+            case Do.COPY:
+                return self._copy(wish)
+            case Do.SHIP:
+                return self._ship(wish)
+            case Do.REMOVE_OVERLAY:
+                return self._remove_overlay(action)
+            case Do.COMPARE:
+                return self._compare(action)
+            case Do.FINISH:
+                return self._finish(action)
+            case Do.RECORD_FAILURE:
+                return self._commit_failed(action.target, action.reason, RetryReason.JOB_FAILED)
+            case Do.SYNC_CONFIG:
+                return self._sync_config(action)
+            case Do.FAIL_BACKUP | Do.REFUSE:
+                reasons = {Do.REFUSE: "DomainNotRunning"} if self._guest_is_off(view) else {}
+                deleted = Reason.DELETED if wish.deleted else ""
+                return self._fail_backup(action.reason, deleted or reasons.get(action.do, ""))
+            case _ if action.do in self._calls():
+                return self._call(action, wish)
+            case _:
+                self.write(recorded(self.record, action))
+                self._narration.recorded(self.record, action)
+                return 0.0
+
+    @staticmethod
+    def _guest_is_off(view: View) -> bool:
+        return view.seen.power.value == "off"
+
+    def _fail_backup(self, why: str, reason: str = "") -> float:
+        failed = recorded(self.record, Action(Do.FAIL_BACKUP, reason=why))
+        self.write(replace(failed, copy_reason=reason))
+        self._narration.backup_failed(self.record)
+        return 0.0
+
+    def _finish(self, action: Action) -> float:
+        if self.record.copy is Copy.FAILED and self.record.snapshot is Snapshot.DONE:
+            self._discard()
+        self.write(replace(recorded(self.record, action), completed=time.time()))
+        return 0.0
+
+    def _discard(self) -> None:
+        try:
+            self._open_store().discard(key_of(self.record))
+        except VMBackupError as error:
+            self._narration.event("DiscardFailed", str(error), warning=True)
+
+    # -- copying
+
+    def _copy(self, wish: Wish) -> float:
+        since = self.record.snapshot_time or time.time()
+        late = since + wish.spec.copy.deadline_seconds - time.time()
+        if late <= 0:
+            self._copying.cancel()
+            return self._fail_backup(
+                f"the copy was not complete {wish.spec.copy.deadline_seconds} s after the snapshot "
+                "(spec.copy.deadlineSeconds): raise it, or the bandwidth",
+                "CopyDeadlineExceeded",
+            )
+        try:
+            record = self._copying.copy(self.record, self._open_store)
+        except VMBackupError as error:
+            return self._fail_backup(f"the copy failed: {error}", Reason.COPY_FAILED)
+        if record is None:
+            return min(1.0, late)
+        self.write(record)
+        return 0.0
+
+    def _ship(self, wish: Wish) -> float:
+        try:
+            record = self._copying.ship(self.record, self._open_store)
+        except VMBackupError as error:
+            return self._fail_backup(f"the copy could not be completed in the store: {error}", Reason.SHIPPING_FAILED)
+        if record is None:
+            return 1.0
+        self.write(record)
+        return 0.0
+
+    # -- the way home
+
+    def _remove_overlay(self, action: Action) -> float:
+        disk = self.record.disk(action.target)
+        overlay = Path(disk.overlay)
+        merged = self._narration.merged(action.target, overlay)
+        overlay.unlink(missing_ok=True)
+        seconds = None if disk.commit_started is None else time.time() - disk.commit_started
+        self.write(
+            self.record.with_disk(
+                action.target, commit_running=False, commit_started=None, commit_seconds=seconds, merged_bytes=merged
+            )
+        )
+        self._narration.disk_home(self.record, action.target)
+        return 0.0
+
+    def _compare(self, action: Action) -> float:
+        disk = self.record.disk(action.target)
+        same = same_content(Path(disk.overlay), "qcow2", Path(disk.base), disk.format)
+        verdict = Action(Do.CLEAR_PIVOT if same else Do.QUARANTINE, action.target, reason=action.reason)
+        self.write(recorded(self.record, verdict))
+        return 0.0
+
+    def _commit_failed(self, target: str, why: str, reason: RetryReason) -> float:
+        failures = self.record.disk(target).failures + 1
+        record = recorded(self.record, Action(Do.RECORD_FAILURE, target))
+        pause = self._backoff.after(failures)
+        self.write(
+            record.with_disk(
+                target, pivot_intended=False, failures=failures, retry_at=boottime() + pause, last_error=why
+            )
+        )
+        self._narration.commit_failed(target, why, reason, pause)
+        return 0.0
+
+    # -- libvirt calls
+
+    def _calls(self) -> dict[Do, Callable[[Action, BackupSpec], object]]:
+        return {
+            Do.FREEZE: lambda action, spec: self._guest.freeze(spec.snapshot.freeze_timeout_seconds),
+            Do.THAW: lambda action, spec: self._guest.thaw(spec.snapshot.freeze_timeout_seconds),
+            Do.SUSPEND: lambda action, spec: self._guest.suspend(),
+            Do.RESUME: lambda action, spec: self._guest.resume(),
+            Do.SNAPSHOT: lambda action, spec: self._snapshot(),
+            Do.REDEFINE: lambda action, spec: self._redefine(action),
+            Do.COMMIT: lambda action, spec: self._commit(action.target, spec),
+            Do.PIVOT: lambda action, spec: self._guest.pivot(action.target),
+        }
+
+    def _call(self, action: Action, wish: Wish) -> float:
+        facts: dict[str, object] = {"snapshot_time": time.time()} if action.do is Do.SNAPSHOT else {}
+        if action.do is Do.COMMIT:
+            disk = self.record.disk(action.target)
+            self.write(
+                self.record.with_disk(action.target, commit_started=time.time(), attempts=disk.attempts + 1),
+                durable=False,
+            )
+        self._narration.calling(self.record, action)
+        call = self._calls()[action.do]
+        try:
+            send(self._journal, action, lambda: call(action, wish.spec), **facts)
+        except UnknownOutcomeError:
+            if action.do in (Do.COMMIT, Do.PIVOT):
+                self._narration.retried(RetryReason.UNKNOWN)
+            if action.do in (Do.FREEZE, Do.THAW):
+                return self._failed_call(action, wish, "the guest agent's answer was lost")
+            raise
+        except VMBackupError as error:
+            return self._failed_call(action, wish, str(error), error.reason)
+        self._failed.pop(action.do, None)
+        self._narration.answered(self.record, action)
+        return 0.0
+
+    def _snapshot(self) -> None:
+        overlays = {disk.target: disk.overlay for disk in self.record.disks}
+        live = self._guest.live_xml() or "<domain/>"
+        others = [disk.target for disk in chain.disks(live) if disk.target not in overlays]
+        self._guest.snapshot(overlays, others)
+
+    def _commit(self, target: str, spec: BackupSpec) -> None:
+        disk = self.record.disk(target)
+        self._guest.commit(target, disk.base, bandwidth=spec.commit.bandwidth)
+
+    def _redefine(self, action: Action) -> None:
+        xml = self._guest.persistent_xml()
+        if xml is None:  # undefined meanwhile: there is nothing to settle any more
+            return
+        wanted: dict[str, str] = {}
+        for target, image in action.images:
+            disk = self.record.disk(target)
+            on_base = disk.persistent_disk_xml
+            wanted[target] = on_base if image is Image.BASE else chain.on_overlay(on_base, disk.overlay)
+        self._guest.define(chain.with_images(xml, wanted))
+
+    def _sync_config(self, action: Action) -> float:
+        paths = {target: self._path(target, image) for target, image in action.images}
+        try:
+            durable = self._guest.sync_config(paths)
+        except PermanentError as error:
+            if error.reason != "ConfigDirectoryMissing":
+                raise
+            self._narration.config_unproven(str(error))
+            durable = True
+        if not durable:
+            return self._config_failed(f"libvirt's configuration on disk does not name {', '.join(paths.values())}")
+        self._config_settled()
+        self.write(answered(self.record, action), durable=False)
+        return 0.0
+
+    def _path(self, target: str, image: Image) -> str:
+        disk = self.record.disk(target)
+        return disk.base if image is Image.BASE else disk.overlay
+
+    # -- calls that failed
+
+    def _failed_call(self, action: Action, wish: Wish, why: str, reason: str = "") -> float:
+        count = self._failed[action.do] = self._failed.get(action.do, 0) + 1
+        match action.do:
+            case Do.FREEZE:
+                return self._freeze_failed(wish, why, reason)
+            case Do.THAW:
+                return self._thaw_failed(count, why)
+            case Do.SNAPSHOT:
+                return self._fail_backup(f"the snapshot failed: {why}", "SnapshotFailed")
+            case Do.COMMIT:
+                busy = reason in ("Busy", "BlockJobActive")
+                return self._commit_failed(action.target, why, RetryReason.BUSY if busy else RetryReason.JOB_FAILED)
+            case Do.PIVOT:
+                return self._commit_failed(action.target, why, RetryReason.PIVOT_FAILED)
+            case Do.REDEFINE:
+                return self._config_failed(why)
+            case Do.SUSPEND if count >= _SWITCH_ATTEMPTS:
+                self._failed.pop(Do.SUSPEND)
+                return self._suspend_failed(why)
+            case _:
+                return _AGAIN if count < 10 else 5.0
+
+    def _suspend_failed(self, why: str) -> float:
+        pivoting = [disk.target for disk in self.record.disks if disk.pivot_intended]
+        for target in pivoting:
+            self._commit_failed(target, f"the guest could not be suspended: {why}", RetryReason.PIVOT_FAILED)
+        if not pivoting:
+            self._fail_backup(f"the guest could not be suspended: {why}", "SuspendFailed")
+        return 0.0
+
+    def _freeze_failed(self, wish: Wish, why: str, reason: str) -> float:
+        """Not frozen, as far as is known; but a guest agent that was asked in vain may still freeze later: thaw."""
+        refused = reason in ("AgentNotConfigured", "Unsupported")
+        self.write(replace(self.record, call=None, freeze=Freeze.TRIED if refused else Freeze.THAW_DUE, quiesced=False))
+        if wish.spec.snapshot.quiesce is Quiesce.REQUIRE:
+            return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
+        self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=True)
+        return 0.0
+
+    def _thaw_failed(self, count: int, why: str) -> float:
+        self._observer.thaw_after = boottime() + _THAW_PAUSE
+        if count >= _THAW_ATTEMPTS:
+            self.write(replace(self.record, call=None, freeze=Freeze.TRIED))
+            self._narration.event(
+                "ThawFailed", f"gave up thawing, thaw it by hand (virsh domfsthaw): {why}", warning=True
+            )
+        return 0.0
+
+    def _config_failed(self, why: str) -> float:
+        """P cannot be settled. Before the snapshot that ends the backup; later the guest does not wait for ever."""
+        count = self._failed[Do.REDEFINE] = self._failed.get(Do.REDEFINE, 0) + 1
+        if count >= _CONFIG_ATTEMPTS:
+            if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
+                return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
+            if not self._observer.config_failing:
+                self._narration.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
+            self._observer.config_failing = True
+        return _AGAIN if count < _CONFIG_ATTEMPTS else 5.0
+
+    def _config_settled(self) -> None:
+        self._failed.pop(Do.REDEFINE, None)
+        self._observer.config_failing = False

@@ -1,0 +1,194 @@
+"""One VMBackup on this node: its journal, its domain and that domain's lock, and the driver on top of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.errors import RefusedError, TransientError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import Guest
+from vmbackup.reconcile import journal as journals
+from vmbackup.reconcile.acts import Acts, Backoff
+from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
+from vmbackup.reconcile.driver import Driver, Ending
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.narrate import Progress, narrate
+from vmbackup.reconcile.narration import Narration
+from vmbackup.reconcile.observe import Observer
+from vmbackup.reconcile.plan import Planner
+from vmbackup.reconcile.record import Copy, Record, Snapshot
+from vmbackup.reconcile.transition import resumed_after_crash
+from vmbackup.reconcile.wish import Reporter, Wish
+from vmbackup.report.metrics import Metrics
+from vmbackup.stores.base import BackupKey, Store
+
+_WAIT = 1.0  # seconds between attempts to get the domain, or its lock
+
+
+@dataclass(frozen=True)
+class Node:
+    """What all backups of a node share. `reporter_of` finds who is told of another backup than the one that runs."""
+
+    hypervisor: Hypervisor
+    state_dir: Path
+    metrics: Metrics
+    overlay_dir: Path | None = None
+    backoff: Backoff = field(default_factory=Backoff)
+    lock_dir: Path = DIRECTORY
+    reporter_of: Callable[[Record], Reporter | None] = field(default=lambda _record: None)
+
+    def records(self) -> list[Record]:
+        """The records of all backups that have a journal here."""
+        return list(journals.records(self.state_dir))
+
+
+class Backup:
+    """Runs one VMBackup, from its journal if there is one. `wish` is asked anew all the time."""
+
+    def __init__(
+        self,
+        node: Node,
+        key: BackupKey,
+        *,
+        wish: Callable[[], Wish],
+        open_store: Callable[[], Store],
+        reporter: Reporter,
+    ) -> None:
+        self._node = node
+        self._key = key
+        self._wish = wish
+        self._open_store = open_store
+        self._reporter = reporter
+        self._woken = threading.Event()
+
+    def wake(self) -> None:
+        """Look at once: the wish has changed. From any thread."""
+        self._woken.set()
+
+    def run(self) -> Ending:
+        """Run it to its end. Raises PermanentError where the journal or the domain's lock cannot be written."""
+        journal = self._journal()
+        try:
+            if journal.record.finished and not self._wanted_again(journal.record):
+                self._tell_again(journal.record)
+                return Ending.RELEASED if self._wish().deleted else Ending.FINISHED
+            guest = self._guest(journal)
+            if guest is None:
+                return self._not_begun(journal)
+            with domain_lock(guest.uuid, self._queued, self._node.lock_dir) as held:
+                return self._driver(journal, guest).run() if held else self._not_begun(journal)
+        finally:
+            journal.close()
+
+    def _journal(self) -> Journal:
+        journal = Journal.of(self._node.state_dir, self._key.uid)
+        if journal is None:
+            key = self._key
+            record = Record(key.uid, key.namespace, key.name, started=time.time(), handled_retry=self._wish().retry)
+            return Journal.start(self._node.state_dir, record)
+        journal.write(resumed_after_crash(journal.record), durable=False)
+        return journal
+
+    def _wanted_again(self, record: Record) -> bool:
+        wish = self._wish()
+        open_end = record.gave_up or record.orphan or bool(record.quarantined)
+        asked = wish.deleted or (wish.retry != record.handled_retry)
+        return asked and (open_end or wish.deleted)
+
+    def _tell_again(self, record: Record) -> None:
+        """The end may not have reached the API server before an earlier run was killed."""
+        record = replace(record, handled_retry=self._wish().retry)
+        self._reporter.report(narrate(record, None, None, Progress({}, {})))
+
+    def _guest(self, journal: Journal) -> Guest | None:
+        """The domain, waiting for libvirtd. None: told to stop, deleted before it was begun, or no such domain."""
+        record = journal.record
+        while True:
+            try:
+                return self._node.hypervisor.guest(record.domain_uuid or self._wish().spec.domain)
+            except RefusedError as error:
+                if record.disks:  # a transient domain that stopped: its files are what there is
+                    return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
+                refused = replace(record, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason)
+                journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
+                return None
+            except TransientError as error:
+                self._reporter.report(Report(message=str(error), start_time=record.started))
+                if not self._pause():
+                    return None
+
+    def _queued(self) -> bool:
+        message = "another backup of this domain is running"
+        self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
+        return self._pause()
+
+    def _pause(self) -> bool:
+        self._woken.wait(_WAIT)
+        self._woken.clear()
+        wish = self._wish()
+        return not (wish.stop or wish.deleted)
+
+    def _not_begun(self, journal: Journal) -> Ending:
+        record, wish = journal.record, self._wish()
+        if record.finished:
+            report = narrate(record, None, None, Progress({}, {}))
+            self._reporter.report(report)
+            self._reporter.event(report.reason, report.message, warning=True)
+            self._node.metrics.finished(Outcome.REFUSED)
+            return Ending.FINISHED
+        if wish.deleted and record.snapshot is Snapshot.NONE:
+            self._node.metrics.finished(Outcome.DELETED)
+            journal.remove()
+            return Ending.RELEASED
+        return Ending.INTERRUPTED
+
+    def _driver(self, journal: Journal, guest: Guest) -> Driver:
+        node, record = self._node, journal.record
+        journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=False)
+        copying = Copying(self._wish, self.wake, node.metrics)
+        narration = Narration(self._reporter, node.metrics, copying, ended=record.finished)
+        observer = Observer(node.hypervisor, guest)
+        acts = Acts(
+            journal=journal,
+            guest=guest,
+            observer=observer,
+            planner=Planner(node.hypervisor, node.overlay_dir),
+            open_store=self._open_store,
+            earlier=lambda: self._earlier(guest.uuid),
+            adopted_home=lambda: self._adopted_home(guest.uuid),
+            copying=copying,
+            narration=narration,
+            backoff=node.backoff,
+        )
+        return Driver(
+            hypervisor=node.hypervisor,
+            observer=observer,
+            acts=acts,
+            narration=narration,
+            wish=self._wish,
+            woken=self._woken,
+        )
+
+    def _earlier(self, domain_uuid: str) -> list[Record]:
+        records = self._node.records()
+        return [record for record in records if record.domain_uuid == domain_uuid and record.uid != self._key.uid]
+
+    def _adopted_home(self, domain_uuid: str) -> None:
+        """PROTOCOL R7: the backups whose overlay came home are told: chain clean, and ready if the copy is stored."""
+        for record in self._earlier(domain_uuid):
+            if not (record.gave_up or record.orphan or record.quarantined):
+                continue
+            home = replace(record, gave_up=False, quarantined="", finished=True, orphan=False)
+            journal = Journal.start(self._node.state_dir, home)
+            journal.close()
+            if record.orphan:
+                journal.remove()
+            elif reporter := self._node.reporter_of(home):
+                reporter.report(narrate(home, None, None, Progress({}, {})))
+                reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")

@@ -1,0 +1,36 @@
+"""Mutating libvirt calls, each journalled before it is sent and when it is answered (PROTOCOL R4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vmbackup.errors import UnknownOutcomeError
+from vmbackup.reconcile.clock import boot_id, boottime
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.record import Call, Record
+from vmbackup.reconcile.terms import Action
+from vmbackup.reconcile.transition import answered, begun
+
+
+def send(journal: Journal, action: Action, call: Callable[[], object], **facts: object) -> None:
+    """Send the call of an action. `facts` are fields of the record that belong to its beginning.
+
+    The marks need not survive a power cut, which ends the call, the guest and libvirtd alike; only this process's
+    death. Raises UnknownOutcomeError with the call left marked as unanswered; any other error says it did not happen.
+    """
+    mark = Call(action.do, boot_id(), boottime())
+    journal.write(begun(replace(journal.record, call=mark, **facts), action), durable=False)
+    try:
+        call()
+    except UnknownOutcomeError:
+        raise
+    except Exception:
+        journal.write(replace(journal.record, call=None), durable=False)
+        raise
+    journal.write(answered(replace(journal.record, call=None), action), durable=False)
+
+
+def forget_call(record: Record) -> Record:
+    """The record once the barrier has passed: whatever the call did, it has done."""
+    return replace(record, call=None)

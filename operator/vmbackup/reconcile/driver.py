@@ -1,0 +1,179 @@
+"""One backup of one domain, from wherever it stands to its end: observe, decide, act, report, until done."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+
+from vmbackup.api.spec import Quiesce, SwitchPolicy
+from vmbackup.errors import PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.reconcile.acts import Acts
+from vmbackup.reconcile.calls import forget_call
+from vmbackup.reconcile.machine import decide
+from vmbackup.reconcile.narration import Narration
+from vmbackup.reconcile.observe import Observer, View
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do, Intent
+from vmbackup.reconcile.wish import Wish
+
+_log = logging.getLogger(__name__)
+
+_POLL = 1.0  # seconds; events wake it earlier
+_POLL_PARKED = 5.0
+_RECONNECT_PAUSE = 1.0  # libvirtd takes up its running guests again after it has begun to answer
+_HICCUPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between looks while looking fails
+
+
+class Ending(StrEnum):
+    """Why a run is over."""
+
+    FINISHED = "finished"
+    RELEASED = "released"  # deleted, and the finalizer may go
+    INTERRUPTED = "interrupted"  # told to stop; another run carries on
+
+
+class Driver:
+    """Drives one backup. `wish` is asked anew before each step; `wake` (any thread) lets it look at once."""
+
+    def __init__(
+        self,
+        *,
+        hypervisor: Hypervisor,
+        observer: Observer,
+        acts: Acts,
+        narration: Narration,
+        wish: Callable[[], Wish],
+        woken: threading.Event,
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._observer = observer
+        self._acts = acts
+        self._narration = narration
+        self._wish = wish
+        self._woken = woken
+        self._generation = hypervisor.generation
+        # A record that was begun comes from an earlier run: who knows what happened since.
+        self._doubt = self._record.snapshot is not Snapshot.NONE
+        self._hiccups = 0
+
+    @property
+    def _record(self) -> Record:
+        return self._acts.record
+
+    def wake(self) -> None:
+        """Look at once: the wish or the domain has changed."""
+        self._woken.set()
+
+    def run(self) -> Ending:
+        """Drive it to its end. Raises PermanentError only where the journal cannot be written."""
+        unsubscribe = self._hypervisor.subscribe(self._record.domain_uuid, self.wake)
+        try:
+            while True:
+                self._woken.clear()
+                wish = self._wish()
+                if wish.stop and self._may_stop():
+                    return Ending.INTERRUPTED
+                ending = self._step(wish)
+                if isinstance(ending, Ending):
+                    return ending
+                if ending > 0:
+                    self._woken.wait(ending)
+        finally:
+            unsubscribe()
+            self._acts.let_go()
+
+    def _may_stop(self) -> bool:
+        """Never with the guest suspended or frozen by us."""
+        return self._record.guard is not Guard.OURS and self._record.freeze is not Freeze.FROZEN
+
+    def _step(self, wish: Wish) -> Ending | float:
+        """One round. Returns the seconds to wait before the next, or the ending."""
+        try:
+            if wish.retry != self._record.handled_retry:
+                self._acts.write(taken_up_again(self._record, wish.retry))
+            if not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted:
+                return self._acts.plan(wish)
+            view = self._observe()
+            action = self._decide(wish, view)
+            self._narration.tell(self._record, view.seen, action)
+            return self._perform(action, view, wish)
+        except RefusedError as error:
+            self._acts.refuse(error)
+            return 0.0
+        except UnknownOutcomeError as error:
+            self._doubt = True
+            self._narration.event("UnknownOutcome", str(error), warning=True)
+            return _POLL
+        except TransientError as error:
+            return self._hiccup(error)
+        except PermanentError as error:
+            if error.reason == "JournalUnwritable":
+                raise
+            return self._hiccup(error)
+
+    def _hiccup(self, error: VMBackupError) -> float:
+        pause = _HICCUPS[min(self._hiccups, len(_HICCUPS) - 1)]
+        self._hiccups += 1
+        _log.log(logging.WARNING if self._hiccups == 3 else logging.INFO, "%s: %s", self._record.name, error)
+        return pause
+
+    def _observe(self) -> View:
+        if self._hypervisor.generation != self._generation:
+            self._generation = self._hypervisor.generation
+            self._doubt = True
+            threading.Event().wait(_RECONNECT_PAUSE)
+        view = self._observer.observe(self._record, doubt=self._doubt)
+        self._hiccups = 0
+        if self._record.call is not None and not view.seen.call_in_flight:
+            self._doubt = True
+            self._acts.write(forget_call(self._record))
+            view = self._observer.observe(self._record, doubt=True)
+        if view.seen.disks and all(disk.written is not None and disk.written is disk.live for disk in view.seen.disks):
+            self._doubt = False
+        return view
+
+    def _decide(self, wish: Wish, view: View) -> Action:
+        intent = Intent(
+            deleted=wish.deleted,
+            guarded=wish.spec.switch_policy is SwitchPolicy.GUARDED,
+            quiesce=wish.spec.snapshot.quiesce is not Quiesce.SKIP,
+            backoff_limit=wish.spec.commit.backoff_limit,
+        )
+        return decide(intent, self._record, view.seen)
+
+    def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
+        if action.do not in (Do.COPY, Do.WAIT):
+            self._acts.cancel_copy()
+        match action.do:
+            case Do.WAIT:
+                self._acts.tend(view, wish)
+                return self._pause(action, view)
+            case Do.RELEASE:
+                self._acts.release(wish)
+                return Ending.RELEASED
+            case Do.DONE:
+                return Ending.FINISHED
+            case Do.PLAN:
+                return self._acts.plan(wish)
+            case _:
+                return self._acts.perform(action, view, wish)
+
+    def _pause(self, action: Action, view: View) -> float:
+        longest = _POLL_PARKED if action.parked else _POLL
+        if action.until is None:
+            return longest
+        return min(longest, max(0.05, action.until - view.seen.now))
+
+
+def taken_up_again(record: Record, retry: str) -> Record:
+    """The record after a request to try again: all attempts to bring the chain home are open once more.
+
+    A copy that failed stays so: that needs a new VMBackup.
+    """
+    anew = record.with_every_disk(failures=0, retry_at=0.0)
+    finished = record.finished and not record.gave_up
+    return replace(anew, handled_retry=retry, gave_up=False, finished=finished)

@@ -1,0 +1,182 @@
+"""What people see of a backup: its record and what was decided last, told as a Report (CONVENTIONS.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
+from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do, Observation, Power
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What only the running driver knows: bytes copied and merged so far, by target."""
+
+    copied: Mapping[str, int]
+    merged: Mapping[str, int]
+    last_progress: float | None = None
+
+
+def narrate(record: Record, seen: Observation | None, action: Action | None, progress: Progress) -> Report:
+    """The report of this moment."""
+    home = chain_home(record, seen)
+    phase = phase_of(record, home=home)
+    outcome = outcome_of(record, home=home)
+    reason, message = _headline(record, seen, action, phase, outcome)
+    complete = {Copy.STORED: True, Copy.FAILED: False}.get(record.copy)
+    chain_reason, chain_message = _chain(record, home=home)
+    return Report(
+        phase=phase,
+        reason=reason,
+        message=message,
+        outcome=outcome,
+        backup_complete=complete,
+        backup_reason="" if complete is not False else copy_failure(record),
+        backup_message=record.copy_error,
+        chain_clean=home,
+        chain_reason=chain_reason,
+        chain_message=chain_message,
+        domain_uuid=record.domain_uuid,
+        snapshot_time=record.snapshot_time,
+        quiesced=record.quiesced,
+        start_time=record.started,
+        completion_time=record.completed if outcome else None,
+        last_progress_time=progress.last_progress,
+        location=record.location,
+        last_handled_retry=record.handled_retry,
+        disks=tuple(
+            [_disk(record, disk, seen, progress) for disk in record.disks]
+            + [DiskReport(target, DiskState.SKIPPED, message=why) for target, why in record.skipped]
+        ),
+    )
+
+
+def chain_home(record: Record, seen: Observation | None) -> bool:
+    """Every disk is on its base, and no overlay is left. Before anything was begun it is so."""
+    if seen is None:
+        return record.snapshot is Snapshot.NONE or (record.finished and not record.gave_up)
+    off = seen.power is Power.OFF
+    where = [disk.persistent if off else disk.live for disk in seen.disks]
+    return all(image in (Image.BASE, None) for image in where) and all(disk.overlay is None for disk in seen.disks)
+
+
+def phase_of(record: Record, *, home: bool) -> Phase:
+    """The phase, for human eyes."""
+    if record.quarantined or record.gave_up or (record.finished and record.copy is not Copy.STORED):
+        return Phase.FAILED
+    if record.snapshot in (Snapshot.NONE, Snapshot.ADOPTED):
+        return Phase.FAILED if record.copy is Copy.FAILED else Phase.PENDING
+    if record.snapshot is Snapshot.INTENDED:
+        return Phase.SNAPSHOTTING
+    if record.copy is Copy.OPEN:
+        return Phase.COPYING
+    return Phase.COMMITTING if not home or record.copy is Copy.FAILED else Phase.PIVOTED
+
+
+def outcome_of(record: Record, *, home: bool) -> Outcome | None:
+    """How it ended; None while it runs. A quarantine is an end as far as people are concerned, until it is lifted."""
+    if record.quarantined:
+        return Outcome.FAILED
+    if not record.finished:
+        return None
+    if record.copy_reason == Reason.DELETED:
+        return Outcome.DELETED
+    if record.copy is Copy.STORED and home and not record.gave_up:
+        return Outcome.SUCCEEDED
+    begun = record.snapshot is Snapshot.DONE or record.gave_up
+    return Outcome.FAILED if begun or not record.copy_reason else Outcome.REFUSED
+
+
+def copy_failure(record: Record) -> str:
+    """Why there is no good copy, as a reason."""
+    return record.copy_reason or Reason.COPY_FAILED
+
+
+def _headline(
+    record: Record, seen: Observation | None, action: Action | None, phase: Phase, outcome: Outcome | None
+) -> tuple[str, str]:
+    if record.quarantined:
+        return Reason.QUARANTINED, record.quarantined
+    if outcome is Outcome.SUCCEEDED:
+        return Reason.SUCCEEDED, f"stored at {record.location}, and every disk is home"
+    if outcome is not None and record.gave_up:
+        return Reason.COMMIT_LIMIT_REACHED, _last_error(record) or "the commit failed too often"
+    if outcome is not None:
+        return copy_failure(record), record.copy_error
+    if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
+        return Reason.WAITING_FOR_CALLS, action.reason
+    if seen is not None and seen.power is Power.OFF and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
+        return Reason.DOMAIN_OFF, "the guest is off on its overlay: the commit goes on when it starts"
+    return _running(record, phase)
+
+
+def _running(record: Record, phase: Phase) -> tuple[str, str]:
+    match phase:
+        case Phase.PENDING if record.snapshot is Snapshot.ADOPTED:
+            overlays = ", ".join(disk.overlay for disk in record.disks)
+            return Reason.ADOPTING_OVERLAY, f"an earlier backup left its overlay, which goes home first: {overlays}"
+        case Phase.PENDING:
+            return Reason.PENDING, "checking whether the domain can be backed up"
+        case Phase.SNAPSHOTTING:
+            return Reason.SNAPSHOTTING, "the guest is being switched to its overlay"
+        case Phase.COPYING:
+            return Reason.COPYING, "the frozen base is being copied"
+        case Phase.PIVOTED:
+            return Reason.SHIPPING, "every disk is home; the copy is being completed in the store"
+        case _ if record.copy is Copy.FAILED:
+            return Reason.BRINGING_CHAIN_HOME, record.copy_error
+        case _ if any(disk.failures for disk in record.disks):
+            return Reason.COMMIT_RETRYING, _last_error(record)
+        case _:
+            return Reason.COMMITTING, "the overlay is being merged into its base"
+
+
+def _chain(record: Record, *, home: bool) -> tuple[str, str]:
+    if home:
+        return "", ""
+    if record.quarantined:
+        return Reason.QUARANTINED, record.quarantined
+    if record.gave_up or any(disk.failures for disk in record.disks):
+        return Reason.COMMIT_FAILED, _last_error(record)
+    return Reason.OVERLAY_ACTIVE, ""
+
+
+def _last_error(record: Record) -> str:
+    return "; ".join(f"disk {disk.target}: {disk.last_error}" for disk in record.disks if disk.last_error)
+
+
+def _disk(record: Record, disk: DiskRecord, seen: Observation | None, progress: Progress) -> DiskReport:
+    report = DiskReport(
+        target=disk.target,
+        state=_state(record, disk, seen),
+        format=disk.format,
+        base=disk.base,
+        overlay=disk.overlay,
+        copied_bytes=max(disk.copied_bytes, progress.copied.get(disk.target, 0)),
+        total_bytes=disk.total_bytes,
+        digest=disk.digest,
+        merged_bytes=max(disk.merged_bytes, progress.merged.get(disk.target, 0)),
+        commit_seconds=disk.commit_seconds,
+        attempts=disk.attempts,
+        last_error=disk.last_error,
+    )
+    return replace(report, overlay="") if report.state is DiskState.HOME else report
+
+
+def _state(record: Record, disk: DiskRecord, seen: Observation | None) -> DiskState:
+    if record.quarantined:
+        return DiskState.QUARANTINED
+    if record.snapshot in (Snapshot.NONE, Snapshot.INTENDED):
+        return DiskState.PENDING
+    found = {each.target: each for each in seen.disks}.get(disk.target) if seen else None
+    if found is not None and found.overlay is None and found.live is not Image.OVERLAY:
+        return DiskState.HOME
+    if found is not None and found.live is None:
+        return DiskState.ON_OVERLAY
+    if record.gave_up:
+        return DiskState.ON_OVERLAY
+    if record.copy is Copy.OPEN:
+        return DiskState.COPIED if disk.file else DiskState.COPYING
+    return DiskState.COMMITTING

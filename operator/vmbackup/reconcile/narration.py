@@ -1,0 +1,169 @@
+"""Tells the world how a backup goes: status, events and metrics. It remembers only what it has told already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from vmbackup.api.spec import CommitSpec, StallPolicy
+from vmbackup.api.status import Outcome, Phase, Report, RetryReason
+from vmbackup.hypervisor.guest import BlockJob
+from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.narrate import Progress, narrate
+from vmbackup.reconcile.record import Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do, Observation
+from vmbackup.reconcile.wish import Reporter
+from vmbackup.report.metrics import Metrics
+
+_EVENTS: dict[Do, tuple[str, str, bool]] = {
+    Do.ADOPT: ("AdoptingOverlay", "an earlier backup left its overlay, which goes home first", False),
+    Do.LIFT_QUARANTINE: ("QuarantineLifted", "libvirt and QEMU agree again", False),
+    Do.RECORD_ORPHAN: ("OrphanRecorded", "deleted before its overlay could go home: recorded on the node", True),
+    Do.CLEAR_ORPHAN: ("OrphanHome", "the overlay that was left is home", False),
+}
+
+
+class Narration:
+    """The voice of one backup. `ended`: its end was told by an earlier run."""
+
+    def __init__(self, reporter: Reporter, metrics: Metrics, copying: Copying, *, ended: bool = False) -> None:
+        self._reporter = reporter
+        self._metrics = metrics
+        self._copying = copying
+        self._merged: dict[str, int] = {}
+        self._phase: Phase | None = None
+        self._phase_since = time.time()
+        self._last_progress: float | None = None
+        self._ended = ended
+        self._frozen_since: float | None = None
+        self._late: set[tuple[str, int]] = set()
+        self._unproven = False
+
+    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """One event."""
+        self._reporter.event(reason, message, warning=warning)
+
+    def tell(self, record: Record, seen: Observation | None, action: Action | None) -> Report:
+        """The state of this moment; an event for each change of phase, metrics for what has ended."""
+        progress = Progress(self._copying.copied, self._merged, self._progressed())
+        report = narrate(record, seen, action, progress)
+        self._reporter.report(report)
+        if report.phase is not self._phase:
+            self._enter(report)
+        if seen is not None:
+            self._tell_overlays(record, seen)
+        if record.finished and report.outcome is not None and not self._ended:
+            self._ended = True
+            self._metrics.finished(report.outcome)
+            if report.outcome is Outcome.SUCCEEDED:
+                self._metrics.succeeded(record.domain, record.snapshot_time or time.time())
+        return report
+
+    def recorded(self, record: Record, action: Action) -> None:
+        """A decision that changed the record alone."""
+        if action.do is Do.QUARANTINE:
+            self.event("Quarantined", action.reason, warning=True)
+        elif action.do is Do.GIVE_UP:
+            self.event("CommitLimitReached", "spec.commit.backoffLimit is reached: the guest stays on its overlay; "
+                       "mend the cause, then set the annotation vmbackup.dev/retry", warning=True)  # fmt: skip
+        elif action.do in _EVENTS:
+            reason, message, warning = _EVENTS[action.do]
+            self.event(reason, message, warning=warning)
+        elif action.do is Do.CLEAR_GUARD:
+            self._metrics.resumed(record.domain)
+
+    def calling(self, record: Record, action: Action) -> None:
+        """A call is about to be sent."""
+        if action.do is Do.SUSPEND:
+            self._metrics.suspended(record.domain, time.time())
+        elif action.do is Do.FREEZE:
+            self._frozen_since = time.time()
+
+    def answered(self, record: Record, action: Action) -> None:
+        """A call was carried out."""
+        if action.do is Do.RESUME:
+            self._metrics.resumed(record.domain)
+        elif action.do is Do.THAW and self._frozen_since is not None:
+            self._metrics.frozen(time.time() - self._frozen_since)
+            self._frozen_since = None
+
+    def backup_failed(self, record: Record) -> None:
+        """There will be no good copy."""
+        self.event(record.copy_reason or "CopyFailed", record.copy_error, warning=True)
+
+    def commit_failed(self, target: str, why: str, reason: RetryReason, pause: float) -> None:
+        """An attempt to bring a disk home failed."""
+        self.event("CommitRetrying", f"disk {target}: {why}; observing again in {pause:.0f} s", warning=True)
+        self.retried(reason)
+
+    def retried(self, reason: RetryReason) -> None:
+        """A commit is, or may have to be, tried again."""
+        self._metrics.retried(reason)
+
+    def commit_progress(self, record: Record, jobs: Mapping[str, BlockJob], spec: CommitSpec) -> None:
+        """How far the commits are; once for each attempt that it is past its deadline."""
+        for target, job in jobs.items():
+            if job.kind != "active-commit":
+                continue
+            if job.current > self._merged.get(target, 0):
+                self._last_progress = time.time()
+            self._merged[target] = job.current
+            disk = record.disk(target)
+            started, attempt = disk.commit_started, (target, disk.attempts)
+            if started is None or attempt in self._late or time.time() - started < spec.deadline_seconds:
+                continue
+            self._late.add(attempt)
+            cure = "raise spec.commit.bandwidth, or let the guest write less"
+            if spec.stall_policy is not StallPolicy.HOLD:
+                cure += f" (stallPolicy {spec.stall_policy} is not carried out yet: the job is held)"
+            late = f"disk {target}: the commit has not converged in {spec.deadline_seconds} s and goes on: {cure}"
+            self.event("CommitDeadlineExceeded", late, warning=True)
+
+    def merged(self, target: str, overlay: Path) -> int:
+        """Bytes that the commit of a disk has merged: by its job, or what its overlay takes on disk."""
+        if target in self._merged:
+            return self._merged[target]
+        try:
+            return overlay.stat().st_blocks * 512
+        except OSError:
+            return 0
+
+    def disk_home(self, record: Record, target: str) -> None:
+        """A disk is on its base again, and its overlay is gone."""
+        disk = record.disk(target)
+        if disk.commit_seconds is not None:
+            self._metrics.committed(disk.commit_seconds, disk.merged_bytes)
+        self._metrics.overlay_gone(record.domain, target)
+
+    def config_unproven(self, why: str) -> None:
+        """The durability of the persistent XML cannot be shown here. Said once."""
+        if not self._unproven:
+            self._unproven = True
+            self.event("ConfigNotProven", why, warning=True)
+
+    def forget(self, record: Record) -> None:
+        """The VMBackup is gone."""
+        if not record.orphan:
+            for disk in record.disks:
+                self._metrics.overlay_gone(record.domain, disk.target)
+
+    def _progressed(self) -> float | None:
+        times = [moment for moment in (self._last_progress, self._copying.last_progress) if moment is not None]
+        return max(times, default=None)
+
+    def _enter(self, report: Report) -> None:
+        now = time.time()
+        if self._phase is not None:
+            self._metrics.phase_left(self._phase, now - self._phase_since)
+        self._phase, self._phase_since, self._last_progress = report.phase, now, now
+        self.event(report.phase, report.message, warning=report.phase is Phase.FAILED)
+
+    def _tell_overlays(self, record: Record, seen: Observation) -> None:
+        if record.snapshot is Snapshot.NONE:
+            return
+        for disk in seen.disks:
+            here = disk.persistent if disk.live is None else disk.live
+            if here is Image.OVERLAY:
+                since = record.snapshot_time or record.started or time.time()
+                self._metrics.overlay(record.domain, disk.target, Path(record.disk(disk.target).overlay), since)

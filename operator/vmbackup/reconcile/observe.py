@@ -1,0 +1,138 @@
+"""What libvirt and the file system show of one domain at this moment, all of it under the same domain id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
+from vmbackup.imaging.image import overlay_file
+from vmbackup.reconcile.clock import boot_id, boottime, may_be_in_flight
+from vmbackup.reconcile.machine import needs_truth
+from vmbackup.reconcile.record import DiskRecord, Image, Record
+from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class View:
+    """An observation, and what decide() does not look at but people do: the block jobs, by target."""
+
+    seen: Observation
+    jobs: dict[str, BlockJob]
+
+
+@dataclass
+class Observer:
+    """Observes one domain."""
+
+    hypervisor: Hypervisor
+    guest: Guest
+    thaw_after: float = 0.0
+    config_failing: bool = False
+
+    def observe(self, record: Record, *, doubt: bool) -> View:
+        """Look at everything that decide() needs. Raises TransientError while libvirtd is away, or all is in motion."""
+        for _ in range(_ATTEMPTS):
+            power, domain_id = self._power()
+            view = self._look(record, power)
+            if self._power() == (power, domain_id):
+                return self._with_truth(record, view, doubt=doubt)
+        raise TransientError(f"domain {record.domain} keeps changing its state", reason="StateChanged")
+
+    def _power(self) -> tuple[Power, int | None]:
+        try:
+            state, domain_id = self.guest.state()
+        except VMBackupError as error:
+            if error.reason != "DomainNotFound":
+                raise
+            return Power.OFF, None  # a transient domain that stopped, or one that was undefined
+        return Power(GuestState(state).value), domain_id
+
+    def _look(self, record: Record, power: Power) -> View:
+        on = power is not Power.OFF
+        live = _by_target(self.guest.live_xml() if on else None)
+        persistent_xml = self._persistent_xml()
+        persistent = _by_target(persistent_xml)
+        jobs: dict[str, BlockJob] = {}
+        disks: list[DiskSeen] = []
+        for disk in record.disks:
+            job = self.guest.block_job(disk.target) if on and disk.target in live else None
+            if job is not None:
+                jobs[disk.target] = job
+            seen = DiskSeen(
+                target=disk.target,
+                live=_image(disk, live.get(disk.target)) if on else None,
+                persistent=_image(disk, persistent.get(disk.target)) if persistent_xml else None,
+                overlay=_overlay(disk),
+            )
+            disks.append(_with_job(seen, live.get(disk.target), job))
+        observation = Observation(
+            power=power,
+            disks=tuple(disks),
+            call_in_flight=self._call_in_flight(record, on=on),
+            migrating=on and self.guest.migrating(),
+            config_failing=self.config_failing,
+            thaw_after=self.thaw_after,
+            now=boottime(),
+        )
+        return View(observation, jobs)
+
+    def _persistent_xml(self) -> str | None:
+        try:
+            return self.guest.persistent_xml()
+        except VMBackupError as error:
+            if error.reason != "DomainNotFound":
+                raise
+            return None
+
+    def _call_in_flight(self, record: Record, *, on: bool) -> bool:
+        return may_be_in_flight(
+            record.call,
+            boot=boot_id(),
+            now=boottime(),
+            answering_since=self.hypervisor.answering_since,
+            control_idle=not on or record.call is None or self.guest.control_idle(),
+        )
+
+    def _with_truth(self, record: Record, view: View, *, doubt: bool) -> View:
+        seen = view.seen
+        if seen.call_in_flight or not needs_truth(record, seen, doubt=doubt):
+            return view
+        written = self.guest.written_images()
+        disks = tuple(
+            replace(disk, written=_named(record.disk(disk.target), written.get(disk.target))) for disk in seen.disks
+        )
+        return replace(view, seen=replace(seen, disks=disks))
+
+
+def _by_target(xml: str | None) -> dict[str, chain.Disk]:
+    return {disk.target: disk for disk in chain.disks(xml)} if xml else {}
+
+
+def _named(disk: DiskRecord, path: str | None) -> Image:
+    return {disk.base: Image.BASE, disk.overlay: Image.OVERLAY}.get(path or "", Image.OTHER)
+
+
+def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
+    return _named(disk, found.source if found else None)
+
+
+def _overlay(disk: DiskRecord) -> OverlayFile | None:
+    file = overlay_file(Path(disk.overlay))
+    return None if file is None else OverlayFile(locked=file.locked, empty=bool(file.empty))
+
+
+def _with_job(seen: DiskSeen, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
+    ours = job is not None and job.kind == "active-commit"
+    return replace(
+        seen,
+        mirror=Mirror(live.mirror.value) if live else Mirror.NONE,
+        job=ours,
+        job_at_end=job is not None and ours and job.current == job.end > 0,
+        foreign_job=(job is not None and not ours) or (live is not None and live.foreign_job),
+    )

@@ -1,0 +1,195 @@
+"""Admission: which disks of a domain are backed up, and why a backup is refused before anything is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmbackup.api.spec import BackupSpec
+from vmbackup.errors import PermanentError, RefusedError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import Guest
+from vmbackup.imaging import image
+from vmbackup.reconcile.record import DiskRecord, Record, Snapshot
+from vmbackup.stores.base import BackupKey, DiskSource, SourceImage, Store
+
+# Below this an overlay would fill its file system almost at once, and pause the guest.
+OVERLAY_ROOM = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans backups on one hypervisor. `overlay_dir`: where overlays go instead of beside their base."""
+
+    hypervisor: Hypervisor
+    overlay_dir: Path | None = None
+
+    def plan(self, record: Record, spec: BackupSpec, guest: Guest, store: Store, earlier: Iterable[Record]) -> Record:
+        """The record with its disks chosen, or with those that an earlier backup left on their overlay (PROTOCOL R7).
+
+        `earlier`: the records of other backups of this domain. Raises RefusedError naming the field and the cure.
+        """
+        live, persistent = guest.live_xml(), guest.persistent_xml()
+        record = replace(record, domain=guest.name, domain_uuid=guest.uuid)
+        if left := left_on_overlay(live, persistent, earlier):
+            return replace(record, disks=left)
+        if live is None:
+            raise not_running(guest.name)
+        chosen, skipped = choose(chain.disks(live), spec.disks)
+        self._refuse_shared(guest, chosen)
+        disks = tuple(self._disk_record(disk, record.uid) for disk in chosen)
+        self._refuse_without_room(disks)
+        if persistent is not None:
+            disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
+        store.check(key_of(record), [source_of(disk) for disk in disks])
+        facts = chain.domain_facts(live)
+        return replace(record, disks=disks, skipped=skipped, domain_xml=persistent or live, nvram=facts.nvram or "")
+
+    def _disk_record(self, disk: chain.Disk, uid: str) -> DiskRecord:
+        base = disk.source or ""
+        overlay = chain.overlay_path(disk, uid[:8], str(self.overlay_dir) if self.overlay_dir else None)
+        if os.path.lexists(overlay):
+            raise RefusedError(
+                f"disk {disk.target}: {overlay} exists already though nothing here made it: look what it is, and "
+                "move it away",
+                reason="OverlayExists",
+            )
+        info = image.info(Path(base))
+        if info.data_file or info.encrypted:
+            what = "keeps its data in another file" if info.data_file else "is encrypted"
+            raise RefusedError(f"disk {disk.target}: {base} {what}, which is not supported", reason="DiskNotEligible")
+        return DiskRecord(
+            target=disk.target,
+            base=base,
+            overlay=overlay,
+            format=disk.format,
+            virtual_bytes=info.virtual_bytes,
+            total_bytes=info.virtual_bytes,
+            backing=tuple((below.path, below.format) for below in disk.chain),
+        )
+
+    def _refuse_without_room(self, disks: Sequence[DiskRecord]) -> None:
+        for directory in {Path(disk.overlay).parent for disk in disks}:
+            if not os.access(directory, os.W_OK):
+                raise RefusedError(
+                    f"overlays would go to {directory}, which cannot be written: correct that, or give --overlay-dir",
+                    reason="OverlayDirectoryNotWritable",
+                )
+            status = os.statvfs(directory)
+            free = status.f_bavail * status.f_frsize
+            if free < OVERLAY_ROOM:
+                raise RefusedError(
+                    f"{directory} has {free >> 20} MiB free, and overlays need {OVERLAY_ROOM >> 20} MiB at least: "
+                    "free space there, or give --overlay-dir",
+                    reason="NoRoomForOverlay",
+                )
+
+    def _refuse_shared(self, guest: Guest, chosen: Sequence[chain.Disk]) -> None:
+        """A base that anything else builds on or uses would be changed under it by the commit."""
+        bases = {disk.source: disk.target for disk in chosen}
+        for other in self.hypervisor.guests():
+            for path, target in _used_images(other):
+                mine = other.uuid == guest.uuid
+                if path in bases and not (mine and bases[path] == target):
+                    user = f"disk {target} of this domain" if mine else f"disk {target} of domain {other.name}"
+                    raise RefusedError(
+                        f"disk {bases[path]}: {path} is used by {user} too: give each its own image", reason="BaseInUse"
+                    )
+
+
+def _used_images(guest: Guest) -> list[tuple[str, str]]:
+    """Every image that a domain uses, with the target that uses it, by its live and its persistent XML."""
+    used: list[tuple[str, str]] = []
+    try:
+        texts = [guest.live_xml(), guest.persistent_xml()]
+    except PermanentError:  # it went away meanwhile
+        return []
+    for text in filter(None, texts):
+        for disk in chain.disks(text):
+            used += [(path, disk.target) for path in (disk.source, *(below.path for below in disk.chain)) if path]
+    return used
+
+
+def choose(
+    disks: Sequence[chain.Disk], wanted: Sequence[str]
+) -> tuple[tuple[chain.Disk, ...], tuple[tuple[str, str], ...]]:
+    """The disks to back up, and the others with the reason why not. Raises RefusedError."""
+    known = {disk.target: disk for disk in disks}
+    for target in wanted:
+        if target not in known:
+            raise RefusedError(
+                f"spec.disks names {target!r}: the domain has {', '.join(sorted(known)) or 'no disk at all'}",
+                reason="DiskNotFound",
+            )
+        if why := chain.ineligible(known[target]):
+            raise RefusedError(
+                f"spec.disks names {target!r}, which cannot be backed up: {why}", reason="DiskNotEligible"
+            )
+    chosen: list[chain.Disk] = []
+    skipped: list[tuple[str, str]] = []
+    for disk in disks:
+        why = "not among spec.disks" if wanted and disk.target not in wanted else chain.ineligible(disk)
+        if why:
+            skipped.append((disk.target, why))
+        else:
+            chosen.append(disk)
+    if not chosen:
+        reasons = "; ".join(f"{target}: {why}" for target, why in skipped) or "it has no disks"
+        raise RefusedError(f"no disk of this domain can be backed up: {reasons}", reason="NoEligibleDisk")
+    return tuple(chosen), tuple(skipped)
+
+
+def left_on_overlay(live: str | None, persistent: str | None, earlier: Iterable[Record]) -> tuple[DiskRecord, ...]:
+    """The disks that an earlier backup left on an overlay of ours, or whose overlay it left behind."""
+    known = {disk.overlay: disk for record in earlier for disk in record.disks if record.snapshot is not Snapshot.NONE}
+    left = {disk.target: disk for overlay, disk in known.items() if os.path.lexists(overlay)}
+    for disk in chain.disks(live or persistent or "<domain/>"):
+        if disk.source and disk.source in known:
+            left[disk.target] = known[disk.source]
+        elif live and disk.source and chain.parse_overlay(disk.source):
+            left[disk.target] = _found(disk, live, persistent)
+    return tuple(replace(disk, failures=0, retry_at=0.0, commit_running=False) for disk in left.values())
+
+
+def _found(disk: chain.Disk, live: str, persistent: str | None) -> DiskRecord:
+    """A disk on an overlay of ours, by its name, of a backup whose journal is lost: its base is what the chain says."""
+    if not disk.source or not disk.chain:
+        raise RefusedError(
+            f"disk {disk.target}: {disk.source} is named like an overlay of ours, but has no base below it",
+            reason="BaseMissing",
+        )
+    below = disk.chain[0]
+    on_base = ""
+    if persistent is not None:
+        named = {each.target: each.source for each in chain.disks(persistent)}.get(disk.target)
+        stays = named == below.path
+        on_base = chain.disk_xml(persistent, disk.target) if stays else chain.on_base(chain.disk_xml(live, disk.target))
+    return DiskRecord(
+        disk.target,
+        base=below.path,
+        overlay=disk.source,
+        format=below.format,
+        backing=tuple((image.path, image.format) for image in disk.chain[1:]),
+        persistent_disk_xml=on_base,
+    )
+
+
+def not_running(name: str) -> RefusedError:
+    """The refusal of a domain that is off."""
+    return RefusedError(
+        f"domain {name} is not running: start it, or copy its disks as they are", reason="DomainNotRunning"
+    )
+
+
+def key_of(record: Record) -> BackupKey:
+    """Which backup of the store it is."""
+    return BackupKey(record.namespace, record.name, record.uid)
+
+
+def source_of(disk: DiskRecord) -> DiskSource:
+    """What of a disk is copied."""
+    images = ((disk.base, disk.format), *disk.backing)
+    return DiskSource(disk.target, tuple(SourceImage(path, format) for path, format in images), disk.virtual_bytes)

@@ -1,0 +1,32 @@
+"""What the world outside asks of a running backup, and how it hears of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vmbackup.api.spec import BackupSpec
+from vmbackup.api.status import Report
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for at this moment. The spec's knobs may change while it runs."""
+
+    spec: BackupSpec
+    deleted: bool = False
+    delete_data: bool = False  # when released: the stored data goes too (deletionPolicy: Delete)
+    retry: str = ""  # the annotation vmbackup.dev/retry
+    stop: bool = False  # this process is to end; another run will carry on
+
+
+class Reporter(Protocol):
+    """Who is told. None of this may block or raise."""
+
+    def report(self, report: Report) -> None:
+        """The state of this moment; called often."""
+        ...
+
+    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """Something worth a line in the log of events."""
+        ...
