@@ -181,7 +181,7 @@ def _take_chain(
 
 
 def _free_name(folder: Path, image_format: str) -> str:
-    return next(name for n in count(1) if not (folder / (name := f"backing-{n}.{image_format}")).exists())
+    return next(f"backing-{n}.{image_format}" for n in count(1) if not any(folder.glob(f"backing-{n}.*")))
 
 
 def _take_image(

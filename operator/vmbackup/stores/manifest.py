@@ -65,8 +65,7 @@ class Manifest:
             "nvram": self.nvram,
             "snapshotTime": self.snapshot_time.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
             "disks": [
-                {"target": disk.target, **_image_to_json(disk, virtualBytes=disk.virtual_bytes)}
-                for disk in self.disks
+                {"target": disk.target, **_image_to_json(disk, virtualBytes=disk.virtual_bytes)} for disk in self.disks
             ],
             "images": [_image_to_json(image) for image in self.images],
         }
