@@ -14,7 +14,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from uuid import NAMESPACE_DNS, uuid5
 
 from sandbox.guest_os import guest_os
 from sandbox.libvirtd import DiskSpec, domain_xml
@@ -26,7 +28,9 @@ BOOT_SECONDS = 120.0
 """Long enough for an emulated guest on a busy machine; it takes about 5 s on an idle one."""
 
 
-def make_disk(target: str, path: Path, *, image_format: str = "raw", size_mib: int = 128, bulk_mib: int = 0) -> DiskSpec:
+def make_disk(
+    target: str, path: Path, *, image_format: str = "raw", size_mib: int = 128, bulk_mib: int = 0
+) -> DiskSpec:
     """Create an image with an ext4 file system, and in it a bulk file of random data, which makes copies take a while.
 
     The journal grows by RECORD_BYTES a record: 36 MiB an hour at 20 records a second.
@@ -39,7 +43,20 @@ def make_disk(target: str, path: Path, *, image_format: str = "raw", size_mib: i
                 for _ in range(bulk_mib << 8):
                     bulk.write(sealed_block(os.urandom(BLOCK_BYTES)))
         raw = path if image_format == "raw" else Path(temporary, "raw")
-        options = ["-q", "-F", "-m", "0", "-N", "256", "-b", str(BLOCK_BYTES), "-J", "size=4", "-E", "lazy_itable_init=0"]
+        options = [
+            "-q",
+            "-F",
+            "-m",
+            "0",
+            "-N",
+            "256",
+            "-b",
+            str(BLOCK_BYTES),
+            "-J",
+            "size=4",
+            "-E",
+            "lazy_itable_init=0",
+        ]
         _run("mkfs.ext4", *options, "-d", str(content), str(raw), f"{size_mib}M")
         if raw != path:
             _run("qemu-img", "convert", "-f", "raw", "-O", image_format, str(raw), str(path))
@@ -92,6 +109,7 @@ class Guest:
         return domain_xml(
             self.name,
             self.disks.values(),
+            uuid=str(uuid5(NAMESPACE_DNS, self.name)),
             memory_mib=self._memory_mib,
             os_xml=f"<kernel>{system.kernel}</kernel><initrd>{system.initramfs}</initrd>"
             f"<cmdline>{self._arguments}</cmdline>",
@@ -99,7 +117,7 @@ class Guest:
         )
 
     def define(self) -> None:
-        """Make it a persistent domain; `start` starts it."""
+        """Make it a persistent domain, or change the one of that name that it was; `start` starts it."""
         self._xml_file.write_text(self.xml())
         self._virsh("define", str(self._xml_file))
 
@@ -152,7 +170,7 @@ class Guest:
         """Raise ProofError if the guest ever acknowledged a number again or a lower one: it went back in time."""
         for target in self.disks:
             history = self.history(target)
-            for before, after in zip(history, history[1:], strict=False):
+            for before, after in pairwise(history):
                 if after <= before:
                     raise ProofError(
                         f"{self.name} {target}: {after} was acknowledged after {before}: the guest went back in time"

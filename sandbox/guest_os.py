@@ -93,14 +93,38 @@ def _fingerprint(kernel: Path) -> str:
 def _build_initramfs(target: Path, kernel: Path, agent: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         root = Path(temporary) / "root"
-        for folder in ("bin", "dev", "etc/acpi/PWRF", "lib", "lib64", "mnt", "modules", "proc", "run", "sbin", "sys", "var"):
+        for folder in (
+            "bin",
+            "dev",
+            "etc/acpi/PWRF",
+            "lib",
+            "lib64",
+            "mnt",
+            "modules",
+            "proc",
+            "run",
+            "sbin",
+            "sys",
+            "var",
+        ):
             (root / folder).mkdir(parents=True)
         (root / "var/run").symlink_to("/run")
         shutil.copy2(_busybox(), root / "bin/busybox")
         _install_program(_SOURCES / "init", root / "init")
         for caller in ("etc/acpi/PWRF/00000080", "sbin/shutdown"):  # acpid and the guest agent
             _install_program(_SOURCES / "power-off", root / caller)
-        _run("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o", f"{root}/bin/writer", f"{_SOURCES}/writer.c")
+        _run(
+            "gcc",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-static",
+            "-s",
+            "-o",
+            f"{root}/bin/writer",
+            f"{_SOURCES}/writer.c",
+        )
         _install_modules(root, kernel)
         _install_agent(root, agent)
         packed = Path(temporary) / "packed"

@@ -53,9 +53,9 @@ class Journal:
     bulk_blocks: int = 0
 
     def __str__(self) -> str:
-        records = f"records 1 to {self.last}, the last written at {self.written:%H:%M:%S.%f}"[:-3] + " UTC"
-        bulk = f", and {self.bulk_blocks * BLOCK_BYTES >> 20} MiB of bulk data" if self.bulk_blocks else ""
-        return f"{records if self.last else 'no records'}{bulk}: all intact"
+        records = f"records 1 to {self.last}, the last written at {self.written:%H:%M:%S} UTC" if self.written else ""
+        bulk = f"{self.bulk_blocks * BLOCK_BYTES >> 20} MiB of bulk data" if self.bulk_blocks else ""
+        return f"{records or 'no records'}{', and ' if bulk else ''}{bulk}: all intact"
 
 
 def read_image(image: Path, *, image_format: str = "") -> Journal:
@@ -69,13 +69,11 @@ def read_image(image: Path, *, image_format: str = "") -> Journal:
         _run(image, "it cannot be read", "qemu-img", "convert", *probed, "-O", "raw", str(image), str(raw))
         _run(image, "its journal cannot be replayed", "e2fsck", "-y", "-E", "journal_only", str(raw))
         _run(image, "its file system is damaged", "e2fsck", "-fn", str(raw))
-        return read_journal(
-            _dumped(raw, "journal", directory), name=str(image), bulk=_dumped(raw, "bulk", directory)
-        )
+        return read_journal(_dumped(raw, "journal", directory), name=str(image), bulk=_dumped(raw, "bulk", directory))
 
 
 def read_journal(journal: bytes, *, name: str, bulk: bytes = b"") -> Journal:
-    """Check the guest's journal file, and its bulk file. Raises ProofError; `name` is what the error calls the image."""
+    """Check the guest's journal and bulk files. Raises ProofError; `name` is what the error calls the image."""
     found = Journal()
     for number, offset in enumerate(range(0, len(journal), RECORD_BYTES), start=1):
         record = journal[offset : offset + RECORD_BYTES]
@@ -115,9 +113,9 @@ def _count_blocks(bulk: bytes, name: str) -> int:
 def prove(
     image: Path, *, acknowledged_at_least: int = 0, at_most: int | None = None, image_format: str = ""
 ) -> Journal:
-    """Prove that an image is sound and holds records 1 to n, acknowledged_at_least <= n <= at_most. Returns what it holds.
+    """Prove that an image is sound and holds records 1 to n, acknowledged_at_least <= n <= at_most.
 
-    Raises ProofError.
+    `at_most` is one more than had been acknowledged: one record may be under way. Raises ProofError.
     """
     found = read_image(image, image_format=image_format)
     if found.last < acknowledged_at_least:
