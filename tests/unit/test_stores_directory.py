@@ -191,6 +191,15 @@ class TestTaken:
         assert after_restart.taken(KEY) == taken
         after_restart.publish(KEY, after_restart.taken(KEY), FACTS, CONTROL)
 
+    @pytest.mark.parametrize("damage", [b"", b"[{}]", b"[1]", b"{"])
+    def test_damaged_notes_are_an_error_with_its_cure(
+        self, damage: bytes, store: Store, guest: Guest, root: Path
+    ) -> None:
+        store.take(KEY, guest.vdc, CONTROL)
+        next((root / "default").glob(".*.taken.json")).write_bytes(damage)
+        with pytest.raises(PermanentError, match="is damaged .*: delete it"):
+            store.taken(KEY)
+
     def test_a_disk_taken_again_starts_over_and_the_others_stay(self, store: Store, guest: Guest) -> None:
         take_all(store, guest)
         run("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 1M", guest.vda.chain[0].path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ from typing import Any, cast
 
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.imaging.locks import has_writer, is_locked
+from vmbackup.imaging.locks import is_locked
 
 QEMU_IMG_SECONDS = 60.0
 COMPARE_SECONDS = 6 * 3600.0
@@ -71,16 +72,14 @@ def _is_empty_qcow2(path: Path) -> bool:
 
 
 def info(path: Path, image_format: str | None = None) -> ImageInfo:
-    """What qemu-img says of one image, its backing images aside.
+    """What qemu-img says of one image, its backing images aside; the image may be in use.
 
     Give the format where it is known: a guest can write into its raw image what then probes as another format.
     """
-    arguments = ["info", "--output=json"]
-    if has_writer(path):
-        arguments.append("-U")  # the header alone is read, and it stays as it is while the image is in use
-    if image_format:
-        arguments += ["-f", image_format]
-    result = qemu_img(*arguments, str(path))
+    # -U: the header stays as it is while an image is in use; and without it a guest that is just starting would find
+    # the image locked by us.
+    given = ("-f", image_format) if image_format else ()
+    result = qemu_img("info", "--output=json", "-U", *given, str(path))
     if result.returncode != 0:
         raise _failed(result, path)
     found: Mapping[str, Any] = json.loads(result.stdout)
@@ -138,6 +137,8 @@ def _failed(result: subprocess.CompletedProcess[str], path: Path) -> VMBackupErr
     text = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
     if " lock" in text:
         return TransientError(f"{path} is in use: {text}", reason="ImageBusy")
-    if "No space left" in text:
-        return PermanentError(f"{path}: {text}: free space there, or choose another store", reason="NoSpace")
+    for number in (errno.ENOENT, errno.ENOSPC, errno.EACCES, errno.EIO):
+        if os.strerror(number) in text:
+            known = classified(OSError(number, ""), path)
+            return PermanentError(f"{known} ({text})", reason=known.reason)
     return PermanentError(f"{path}: {text}", reason="QemuImgFailed")
