@@ -94,8 +94,9 @@ class TestInfo:
         assert info(path).encrypted
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(PermanentError, match=r"gone\.img: No such file"):
+        with pytest.raises(PermanentError, match=r"gone\.img: No such file .*put it back") as error:
             info(tmp_path / "gone.img")
+        assert error.value.reason == "NotFound"
 
     def test_a_damaged_image_is_named_with_what_qemu_img_says(self, overlay: Path) -> None:
         with overlay.open("r+b") as file:

@@ -197,7 +197,7 @@ class TestTaken:
     ) -> None:
         store.take(KEY, guest.vdc, CONTROL)
         next((root / "default").glob(".*.taken.json")).write_bytes(damage)
-        with pytest.raises(PermanentError, match="is damaged .*: delete it"):
+        with pytest.raises(PermanentError, match=r"is damaged .*: delete it"):
             store.taken(KEY)
 
     def test_a_disk_taken_again_starts_over_and_the_others_stay(self, store: Store, guest: Guest) -> None:
