@@ -86,7 +86,8 @@ class Libvirtd:
         if not self.detached:
             command = ["setpriv", "--pdeathsig", "KILL", *command]
         if os.geteuid() == 0:
-            command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
+            # As daemon, since libvirtd looks its user up, and that one exists on every machine.
+            command = ["unshare", "--user", "--map-user=1", "--map-group=1", *command]
         path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
