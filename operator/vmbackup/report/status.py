@@ -25,6 +25,7 @@ OPTIONAL_FIELDS = (
     "disks",
 )
 
+_LONGEST_TEXT = 2000  # characters; the output of a tool may be long, and every watcher gets it with each write
 _WORD = {True: "True", False: "False", None: "Unknown"}
 _STANDARD_MESSAGE: dict[tuple[str, bool | None], str] = {
     ("BackupComplete", True): "The copy of every disk is stored and verified.",
@@ -45,7 +46,7 @@ def render(report: Report, *, generation: int, previous: Mapping[str, Any], now:
     status: dict[str, Any] = {
         "observedGeneration": generation,
         "phase": str(report.phase),
-        "message": report.message,
+        "message": _shortened(report.message),
         "conditions": _conditions(report, generation, previous, now),
     }
     optional = {
@@ -90,6 +91,10 @@ def timestamp(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 1]}…"
+
+
 def _conditions(report: Report, generation: int, previous: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
     running = report.outcome is None
     stalled = report.outcome in (Outcome.FAILED, Outcome.REFUSED)
@@ -102,16 +107,17 @@ def _conditions(report: Report, generation: int, previous: Mapping[str, Any], no
         "Reconciling": (running, reason if running else Reason.FINISHED, report.message if running else ""),
         "Stalled": (stalled, reason if stalled else idle, report.message if stalled else ""),
     }
+    unseen = previous.get("observedGeneration", -1) < 0  # the CRD's default, which is of 1970
     rendered: list[dict[str, Any]] = []
     for kind in CONDITION_TYPES:
         value, why, message = rows[kind]
-        before = condition(previous, kind)
+        before = condition({} if unseen else previous, kind)
         kept = before.get("lastTransitionTime") if before.get("status") == _WORD[value] else None
         rendered.append({
             "type": kind,
             "status": _WORD[value],
             "reason": str(why),
-            "message": message,
+            "message": _shortened(message),
             "observedGeneration": generation,
             "lastTransitionTime": kept or timestamp(now),
         })  # fmt: skip
@@ -160,10 +166,10 @@ def _disk(disk: DiskReport) -> dict[str, Any]:
         "format": disk.format,
         "base": disk.base,
         "overlay": disk.overlay,
-        "message": disk.message,
+        "message": _shortened(disk.message),
         "digest": disk.digest,
         "commitSeconds": None if disk.commit_seconds is None else round(disk.commit_seconds, 3),
-        "lastError": disk.last_error,
+        "lastError": _shortened(disk.last_error),
     }
     if disk.state is not DiskState.SKIPPED:
         entry |= {

@@ -1,0 +1,214 @@
+"""What Prometheus sees, and what /healthz answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vmbackup.api.status import Outcome, Phase, RetryReason
+from vmbackup.report.health import Check, HealthServer
+from vmbackup.report.metrics import Metrics
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+def get(server: HealthServer, path: str) -> tuple[int, str]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{server.port}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def scrape(metrics: Metrics) -> dict[Sample, float]:
+    """All samples as Prometheus would read them."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return scrape(metrics).get((name, frozenset(labels.items())))
+
+
+def test_every_counter_starts_at_0_for_every_label_value(metrics: Metrics) -> None:
+    counters = {sample: number for sample, number in scrape(metrics).items() if sample[0].endswith("_total")}
+    ours = {sample: number for sample, number in counters.items() if sample[0].startswith("vmbackup_")}
+    assert ours == {
+        ("vmbackup_commit_merged_bytes_total", frozenset()): 0,
+        ("vmbackup_copied_bytes_total", frozenset()): 0,
+        **{("vmbackup_backups_total", frozenset({("result", result)})): 0 for result in Outcome},
+        **{("vmbackup_commit_retries_total", frozenset({("reason", reason)})): 0 for reason in RetryReason},
+    }
+
+
+def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.overlay("web-01", "vda", tmp_path, since=0)
+    metrics.suspended("web-01", since=0)
+    metrics.succeeded("web-01", at=0)
+    shown = {(name, tuple(sorted(key for key, _ in labels))) for name, labels in scrape(metrics)}
+    assert {sample for sample in shown if sample[0].startswith("vmbackup_")} == {
+        *((f"vmbackup_commit_duration_seconds_{part}", ()) for part in ("count", "sum")),
+        *((f"vmbackup_freeze_duration_seconds_{part}", ()) for part in ("count", "sum")),
+        *((f"vmbackup_phase_duration_seconds_{part}", ("phase",)) for part in ("count", "sum")),
+        ("vmbackup_commit_duration_seconds_bucket", ("le",)),
+        ("vmbackup_freeze_duration_seconds_bucket", ("le",)),
+        ("vmbackup_phase_duration_seconds_bucket", ("le", "phase")),
+        ("vmbackup_commit_merged_bytes_total", ()),
+        ("vmbackup_copied_bytes_total", ()),
+        ("vmbackup_backups_total", ("result",)),
+        ("vmbackup_commit_retries_total", ("reason",)),
+        ("vmbackup_overlay_bytes", ("domain", "target")),
+        ("vmbackup_overlay_age_seconds", ("domain", "target")),
+        ("vmbackup_last_success_timestamp_seconds", ("domain",)),
+        ("vmbackup_guest_suspended_seconds", ("domain",)),
+        ("vmbackup_orphan_overlays", ()),
+        ("vmbackup_build_info", ("version",)),
+    }
+
+
+def test_a_commit_is_counted_between_10_ms_and_hours(metrics: Metrics) -> None:
+    metrics.committed(0.009, merged_bytes=5)
+    metrics.committed(20_000, merged_bytes=7)
+    assert value(metrics, "vmbackup_commit_duration_seconds_bucket", le="0.01") == 1
+    assert value(metrics, "vmbackup_commit_duration_seconds_bucket", le="14400.0") == 1
+    assert value(metrics, "vmbackup_commit_duration_seconds_bucket", le="28800.0") == 2
+    assert value(metrics, "vmbackup_commit_merged_bytes_total") == 12
+
+
+def test_what_happened_is_counted(metrics: Metrics) -> None:
+    metrics.copied(100)
+    metrics.copied(11)
+    metrics.finished(Outcome.FAILED)
+    metrics.retried(RetryReason.PIVOT_FAILED)
+    metrics.phase_left(Phase.COPYING, 2)
+    metrics.frozen(0.5)
+    metrics.orphans(3)
+    samples = scrape(metrics)
+    expected: dict[Sample, float] = {
+        ("vmbackup_copied_bytes_total", frozenset()): 111,
+        ("vmbackup_backups_total", frozenset({("result", "failed")})): 1,
+        ("vmbackup_backups_total", frozenset({("result", "succeeded")})): 0,
+        ("vmbackup_commit_retries_total", frozenset({("reason", "PivotFailed")})): 1,
+        ("vmbackup_phase_duration_seconds_sum", frozenset({("phase", "Copying")})): 2,
+        ("vmbackup_freeze_duration_seconds_sum", frozenset()): 0.5,
+        ("vmbackup_orphan_overlays", frozenset()): 3,
+    }
+    assert {sample: samples[sample] for sample in expected} == expected
+
+
+def test_the_size_and_age_of_an_overlay_are_those_of_the_scrape(metrics: Metrics, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    overlay.write_bytes(b"")
+    metrics.overlay("web-01", "vda", overlay, since=time.time() - 100)
+    disk = {"domain": "web-01", "target": "vda"}
+    assert value(metrics, "vmbackup_overlay_bytes", **disk) == 0
+    overlay.write_bytes(bytes(range(256)) * 4096)
+    assert value(metrics, "vmbackup_overlay_bytes", **disk) == overlay.stat().st_blocks * 512 > 0
+    assert 100 <= (value(metrics, "vmbackup_overlay_age_seconds", **disk) or 0) < 200
+
+
+def test_a_disk_at_home_has_no_overlay_any_more(metrics: Metrics, tmp_path: Path) -> None:
+    for target in ("vda", "vdb"):
+        metrics.overlay("web-01", target, tmp_path, since=0)
+    metrics.overlay_gone("web-01", "vda")
+    metrics.overlay_gone("web-01", "never-there")
+    shown = {labels for name, labels in scrape(metrics) if name == "vmbackup_overlay_age_seconds"}
+    assert shown == {frozenset({("domain", "web-01"), ("target", "vdb")})}
+
+
+def test_an_overlay_that_cannot_be_seen_does_not_break_a_scrape(metrics: Metrics, tmp_path: Path) -> None:
+    metrics.overlay("web-01", "vda", tmp_path / "not-there", since=0)
+    disk = {"domain": "web-01", "target": "vda"}
+    assert value(metrics, "vmbackup_overlay_bytes", **disk) is None
+    assert value(metrics, "vmbackup_overlay_age_seconds", **disk) is not None
+
+
+def test_a_suspended_guest_is_shown_until_it_is_resumed(metrics: Metrics) -> None:
+    metrics.suspended("web-01", since=time.time() - 100)
+    assert 100 <= (value(metrics, "vmbackup_guest_suspended_seconds", domain="web-01") or 0) < 200
+    metrics.resumed("web-01")
+    assert value(metrics, "vmbackup_guest_suspended_seconds", domain="web-01") is None
+
+
+def test_the_last_success_is_the_latest_in_whatever_order_they_are_told(metrics: Metrics) -> None:
+    for at in (100, 300, 200):
+        metrics.succeeded("web-01", at)
+    assert value(metrics, "vmbackup_last_success_timestamp_seconds", domain="web-01") == 300
+
+
+# The server
+
+
+def served(checks: dict[str, Check], limit: float = 5.0) -> HealthServer:
+    return HealthServer(Metrics().registry, checks, host="127.0.0.1", port=0, limit=limit)
+
+
+def test_it_is_healthy_when_no_check_finds_anything_wrong() -> None:
+    with served({"libvirt": lambda: "", "watch": lambda: ""}) as server:
+        assert get(server, "/healthz") == (200, "ok\n")
+
+
+def test_it_says_what_is_wrong_and_only_that() -> None:
+    def broken() -> str:
+        raise ConnectionError("gone")
+
+    with served({"libvirt": lambda: "no answer since 10:00", "watch": lambda: "", "journal": broken}) as server:
+        status, text = get(server, "/healthz")
+    assert status == 503
+    assert text == "libvirt: no answer since 10:00\njournal: ConnectionError: gone\n"
+
+
+def test_a_check_that_hangs_is_a_failure_is_not_started_twice_and_delays_nobody() -> None:
+    calls: list[int] = []
+    release = threading.Event()
+
+    def stuck() -> str:
+        calls.append(1)
+        release.wait(30)
+        return ""
+
+    with served({"stuck": stuck, "fine": lambda: ""}, limit=0.2) as server:
+        begun = time.monotonic()
+        assert [get(server, "/healthz") for _ in range(2)] == [(503, "stuck: no answer in time\n")] * 2
+        assert time.monotonic() - begun < 5
+        assert len(calls) == 1
+        assert get(server, "/metrics")[0] == 200
+        release.set()
+        deadline = time.monotonic() + 5
+        while get(server, "/healthz")[0] != 200:
+            assert time.monotonic() < deadline
+
+
+def test_prometheus_can_scrape_it() -> None:
+    with served({}) as server:
+        status, text = get(server, "/metrics")
+    assert status == 200
+    assert "\nvmbackup_orphan_overlays 0.0\n" in text
+
+
+def test_there_is_nothing_else() -> None:
+    with served({}) as server:
+        assert get(server, "/") == (404, "here are /metrics and /healthz\n")
+
+
+def test_the_port_is_free_again_afterwards() -> None:
+    with served({}) as server:
+        port = server.port
+    with HealthServer(Metrics().registry, {}, host="127.0.0.1", port=port) as again:
+        assert get(again, "/healthz")[0] == 200
