@@ -16,10 +16,10 @@ from vmbackup.reconcile.situation import (
 from vmbackup.reconcile.terms import Action, Do
 
 
-def forget_guard(s: Situation) -> Action | None:
+def forget_guest(s: Situation) -> Action | None:
     """QEMU is gone, and with it whatever we had suspended or frozen."""
     if s.record.guard is not Guard.NONE or s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
-        return Action(Do.CLEAR_GUARD)
+        return Action(Do.FORGET_GUEST)
     return None
 
 
@@ -85,7 +85,7 @@ def refuse_off(s: Situation) -> Action | None:
 
 
 RULES_OFF: tuple[Rule, ...] = (
-    forget_guard,
+    forget_guest,
     off_on_overlay,
     off_with_overlay_left,
     park,

@@ -16,6 +16,7 @@ from vmbackup.reconcile.situation import (
     settle,
     settle_live,
     snapshot_wanted,
+    thaw_guest,
 )
 from vmbackup.reconcile.terms import Action, Do, Mirror, Power
 
@@ -23,7 +24,7 @@ from vmbackup.reconcile.terms import Action, Do, Mirror, Power
 def wait_for_migration(s: Situation) -> Action | None:
     """Libvirt refuses a migration during our block job, and we touch nothing during a migration."""
     if s.seen.migrating and s.record.guard is not Guard.OURS:
-        return Action(Do.WAIT, reason="the domain is being migrated")
+        return thaw_guest(s) or Action(Do.WAIT, reason="the domain is being migrated")
     return None
 
 
@@ -81,11 +82,9 @@ def resume_guest(s: Situation) -> Action | None:
 
 
 def thaw(s: Situation) -> Action | None:
-    """Frozen by us, and no longer needed. An agent that does not answer is asked again later, and blocks nothing."""
+    """Frozen by us, and no longer needed."""
     needed = s.record.freeze is Freeze.FROZEN and s.snapshot_due
-    if s.record.freeze not in (Freeze.FROZEN, Freeze.THAW_DUE) or needed:
-        return None
-    return Action(Do.THAW) if s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after else None
+    return None if needed else thaw_guest(s)
 
 
 def clear_pivot(s: Situation) -> Action | None:

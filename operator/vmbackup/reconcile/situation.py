@@ -119,12 +119,20 @@ def consistent(disk: Case) -> bool:
 
 
 def quarantine(situation: Situation, reason: str) -> Action:
-    """Never with the guest suspended by us. Say so once; then let a deleted VMBackup go, or wait."""
+    """Never with the guest suspended or frozen by us. Say so once; then let a deleted VMBackup go, or wait."""
     if situation.suspended_by_us:
         return settle_live(situation) or Action(Do.RESUME)
+    if action := thaw_guest(situation):
+        return action
     if not situation.record.quarantined:
         return Action(Do.QUARANTINE, reason=reason)
     return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
+
+
+def thaw_guest(s: Situation) -> Action | None:
+    """Frozen by us: thaw. An agent that does not answer is asked again later, and blocks nothing."""
+    frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
+    return Action(Do.THAW) if frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after else None
 
 
 def let_go(situation: Situation) -> Action | None:

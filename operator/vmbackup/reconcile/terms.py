@@ -89,6 +89,7 @@ class Do(StrEnum):
     THAW = "thaw"  # (call)
     SUSPEND = "suspend"  # (call)
     RESUME = "resume"  # (call)
+    FORGET_GUEST = "forget-guest"  # (journal) QEMU is gone, and with it what we had suspended or frozen
     CLEAR_GUARD = "clear-guard"  # (journal) nothing of ours is suspended any more
     SNAPSHOT = "snapshot"  # (call)
     REDEFINE = "redefine"  # (call) settle P, first half

@@ -25,6 +25,8 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
             return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE)
         case Do.CLEAR_GUARD:
             return replace(record, guard=Guard.NONE)
+        case Do.FORGET_GUEST:
+            return replace(_unfrozen(record, Freeze.NONE), guard=Guard.NONE)
         case Do.FAIL_BACKUP | Do.REFUSE:
             return replace(record, copy=Copy.FAILED, copy_error=action.reason)
         case Do.BEGIN_COMMIT:
@@ -112,8 +114,13 @@ def resumed_after_crash(record: Record) -> Record:
     """The record as a new run takes it up: what an earlier one had frozen is thawed at once."""
     if record.freeze is not Freeze.FROZEN:
         return record
+    return _unfrozen(record, Freeze.THAW_DUE)
+
+
+def _unfrozen(record: Record, freeze: Freeze) -> Record:
+    """Not frozen any more; without its snapshot, it counts as never having been."""
     taken = record.snapshot is Snapshot.DONE
-    return replace(record, freeze=Freeze.THAW_DUE, quiesced=record.quiesced if taken else None)
+    return replace(record, freeze=freeze, quiesced=record.quiesced if taken else None)
 
 
 def planned_anew(record: Record) -> Record:

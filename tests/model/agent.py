@@ -1,0 +1,268 @@
+"""The agent: the real decide(), needs_truth() and transitions, and what the driver does with each action.
+
+It observes and decides in one step, and acts in another; a crash fits between any two. Records, observations and
+actions are kept once each (Held), and what the pure functions make of them is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+from tests.model.libvirt import LETTER, Step, index_of, lagging
+from tests.model.world import Disk, Held, Setting, World, named, put, put_all, saved
+from vmbackup.reconcile import machine, transition
+from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+
+CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
+BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0
+NO_LIMIT = 10**6
+
+IMAGE = {letter: image for image, letter in LETTER.items()}
+POWER = {
+    "off": Power.OFF,
+    "running": Power.RUNNING,
+    "suspended": Power.PAUSED,
+    "paused": Power.PAUSED,
+    "io-error": Power.IO_ERROR,
+}
+MIRROR = {"-": Mirror.NONE, "pending": Mirror.PENDING, "ready": Mirror.READY}
+Eyes = tuple[Any, ...]
+
+
+class Agent:
+    """The agent in one setting. It has no state of its own: that is in the world."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.limit = NO_LIMIT if setting.limit is None else setting.limit
+        self._held: dict[str, Held[Any]] = {}
+        self._cache: dict[Hashable, Any] = {}
+        disks = tuple(DiskRecord("abcd"[n]) for n in range(setting.disks))
+        self.fresh = self.hold(Record(uid="", namespace="", name="", disks=disks))
+
+    def hold(self, it: Any) -> Held[Any]:
+        """The one copy of this value."""
+        return self._held.setdefault(repr(it), Held(it))
+
+    def steps(self, world: World) -> Iterator[Step]:
+        """What the agent, or the time it waits for, does next."""
+        if not world.agent:
+            record = self._record("crash", world.record, transition.resumed_after_crash)
+            begun = record.it.snapshot is not Snapshot.NONE
+            yield Step("agent starts", world._replace(agent=True, record=record, doubt=begun))
+            return
+        if world.vmbackup == "released" and not world.record.it.orphan:
+            return
+        if any(disk.retry_at for disk in world.record.it.disks):
+            over = self._record("back-off", world.record, _back_off_over)
+            yield Step("the back-off is over", world._replace(record=over))
+        if world.copying:
+            yield from self._copy(world)
+        if world.plan is None:
+            if world.libvirtd:
+                yield from self._decide(world)
+        elif world.plan[0] == "do":
+            yield self._act(world, world.plan[1])
+        elif world.plan[0] != "wait":
+            yield self._take_answer(world, *world.plan)
+
+    def faults(self, world: World) -> Iterator[Step]:
+        """Failures of the agent's own work."""
+        if world.copying and world.plan is None:
+            reason = Action(Do.FAIL_BACKUP, reason="copy")
+            yield Step("copy FAILS", self._copied(world, self._recorded(world.record, self.hold(reason))))
+        if world.plan and world.plan[0] == "do" and world.plan[1].it.do is Do.SHIP:
+            failed = self._record("unshipped", world.record, lambda r: replace(r, copy=Copy.FAILED))
+            yield Step("shipping FAILS", world._replace(plan=None, record=failed))
+
+    # ------------------------------------------------------------------------------------------ observe, decide
+    def _decide(self, world: World) -> Iterator[Step]:
+        action, doubt = self.decision(world)
+        do = action.it.do
+        nothing = do in (Do.WAIT, Do.DONE) or (do is Do.COPY and world.copying)
+        nothing = nothing or (do is Do.RELEASE and world.vmbackup == "released")
+        if not nothing:
+            yield Step(f"decide {do}", world._replace(plan=("do", action), doubt=doubt))
+        elif doubt != world.doubt:
+            yield Step("the doubt is gone", world._replace(doubt=doubt))
+
+    def decision(self, world: World) -> tuple[Held[Action], bool]:
+        """What the agent decides now, and whether it is in doubt afterwards."""
+        in_flight, deleted = world.call is not None, world.vmbackup != "wanted"
+        eyes = (world.guest, in_flight, tuple(map(_visible, world.disks)))
+        key = (world.record, eyes, world.doubt, deleted)
+        if (known := self._cache.get(key)) is None:
+            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
+        return known
+
+    def _decision(self, record: Record, eyes: Eyes, doubt: bool, deleted: bool) -> tuple[Held[Action], bool]:
+        intent = Intent(
+            deleted=deleted,
+            guarded=not self.setting.live,
+            quiesce=self.setting.quiesce,
+            backoff_limit=self.limit,
+        )
+        seen = _observation(eyes, truth=False)
+        if not seen.call_in_flight and machine.needs_truth(record, seen, doubt=doubt):
+            seen = _observation(eyes, truth=True)
+            doubt = doubt and any(disk.written is not disk.live for disk in seen.disks)
+        return self.hold(machine.decide(intent, record, seen)), doubt
+
+    # ------------------------------------------------------------------------------------------ act
+    def _act(self, world: World, action: Held[Action]) -> Step:
+        do = action.it.do
+        world = world._replace(copying=False)  # whatever it is, it ends the background copy
+        if do in CALLS:
+            return self._send(world, action)
+        done = world._replace(plan=None)
+        index = index_of(action.it)
+        match do:
+            case Do.COPY:
+                return Step("copy begins", done._replace(copying=True))
+            case Do.SHIP:
+                record = self._record("shipped", world.record, lambda r: replace(r, copy=Copy.STORED))
+                return Step("copy is stored", done._replace(record=record))
+            case Do.PLAN:
+                record = self._record("anew", world.record, transition.planned_anew)
+                return Step("plan anew", done._replace(record=record))
+            case Do.REMOVE_OVERLAY:
+                after = put(done, index, overlay=None)._replace(full=False)
+                return Step(named("UNLINK overlay", world, index), after)
+            case Do.RELEASE:
+                return Step("RELEASE the finalizer", done._replace(vmbackup="released"))
+            case Do.SYNC_CONFIG:
+                return self._sync_config(done, action)
+            case Do.COMPARE:
+                return self._compare(done, action)
+            case _:
+                record = self._recorded(world.record, action)
+                after = done._replace(record=record)
+                return Step(named(f"journal {do}", world, index), self._forget_copy(after))
+
+    def _send(self, world: World, action: Held[Action]) -> Step:
+        """Journal, then send. The call waits for its turn; with libvirtd gone, the outcome is unknown."""
+        record = self._record(("begun", action), world.record, lambda r: transition.begun(r, action.it))
+        label = named(f"send {action.it.do}", world, index_of(action.it))
+        if not world.libvirtd:
+            return Step(label + ": no libvirtd", world._replace(record=record, plan=None, doubt=True))
+        if world.call:  # an older one still has libvirt's job (only without the barrier)
+            return Step(label + ": waits", world)
+        return Step(label, world._replace(record=record, plan=("wait", action), call=(action, 0)))
+
+    def _take_answer(self, world: World, outcome: str, action: Held[Action]) -> Step:
+        if outcome == "ok":
+            record = self._answered(world.record, action)
+        else:
+            record = self._failed(world.record, action)
+        after = world._replace(record=record, plan=None)
+        return Step(f"journal {action.it.do}: {outcome}", self._forget_copy(after))
+
+    def _sync_config(self, world: World, action: Held[Action]) -> Step:
+        """Read the file back, fsync it and its directory: so it is durable as it is, whatever it says."""
+        if world.config == "cached":
+            world = saved(world)
+        disks = {"abcd"[n]: disk.durable for n, disk in enumerate(world.disks)}
+        if all(disks[target] == LETTER[image] for target, image in action.it.images):
+            return Step("fsync config", world._replace(record=self._answered(world.record, action)))
+        return Step("fsync config: it names others", world._replace(record=self._failed(world.record, action)))
+
+    def _compare(self, world: World, action: Held[Action]) -> Step:
+        """Live only. Overlay over base against base."""
+        disk = world.disks[index_of(action.it)]
+        if world.guest != "off" or disk.overlay is None:
+            return Step("compare: locked", world)
+        same = all(o in (None, b) for o, b in zip(disk.overlay, disk.base, strict=True))
+        do = Do.CLEAR_PIVOT if same else Do.QUARANTINE
+        record = self._recorded(world.record, self.hold(replace(action.it, do=do)))
+        return Step(f"compare: {'identical' if same else 'different'}", world._replace(record=record))
+
+    # ------------------------------------------------------------------------------------------ copy
+    def _copy(self, world: World) -> Iterator[Step]:
+        """Block by block, in the background, holding the lock that keeps QEMU from writing base."""
+        for index, disk in enumerate(world.disks):
+            for n, block in enumerate(disk.copied):
+                if block is None:
+                    if world.guest != "off" and (disk.writes == "B" or disk.job != "-"):
+                        yield Step("copy: lock refused", world._replace(copying=False))
+                        return
+                    copied = (*disk.copied[:n], disk.base[n], *disk.copied[n + 1 :])
+                    yield Step(named(f"copy block {n}", world, index), put(world, index, copied=copied))
+                    return
+        if world.plan is None:
+            taken = self._record("taken", world.record, lambda r: replace(r, copy=Copy.TAKEN))
+            yield Step("the copy is COMPLETE", self._copied(world, taken))
+
+    def _copied(self, world: World, record: Held[Record]) -> World:
+        return self._forget_copy(world._replace(record=record, copying=False))
+
+    def _forget_copy(self, world: World) -> World:
+        """Once the copy is decided, its blocks are of no interest any more (fewer states)."""
+        if world.record.it.copy is Copy.OPEN or all(disk.snapshot is None for disk in world.disks):
+            return world
+        return put_all(world, snapshot=None, copied=(None,) * len(world.disks[0].base))
+
+    # ------------------------------------------------------------------------------------------ the record
+    def _recorded(self, record: Held[Record], action: Held[Action]) -> Held[Record]:
+        return self._record(("recorded", action), record, lambda r: transition.recorded(r, action.it))
+
+    def _answered(self, record: Held[Record], action: Held[Action]) -> Held[Record]:
+        return self._record(("answered", action), record, lambda r: transition.answered(r, action.it))
+
+    def _failed(self, record: Held[Record], action: Held[Action]) -> Held[Record]:
+        def change(r: Record) -> Record:
+            return transition.failed(r, action.it, "error", retry_at=IN_BACKOFF)
+
+        return self._record(("failed", action), record, change)
+
+    def _record(self, key: Hashable, record: Held[Record], change: Callable[[Record], Record]) -> Held[Record]:
+        held = self._cache.get((record, key))
+        if held is None:
+            held = self._cache[record, key] = self.hold(self._essence(change(record.it)))
+        return cast("Held[Record]", held)
+
+    def _essence(self, record: Record) -> Record:
+        """Without texts, and without counting further than the limit: decide() reads no more."""
+        disks = tuple(replace(d, failures=self._counted(d.failures), last_error="") for d in record.disks)
+        quarantined = "yes" if record.quarantined else ""
+        return replace(record, disks=disks, quarantined=quarantined, copy_error="", copy_reason="")
+
+    def _counted(self, failures: int) -> int:
+        return 0 if self.setting.limit is None else min(failures, self.limit + 1)
+
+
+def _back_off_over(record: Record) -> Record:
+    return record.with_every_disk(retry_at=BACKOFF_OVER)
+
+
+def _visible(disk: Disk) -> Eyes:
+    """What an agent could see of a disk, QEMU's own word included. A locked overlay is not looked into."""
+    file = "-" if disk.overlay is None else "locked" if disk.locked else "data" if any(disk.overlay) else "empty"
+    at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
+    return disk.live, disk.persistent, file, disk.mirror, disk.known, at_end, disk.writes
+
+
+def _observation(eyes: Eyes, *, truth: bool) -> Observation:
+    guest, in_flight, disks = eyes
+    seen: list[DiskSeen] = []
+    for n, (live, persistent, file, mirror, known, at_end, writes) in enumerate(disks):
+        overlay = None if file == "-" else OverlayFile(locked=file == "locked", empty=file == "empty")
+        seen.append(
+            DiskSeen(
+                target="abcd"[n],
+                live=_image(live),
+                persistent=_image(persistent),
+                overlay=overlay,
+                mirror=MIRROR[mirror],
+                job=known,
+                job_at_end=at_end,
+                written=_image(writes) if truth else None,
+            )
+        )
+    return Observation(power=POWER[guest], disks=tuple(seen), call_in_flight=in_flight)
+
+
+def _image(letter: str) -> Image | None:
+    return IMAGE.get(letter)

@@ -1,0 +1,214 @@
+"""What libvirt 9.0 and QEMU 7.2 do, step by step.
+
+Sources: src/qemu/qemu_snapshot.c, qemu_blockjob.c, qemu_block.c, qemu_process.c; the steps marked (replayed) were seen
+on real ones, with libvirtd or QEMU killed at that point. A call is not atomic: guest writes, faults and the agent come
+between its steps, and a call whose client has given up goes on all the same (replayed with SIGSTOP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tests.model.world import Disk, World, content, named, put, put_all
+from vmbackup.reconcile.record import Image
+from vmbackup.reconcile.terms import Action, Do
+
+LETTER = {Image.BASE: "B", Image.OVERLAY: "O"}
+SNAPSHOT_WAITS_FOR_QEMU = (1, 2)  # its steps during which libvirtd unlinks its overlays if QEMU dies (V2)
+SAVES_CONFIG = 3
+
+
+class Step(NamedTuple):
+    """One step: what happens, and the world after it."""
+
+    label: str
+    world: World
+    fault: bool = False
+
+
+def call_steps(world: World) -> Iterator[Step]:
+    """The next step of the call in flight, in every way that it may turn out."""
+    assert world.call
+    action, step = world.call[0].it, world.call[1]
+    if step == 0:
+        yield Step(f"{action.do} fails, nothing done", answer(world, "error"), fault=True)
+    if step == SAVES_CONFIG:
+        yield from _save_config(world, action)
+    elif action.do is Do.SNAPSHOT:
+        yield _snapshot(world, step)
+    elif action.do is Do.COMMIT:
+        yield _commit(world, index_of(action), step)
+    elif action.do is Do.PIVOT:
+        yield _pivot(world, index_of(action), step)
+    elif action.do is Do.REDEFINE:
+        yield _redefine(world, action)
+    else:
+        yield _guest_call(world, action.do)
+
+
+def answer(world: World, outcome: str) -> World:
+    """The call ends; whoever waits for it gets an answer: ok or error."""
+    plan = world.plan
+    if plan and plan[0] == "wait":
+        plan = (outcome, plan[1])
+    return world._replace(call=None, plan=plan)
+
+
+def index_of(action: Action) -> int:
+    """Which disk an action is about; 0 for those about the guest."""
+    return "abcd".index(action.target or "a")
+
+
+def _next(world: World, step: int) -> World:
+    assert world.call
+    return world._replace(call=(world.call[0], step))
+
+
+def _guest_call(world: World, do: Do) -> Step:
+    """Suspend, resume: one QMP command. Freeze, thaw: the guest agent, which is deaf while the guest is paused."""
+    if do is Do.SUSPEND:
+        guest = "suspended" if world.guest == "running" else world.guest
+        return Step("QEMU suspends", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+    if do is Do.RESUME:
+        guest = "off" if world.guest == "off" else "running"
+        return Step("QEMU resumes", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+    assert do in (Do.FREEZE, Do.THAW)
+    if world.guest != "running":
+        return Step(f"{do} fails: the guest agent is deaf", answer(world, "error"))
+    return Step(f"the guest agent does {do}", answer(world._replace(frozen=do is Do.FREEZE), "ok"))
+
+
+def _redefine(world: World, action: Action) -> Step:
+    """virDomainDefineXML: written, fsynced, renamed; the directory is not fsynced (source)."""
+    after = world
+    for target, image in action.images:
+        after = put(after, "abcd".index(target), persistent=LETTER[image])
+    changed = after.config != "saved" or any(d.persistent != d.durable for d in after.disks)
+    names = "".join(d.persistent for d in after.disks)
+    return Step(f"P:={names}", answer(after._replace(config="cached" if changed else "saved"), "ok"))
+
+
+def _snapshot(world: World, step: int) -> Step:
+    """virDomainSnapshotCreateXML(DISK_ONLY|ATOMIC|NO_METADATA), all disks in one transaction."""
+    if step == 0:
+        taken = any(d.overlay is not None or d.persistent != "B" for d in world.disks)
+        busy = any(d.live != "B" or d.writes != "B" or d.known or d.mirror != "-" for d in world.disks)
+        if taken or (world.guest != "off" and busy):
+            return Step("snapshot refused", answer(world, "error"))
+        if world.guest == "off":  # it succeeds, silently (replayed)
+            disks = tuple(_fresh_overlay(d)._replace(persistent="O", snapshot=d.base) for d in world.disks)
+            return Step("OFFLINE snapshot", answer(world._replace(disks=disks, config="cached"), "ok"))
+        disks = tuple(_fresh_overlay(d) for d in world.disks)
+        return Step("libvirt creates the overlays", _next(world._replace(disks=disks), 1))
+    if step == 1:
+        disks = tuple(d._replace(writes="O", locked=True, snapshot=d.base) for d in world.disks)
+        return Step("QEMU switches to the overlays", _next(world._replace(disks=disks), 2))
+    saved = put_all(world, live="O", persistent="O")._replace(config="unsaved")
+    return Step("libvirt saves status L=O", _next(saved, SAVES_CONFIG))
+
+
+def _fresh_overlay(disk: Disk) -> Disk:
+    nothing = (None,) * len(disk.base)
+    return disk._replace(overlay=nothing, copied=nothing)
+
+
+def _commit(world: World, index: int, step: int) -> Step:
+    """virDomainBlockCommit(SHALLOW|ACTIVE), base explicit."""
+    disk = world.disks[index]
+    if step == 0:
+        idle = not disk.known and disk.mirror == "-" and disk.job == "-"
+        if world.guest == "off" or disk.live != "O" or disk.writes != "O" or not idle:
+            return Step(named("commit refused", world, index), answer(world, "error"))
+        return Step(named("libvirt registers the job", world, index), _next(put(world, index, known=True), 1))
+    if step == 1:
+        return Step(named("QEMU starts the job", world, index), _next(put(world, index, job="copying"), 2))
+    return Step(named("libvirt saves <mirror>", world, index), answer(put(world, index, mirror="pending"), "ok"))
+
+
+def _pivot(world: World, index: int, step: int) -> Step:
+    """virDomainBlockJobAbort(PIVOT): job-complete, job-dismiss, status, config."""
+    disk = world.disks[index]
+    if step == 0:
+        if world.guest == "off" or not disk.known or disk.job != "ready":
+            return Step(named("pivot refused", world, index), answer(world, "error"))
+        after = put(world, index, base=content(disk, "O"), writes="B", job="concluded")
+        return Step(named("QEMU pivots to base", world, index), _next(after, 1))
+    if step == 1:
+        return Step(named("libvirt dismisses the job", world, index), _next(put(world, index, job="-"), 2))
+    return Step(named("libvirt saves status L=B", world, index), _next(_pivoted(world, index), SAVES_CONFIG))
+
+
+def _pivoted(world: World, index: int) -> World:
+    config = "unsaved" if world.disks[index].persistent == "O" else world.config
+    after = put(world, index, live="B", mirror="-", known=False, locked=False, persistent="B")
+    return after._replace(config=config)
+
+
+def _save_config(world: World, action: Action) -> Iterator[Step]:
+    """The last step of snapshot and pivot. A failed save is an error for the first, success for the other (replayed)."""
+    outcome = "error" if action.do is Do.SNAPSHOT else "ok"
+    yield Step("libvirt saves config", answer(world._replace(config="cached"), "ok"))
+    yield Step(f"saving config fails, {action.do} says {outcome}", answer(world, outcome), fault=True)
+
+
+def qemu_gone(world: World) -> World:
+    """QEMU has ended. A libvirtd that waits for the snapshot's answer unlinks the overlays it created (source; V2)."""
+    after = put_all(world, writes="-", job="-", live="-", mirror="-", known=False, locked=False)
+    after = after._replace(guest="off", frozen=False)
+    if not world.call or world.call[0].it.do is Do.REDEFINE:
+        return after
+    do, step = world.call[0].it.do, world.call[1]
+    if world.libvirtd and do is Do.SNAPSHOT and step in SNAPSHOT_WAITS_FOR_QEMU:
+        after = put_all(after, overlay=None)
+    if step == SAVES_CONFIG:
+        after = after._replace(config="cached")
+    return answer(after, "error")
+
+
+def libvirtd_gone(world: World) -> World:
+    """libvirtd has ended, and its calls with it; QEMU goes on. Whoever waited has an unknown outcome."""
+    waiting = world.plan is not None and world.plan[0] == "wait"
+    return world._replace(libvirtd=False, call=None, plan=None if waiting else world.plan, doubt=world.agent)
+
+
+def libvirtd_starts(world: World) -> World:
+    """libvirtd reads its files, and reconnects to QEMU and its jobs (replayed, each branch)."""
+    if world.config == "unsaved":
+        world = world._replace(config="saved", disks=tuple(d._replace(persistent=d.durable) for d in world.disks))
+    world = world._replace(libvirtd=True)
+    if world.guest == "off":
+        return world
+    for index, disk in enumerate(world.disks):
+        if disk.known and disk.job == "concluded":  # it finishes the pivot
+            after = _pivoted(put(world, index, job="-"), index)
+            world = after._replace(config="cached" if disk.persistent == "O" else world.config)
+        elif disk.known and disk.job == "-":  # it drops the job, and keeps <mirror ready='yes'> and L=O
+            world = put(world, index, known=False)
+        elif disk.known and disk.job == "ready" and disk.mirror == "pending":
+            world = put(world, index, mirror="ready")
+    return world  # a job without <mirror> goes on without it
+
+
+def block_job_steps(world: World) -> Iterator[Step]:
+    """The active commit: copies what base lacks, in the background; READY when nothing is left."""
+    for index, disk in enumerate(world.disks):
+        if disk.job in ("copying", "ready") and disk.writes == "O":
+            lag = lagging(disk)
+            if lag is not None:
+                assert disk.overlay
+                base = (*disk.base[:lag], disk.overlay[lag], *disk.base[lag + 1 :])
+                yield Step(named(f"job copies block {lag}", world, index), put(world, index, base=base))
+            elif disk.job == "copying":
+                seen = world.libvirtd and disk.mirror == "pending"
+                after = put(world, index, job="ready", mirror="ready" if seen else disk.mirror)
+                yield Step(named("job is READY", world, index), after)
+        if world.libvirtd and disk.job == "ready" and disk.mirror == "pending":
+            yield Step(named("libvirt sees READY", world, index), put(world, index, mirror="ready"))
+
+
+def lagging(disk: Disk) -> int | None:
+    """The first location that the job has still to copy to base."""
+    assert disk.overlay
+    pairs = enumerate(zip(disk.overlay, disk.base, strict=True))
+    return next((n for n, (o, b) in pairs if o is not None and o != b), None)

@@ -1,0 +1,138 @@
+"""The state of the model world: one guest, its disks, libvirtd, the agent.
+
+An image is a tuple: the version that each location holds; a location of an overlay is None until it is written, and
+then falls through to base. All guest writes are taken as flushed and acknowledged. Images are named by a letter:
+B (base), O (our overlay), - (none).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.terms import Action
+
+T = TypeVar("T")
+Versions = tuple[int | None, ...]
+
+
+class Held(Generic[T]):
+    """One of many equal values, the only one that is kept: so it is compared and hashed by identity."""
+
+    __slots__ = ("it",)
+
+    def __init__(self, it: T) -> None:
+        self.it = it
+
+
+class Disk(NamedTuple):
+    """One disk, as QEMU, libvirt and the file system have it."""
+
+    writes: str = "B"  # T, the image that QEMU writes
+    job: str = "-"  # QEMU's block job: -, copying, ready, concluded (has pivoted, not yet dismissed)
+    live: str = "B"  # L
+    mirror: str = "-"  # <mirror> in the live XML: -, pending, ready
+    known: bool = False  # libvirt knows a job: blockJobInfo has it
+    persistent: str = "B"  # P, as the API shows it
+    durable: str = "B"  # P, as a power cut would leave it
+    base: Versions = ()
+    overlay: Versions | None = None
+    locked: bool = False  # QEMU holds the overlay's lock
+    acked: Versions = ()  # the newest acknowledged version of each location
+    snapshot: Versions | None = None  # the content when QEMU switched; None once the copy is decided
+    copied: Versions = ()
+
+
+class World(NamedTuple):
+    """Everything."""
+
+    disks: tuple[Disk, ...]
+    record: Held[Record]  # what the agent's journal holds
+    libvirtd: bool = True
+    guest: str = "running"  # off, running, suspended (by us), paused (by its user), io-error
+    frozen: bool = False  # its file systems
+    config: str = "saved"  # saved: P is durable; cached: written, not yet durable; unsaved: P is libvirt's word only
+    full: bool = False  # the overlays' file system
+    written: int = 0  # guest writes so far
+    call: tuple[Held[Action], int] | None = None  # the libvirt call in flight, and its next step
+    vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
+    agent: bool = True
+    plan: tuple[str, Held[Action]] | None = None  # do: decided; wait: its call is in flight; ok, error: its answer
+    doubt: bool = False  # the agent does not know whether libvirt's word can be trusted
+    copying: bool = False  # in the background
+    faults: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is explored."""
+
+    disks: int = 1
+    faults: int = 2
+    writes: int = 2
+    orphan: bool = False  # start on an overlay that an earlier backup left, recorded in that backup's journal
+    live: bool = False  # switchPolicy: Live, in a world that spares it what it accepts (see environment.py)
+    quiesce: bool = False
+    paused: bool = False  # the guest was paused by its user before
+    limit: int | None = None  # commit.backoffLimit; None: no limit
+
+    def __str__(self) -> str:
+        extras = [name for name in ("orphan", "live", "quiesce", "paused") if getattr(self, name)]
+        extras += [] if self.limit is None else [f"limit {self.limit}"]
+        return ", ".join([f"{self.disks} disks", f"{self.faults} faults", f"{self.writes} writes", *extras])
+
+
+def start(setting: Setting, record: Held[Record]) -> World:
+    """The first state."""
+    empty = (0, 0) if setting.disks == 1 else (0,)
+    nothing: Versions = (None,) * len(empty)
+    disk = Disk(base=empty, acked=empty, copied=nothing)
+    if setting.orphan:
+        disk = disk._replace(writes="O", live="O", persistent="O", durable="O", overlay=nothing, locked=True)
+    guest = "paused" if setting.paused else "running"
+    return World(disks=(disk,) * setting.disks, record=record, guest=guest)
+
+
+def put(world: World, index: int, **changes: Any) -> World:
+    """The world with one disk changed."""
+    disks = world.disks
+    return world._replace(disks=(*disks[:index], disks[index]._replace(**changes), *disks[index + 1 :]))
+
+
+def put_all(world: World, **changes: Any) -> World:
+    """The world with every disk changed alike."""
+    return world._replace(disks=tuple(disk._replace(**changes) for disk in world.disks))
+
+
+def content(disk: Disk, image: str) -> Versions | None:
+    """What a guest would read from an image; None if it cannot be opened."""
+    if image == "B":
+        return disk.base
+    if disk.overlay is None:
+        return None
+    return tuple(b if o is None else o for o, b in zip(disk.overlay, disk.base, strict=True))
+
+
+def needed(disk: Disk) -> bool:
+    """The overlay holds data newer than base."""
+    return disk.overlay is not None and any(
+        o is not None and o > (b or 0) for o, b in zip(disk.overlay, disk.base, strict=True)
+    )
+
+
+def saved(world: World) -> World:
+    """The configuration has become durable."""
+    return world._replace(config="saved", disks=tuple(d._replace(durable=d.persistent) for d in world.disks))
+
+
+def clean(disk: Disk, guest: str) -> bool:
+    """The disk is home: on base, and nothing is left behind."""
+    return (
+        disk.overlay is None and disk.persistent == "B" and (guest == "off" or (disk.live == "B" and disk.writes == "B"))
+    )
+
+
+def named(text: str, world: World, index: int) -> str:
+    """The text, with the disk's name where there are several."""
+    return text if len(world.disks) == 1 else f"{text} ({'abcd'[index]})"
