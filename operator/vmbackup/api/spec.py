@@ -24,7 +24,7 @@ FINALIZER = f"{GROUP}/chain-home"
 IMMUTABLE_FIELDS = ("nodeName", "domain", "storeRef", "disks", "snapshot", "switchPolicy")
 
 # The same as in crds/, rule by rule.
-_OBJECT_NAME = re.compile(
+OBJECT_NAME = re.compile(
     r"(?=.{1,253}\Z)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 )  # RFC 1123 subdomain
 _DOMAIN = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
@@ -115,10 +115,10 @@ class BackupSpec:
         store = _Fields("spec.storeRef", top.group("storeRef", required=True))
         parsed = cls(
             node_name=top.string(
-                "nodeName", _OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"
+                "nodeName", OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"
             ),
             domain=top.string("domain", _DOMAIN, "give the name or UUID of a libvirt domain, without '/'"),
-            store=store.string("name", _OBJECT_NAME, "give the name of a VMBackupStore"),
+            store=store.string("name", OBJECT_NAME, "give the name of a VMBackupStore"),
             disks=tuple(top.targets("disks")),
             snapshot=SnapshotSpec(
                 quiesce=snapshot.choice("quiesce", Quiesce.TRY),

@@ -1,0 +1,226 @@
+"""The command line: `vmbackup agent | run | check`.
+
+The commands are imported when they are called: `run` and `check` start without kopf and the Kubernetes client, and
+`--help` without libvirt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import vmbackup
+from vmbackup.commands import flags
+from vmbackup.commands.flags import Flag
+from vmbackup.errors import VMBackupError
+
+USAGE = 2
+
+_COMMON = (
+    Flag("--libvirt-uri", "the libvirtd to connect to", default="qemu:///system", metavar="URI"),
+    Flag(
+        "--libvirt-config-dir",
+        "where that libvirtd keeps the definitions of its domains, to prove them durable",
+        flags.path,
+        metavar="DIR",
+        default_says="that of the URI, /etc/libvirt/qemu for the system's",
+    ),
+    Flag(
+        "--state-dir",
+        "where the journals of backups are: keep it, on a disk",
+        flags.path,
+        default="/var/lib/vmbackup/state",
+        metavar="DIR",
+    ),
+    Flag(
+        "--overlay-dir",
+        "where overlays go, which take the guest's writes meanwhile; needed for disks that are block devices",
+        flags.path,
+        metavar="DIR",
+        default_says="beside each disk's image",
+    ),
+)
+_AGENT = (
+    Flag(
+        "--node-name",
+        "run the VMBackups whose spec.nodeName is this",
+        flags.node_name,
+        default=socket.gethostname().lower(),
+        metavar="NAME",
+    ),
+    Flag(
+        "--kubeconfig",
+        "how to reach the API server",
+        metavar="FILE",
+        default_says="the pod's service account, else as kubectl finds it",
+    ),
+    Flag(
+        "--metrics-host",
+        "address to serve /metrics and /healthz on; they need no login and name the domains, so on loopback unless "
+        "told otherwise: in a pod give its IP",
+        default="127.0.0.1",
+        metavar="IP",
+    ),
+    Flag("--metrics-port", "port to serve them on", flags.port, default="9777", metavar="PORT"),
+    Flag(
+        "--max-concurrent-backups",
+        "so many domains are backed up at a time, the others wait",
+        flags.at_least_one,
+        default="2",
+        metavar="N",
+    ),
+    Flag(
+        "--commit-backoff",
+        "pause after the first failure of a commit, doubled for each further one, 5 minutes at most",
+        flags.seconds,
+        default="5",
+        metavar="SECONDS",
+    ),
+)
+_RUN = (
+    Flag(
+        "--file",
+        "manifest of one VMBackup, and of its VMBackupStore unless --store or --store-path is given; - for stdin",
+        short="-f",
+        metavar="FILE",
+        required=True,
+    ),
+    Flag("--store", "manifest of the VMBackupStore", metavar="FILE"),
+    Flag("--store-path", "directory to store the backup in, instead of a VMBackupStore", flags.path, metavar="DIR"),
+    Flag(
+        "--retry",
+        "take up a backup again that gave up bringing the guest back from its overlay",
+        flags.boolean,
+        default="false",
+        metavar="BOOL",
+        switch=True,
+    ),
+)
+_CHECK = (
+    Flag(
+        "--output",
+        "table or json",
+        flags.one_of("table", "json"),
+        default="table",
+        metavar="FORMAT",
+        short="-o",
+    ),
+)
+
+_RUN_EXITS = """\
+exit codes:
+  0    Ready: the backup is stored, and every disk is on its own image again
+  1    the backup failed, and every disk is on its own image again
+  2    usage, or refused: nothing was touched
+  3    the guest is still on its overlay, or quarantined: it lost nothing, but needs you
+  130  interrupted: run again to carry on
+
+The first Ctrl-C ends it at the next safe point, the second at once. After either, and after kill -9 or a power cut,
+run the same again and it carries on where it was. spec.nodeName is not looked at.
+"""
+_CHECK_EXITS = """\
+exit codes:
+  0    all could be backed up
+  1    something would be refused
+  2    usage, no such domain, or libvirtd does not answer
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    _log_to_stderr(parsed.log_level)
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except VMBackupError as error:
+        print(f"vmbackup {parsed.command}: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _agent(parsed: argparse.Namespace) -> int:
+    from vmbackup import agent
+
+    return agent.run(_settings(agent.AgentSettings, parsed))
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from vmbackup.commands import run
+
+    return run.run(_settings(run.RunSettings, parsed))
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from vmbackup.commands import check
+
+    return check.check(_settings(check.CheckSettings, parsed))
+
+
+_COMMANDS = {"agent": _agent, "run": _run, "check": _check}
+
+Settings = TypeVar("Settings")
+
+
+def _settings(kind: type[Settings], parsed: argparse.Namespace) -> Settings:
+    """The settings of a command: its fields are named as the flags are."""
+    names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: getattr(parsed, name) for name in names})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vmbackup",
+        description="Live backup of libvirt/QEMU virtual machines, by snapshot, copy and active blockcommit.",
+        epilog="Each flag is an environment variable too, shown beside it; a flag counts more.",
+    )
+    parser.add_argument("--version", action="version", version=f"vmbackup {vmbackup.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    about_agent = "run the VMBackups of this hypervisor that an API server holds"
+    _command(commands, "agent", about_agent, (*_AGENT, *_COMMON), log_level="info")
+    about_run = "run one backup now, from its manifest, without a cluster"
+    _command(commands, "run", about_run, (*_RUN, *_COMMON), log_level="warning", epilog=_RUN_EXITS)
+    about_check = "say which domains and disks would be backed up, which would not, and why; changes nothing"
+    check = _command(commands, "check", about_check, (*_CHECK, *_COMMON), log_level="error", epilog=_CHECK_EXITS)
+    check.add_argument("domain", nargs="?", metavar="DOMAIN", help="name or UUID; default: every domain")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, about: str, its_flags: Sequence[Flag], *, log_level: str, epilog: str = ""
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    levels = flags.one_of(*flags.LOG_LEVELS)
+    metavar = "|".join(flags.LOG_LEVELS)
+    log_flag = Flag("--log-level", "what to log on stderr", levels, default=log_level, metavar=metavar)
+    for flag in (*its_flags, log_flag):
+        flag.add_to(command)
+    return command
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Looks up sys.stderr for each line: a live display puts its own there, so that lines appear above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
