@@ -231,3 +231,23 @@ def test_buffers_are_handed_round_in_order(tmp_path: Path) -> None:
     data = b"".join(bytes([n]) * CHUNK for n in range(20))
     path = write_pieces(tmp_path / "source.img", len(data), [(0, data)])
     assert digest_file(path, CopyControl()) == "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def test_what_is_written_back_while_copying_is_written_right(tmp_path: Path) -> None:
+    """Longer than what is handed to the kernel at once, with a hole over the edge of such a window."""
+    source = write_pieces(
+        tmp_path / "source.img", 150 * MIB, [(0, os.urandom(40 * MIB)), (90 * MIB, os.urandom(45 * MIB))]
+    )
+    copied = copy_file(source, tmp_path / "copy.img", CopyControl())
+    assert copied.digest == sha256sum(source) == sha256sum(tmp_path / "copy.img")
+
+
+def test_a_clone_that_fails_is_not_taken_for_an_impossible_one(xfs: Path) -> None:
+    (xfs / "source.img").write_bytes(b"x" * 4096)
+    (xfs / "copy.img").touch()
+    with (
+        (xfs / "source.img").open("rb") as from_,
+        (xfs / "copy.img").open("rb") as read_only,
+        pytest.raises(OSError, match="Bad file descriptor"),
+    ):
+        clone(from_.fileno(), read_only.fileno())
