@@ -10,10 +10,12 @@ libvirtd runs in session mode with its own XDG directories, all under one direct
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,13 +29,14 @@ _LIBVIRTD_CONF = "max_clients = 500\nmax_client_requests = 50\n"
 _LONGEST_DIRECTORY = 40  # the guest agent's socket is 67 bytes deeper than the directory, and a socket path has 107
 _START_SECONDS = 60
 _END_SECONDS = 20
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class Libvirtd:
     """A libvirtd and its guests under `directory`, which is kept short: socket paths are limited to 107 bytes.
 
-    As a context manager it starts on entry, and ends with all its guests on exit; libvirtd also dies with the thread
-    that started it. With `detached` it outlives its starter, and `Libvirtd(directory).stop()` in any process ends it.
+    As a context manager it starts on entry, and ends with all its guests on exit, or with the thread that started it.
+    With `detached` it outlives its starter, and `Libvirtd(directory).stop()` in any process ends it.
     """
 
     def __init__(self, directory: Path | str, *, detached: bool = False) -> None:
@@ -47,7 +50,7 @@ class Libvirtd:
         self.uri = f"qemu+unix:///session?socket={self.socket}"
         self.pid_file = self.directory / "libvirtd.pid"
         self.log_file = self.directory / "libvirtd.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisors: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         self.start()
@@ -82,41 +85,58 @@ class Libvirtd:
         self.runtime_dir.mkdir(mode=0o700, exist_ok=True)
         (self.directory / "libvirt/qemu.conf").write_text(_QEMU_CONF)
         (self.directory / "libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF)
-        command = ["libvirtd", "--pid-file", str(self.pid_file)]
-        if not self.detached:
-            command = ["setpriv", "--pdeathsig", "KILL", *command]
-        if os.geteuid() == 0:
-            # As daemon, since libvirtd looks its user up, and that one exists on every machine.
-            command = ["unshare", "--user", "--map-user=1", "--map-group=1", *command]
-        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        # -P: the modules beside this file are none of Python's own
+        command = [sys.executable, "-P", __file__, "supervise", str(self.directory)]
         with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env={**self.environment, "PATH": path},
+            supervisor = subprocess.Popen(
+                [*command, "--detached"] if self.detached else command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
                 start_new_session=True,
             )
-        self._wait_until_it_answers(self._process)
+        self._supervisors.append(supervisor)
+        self._wait_until_it_answers(supervisor)
 
-    def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
+    def supervise(self) -> None:
+        """Run libvirtd as the parent of its guests until all have ended; SIGTERM, or the end of our starter, ends them.
+
+        libvirt waits for the end of a guest's process, that is until its parent has noticed: where that is a process
+        number 1 that does so every two seconds, or never, each stop of a guest would take as long.
+        """
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        command = ["libvirtd", "--pid-file", str(self.pid_file)]
+        if not self.detached:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            command = ["setpriv", "--pdeathsig", "KILL", *command]
+        if os.geteuid() == 0:
+            command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        subprocess.Popen(command, env={**self.environment, "PATH": path})
+        with suppress(ChildProcessError):
+            while True:
+                os.wait()
+
+    def _wait_until_it_answers(self, supervisor: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise RuntimeError(f"libvirtd ended with {process.returncode}: see {self.log_file}")
+            if supervisor.poll() is not None:
+                raise RuntimeError(f"libvirtd has ended: see {self.log_file}")
             with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(self.socket))
                 self.virsh("uri")
                 return
-            time.sleep(0.05)
+            time.sleep(0.02)
         raise TimeoutError(f"libvirtd does not answer after {_START_SECONDS} s: see {self.log_file}")
 
     def kill(self) -> None:
         """SIGKILL libvirtd; its guests run on. Returns when it is gone."""
-        self._signal(signal.SIGKILL)
-        self._wait_until_gone()
+        if pid := self.pid:
+            os.kill(pid, signal.SIGKILL)
+            _wait_for_end(pid)
 
     def stop_signal(self) -> None:
         """SIGSTOP libvirtd: it answers nobody until `cont`."""
@@ -133,6 +153,9 @@ class Libvirtd:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             _wait_for_end(pid)
+        for supervisor in self._supervisors:
+            supervisor.wait(_END_SECONDS)
+        self._supervisors.clear()
 
     def guest_pids(self) -> dict[str, int]:
         """The QEMU process of each running domain, by the domain's name."""
@@ -175,13 +198,6 @@ class Libvirtd:
     def _signal(self, number: signal.Signals) -> None:
         if pid := self.pid:
             os.kill(pid, number)
-
-    def _wait_until_gone(self) -> None:
-        if self._process:
-            self._process.wait(_END_SECONDS)
-        elif pid := self.pid:
-            _wait_for_end(pid)
-        self._process = None
 
 
 @dataclass(frozen=True)
@@ -254,16 +270,17 @@ def _wait_for_end(pid: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="sandbox.libvirtd", description="A private libvirtd that runs on until stopped."
-    )
-    parser.add_argument("action", choices=["start", "stop"])
+    parser = argparse.ArgumentParser(description="A private libvirtd that runs on until stopped.")
+    parser.add_argument("action", choices=["start", "stop", "supervise"])
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--detached", action="store_true", help="supervise: outlive the starter")
     arguments = parser.parse_args()
-    libvirtd = Libvirtd(arguments.directory, detached=True)
-    if arguments.action == "stop":
-        libvirtd.stop()
+    if arguments.action == "supervise":
+        Libvirtd(arguments.directory, detached=arguments.detached).supervise()
+    elif arguments.action == "stop":
+        Libvirtd(arguments.directory).stop()
     else:
+        libvirtd = Libvirtd(arguments.directory, detached=True)
         libvirtd.start()
         print(libvirtd.uri)
 

@@ -1,94 +1,21 @@
-"""A private libvirtd, the connection to it, and domains without an OS: started paused, they cost no CPU."""
+"""A private libvirtd, our connection to it, and domains on it (tests/domains.py)."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
 from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
-from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.chain import Disk, Mirror
+from tests.domains import Domain, DomainFactory, make_disk
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.hypervisor.guest import Guest
 
 _numbers = count(1)
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A guest whose disks a test writes and reads itself. `bases` are its images by target, before any backup."""
-
-    libvirtd: Libvirtd
-    guest: Guest
-    directory: Path
-    bases: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.guest.name
-
-    def write(self, target: str, pattern: int, offset: str = "0", length: str = "1M") -> None:
-        """Fill a part of a disk, as the guest would."""
-        self.libvirtd.qemu_io(self.name, target, f"write -P {pattern:#x} {offset} {length}")
-
-    def holds(self, target: str, pattern: int, offset: str = "0", length: str = "1M") -> bool:
-        """Whether the guest reads this pattern there."""
-        try:
-            self.libvirtd.qemu_io(self.name, target, f"read -P {pattern:#x} {offset} {length}")
-        except RuntimeError as error:
-            if "Pattern verification failed" in str(error):
-                return False
-            raise
-        return True
-
-    def live(self, target: str = "vda") -> Disk:
-        """The disk in the live XML."""
-        return _disk(self.guest.live_xml(), target)
-
-    def persistent(self, target: str = "vda") -> Disk:
-        """The disk in the persistent XML."""
-        return _disk(self.guest.persistent_xml(), target)
-
-    def overlay(self, target: str = "vda", uid8: str = "01234567") -> str:
-        """Where an overlay of this disk goes."""
-        return chain.overlay_path(self.live(target), uid8)
-
-    def snapshot(self, *targets: str, uid8: str = "01234567") -> dict[str, str]:
-        """Put an overlay on some disks (default: all); returns the overlays."""
-        overlays = {target: self.overlay(target, uid8) for target in targets or self.bases}
-        every = [disk.target for disk in chain.disks(self.guest.live_xml() or "")]
-        self.guest.snapshot(overlays, [target for target in every if target not in overlays])
-        return overlays
-
-    def wait_ready(self, target: str = "vda") -> None:
-        """Wait until the commit of a disk is READY."""
-        wait_until(lambda: self.live(target).mirror is Mirror.READY, f"{self.name} {target} READY")
-
-
-class DomainFactory(Protocol):
-    """Makes domains; `disks` maps a target to raw, qcow2 or chain (a qcow2 with a template below it)."""
-
-    def __call__(
-        self,
-        disks: Mapping[str, str] | None = None,
-        *,
-        persistent: bool = True,
-        start: bool = True,
-        size: str = "64M",
-        more_disks: tuple[DiskSpec, ...] = (),
-        devices: str = "",
-        extra: str = "",
-    ) -> Domain: ...
 
 
 @pytest.fixture(scope="session")
@@ -118,13 +45,14 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
         *,
         persistent: bool = True,
         start: bool = True,
+        directory: Path | None = None,
         size: str = "64M",
         more_disks: tuple[DiskSpec, ...] = (),
         devices: str = "",
         extra: str = "",
     ) -> Domain:
         name = f"guest-{next(_numbers)}"
-        directory = tmp_path / name
+        directory = (directory or tmp_path) / name
         directory.mkdir()
         specs = [make_disk(directory, target, kind, size) for target, kind in (disks or {"vda": "raw"}).items()]
         xml = directory / "domain.xml"
@@ -140,38 +68,7 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
     yield make
     libvirtd.start()
     for each in made:
-        for action in ("destroy", "undefine"):
-            with suppress(RuntimeError):
-                libvirtd.virsh(action, each.guest.uuid)
-
-
-def make_disk(directory: Path, target: str, kind: str, size: str = "64M") -> DiskSpec:
-    """Make an empty image: raw, qcow2, or chain (a qcow2 with a template below it)."""
-    image_format = "raw" if kind == "raw" else "qcow2"
-    path = directory / f"{target}.{image_format}"
-    backing: list[str] = []
-    if kind == "chain":
-        template = directory / f"{target}-template.qcow2"
-        qemu_img("create", "-f", "qcow2", str(template), size)
-        backing = ["-b", str(template), "-F", "qcow2"]
-    qemu_img("create", "-f", image_format, *backing, str(path), size)
-    return DiskSpec(target, path, image_format)
-
-
-def qemu_img(*arguments: str) -> str:
-    """Run qemu-img and return what it prints."""
-    return subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
-    """Poll until the condition holds. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.01)
-
-
-def _disk(xml: str | None, target: str) -> Disk:
-    assert xml is not None
-    return next(disk for disk in chain.disks(xml) if disk.target == target)
+        with suppress(KeyError):
+            libvirtd.kill_guest(each.name)
+        with suppress(RuntimeError):
+            libvirtd.virsh("undefine", each.guest.uuid)

@@ -208,15 +208,11 @@ class Guest:
 
     def define(self, xml: str) -> None:
         """Replace the persistent XML. A domain that was undefined meanwhile stays so (TransientError)."""
-        doing = f"{self.name}: redefining"
-
-        def define(connection: libvirt.virConnect) -> bool:
-            if persistent := bool(connection.lookupByUUIDString(self.uuid).isPersistent()):
-                connection.defineXML(xml)
-            return persistent
-
-        if not self._hypervisor.call(doing, define, mutating=True):
-            raise TransientError(f"{doing}: it has become a transient domain; observe again", reason="StateChanged")
+        doing = "redefining"
+        if not self._read(doing, lambda domain: domain.isPersistent()):
+            message = f"{self.name}: {doing}: it is a transient domain now; observe again"
+            raise TransientError(message, reason="StateChanged")
+        self._change(doing, lambda domain: domain.connect().defineXML(xml))
 
     def sync_config(self, images: Mapping[str, str]) -> bool:
         """Whether the persistent XML *on disk* names these images (target to path), having made it durable.
@@ -248,11 +244,10 @@ class Guest:
         return self._on_domain(doing, change, mutating=True)
 
     def _on_domain(self, doing: str, function: Callable[[libvirt.virDomain], Result], *, mutating: bool) -> Result:
-        return self._hypervisor.call(
-            f"{self.name}: {doing}",
-            lambda connection: function(connection.lookupByUUIDString(self.uuid)),
-            mutating=mutating,
-        )
+        doing = f"{self.name}: {doing}"
+        # apart from the call: a change whose lookup failed was never asked for
+        domain = self._hypervisor.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
+        return self._hypervisor.call(doing, lambda _: function(domain), mutating=mutating)
 
     def _while_on(self, doing: str, ask: Callable[[libvirt.virDomain], Result], *, otherwise: Result) -> Result:
         """What `ask` says, or `otherwise` where libvirt can ask it of a running domain only."""

@@ -1,0 +1,115 @@
+"""Domains without an OS for tests: started paused they cost no CPU, yet have real disks, snapshots and block jobs."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sandbox.libvirtd import DiskSpec, Libvirtd
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.chain import Disk, Mirror
+from vmbackup.hypervisor.guest import Guest
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A guest whose disks a test writes and reads itself. `bases` are its images by target, before any backup."""
+
+    libvirtd: Libvirtd
+    guest: Guest
+    directory: Path
+    bases: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.guest.name
+
+    def write(self, target: str, pattern: int, offset: str = "0", length: str = "1M") -> None:
+        """Fill a part of a disk, as the guest would."""
+        self.libvirtd.qemu_io(self.name, target, f"write -P {pattern:#x} {offset} {length}")
+
+    def holds(self, target: str, pattern: int, offset: str = "0", length: str = "1M") -> bool:
+        """Whether the guest reads this pattern there."""
+        try:
+            self.libvirtd.qemu_io(self.name, target, f"read -P {pattern:#x} {offset} {length}")
+        except RuntimeError as error:
+            if "Pattern verification failed" in str(error):
+                return False
+            raise
+        return True
+
+    def live(self, target: str = "vda") -> Disk:
+        """The disk in the live XML."""
+        return _disk(self.guest.live_xml(), target)
+
+    def persistent(self, target: str = "vda") -> Disk:
+        """The disk in the persistent XML."""
+        return _disk(self.guest.persistent_xml(), target)
+
+    def overlay(self, target: str = "vda", uid8: str = "01234567") -> str:
+        """Where an overlay of this disk goes."""
+        return chain.overlay_path(self.live(target), uid8)
+
+    def snapshot(self, *targets: str, uid8: str = "01234567") -> dict[str, str]:
+        """Put an overlay on some disks (default: all); returns the overlays."""
+        overlays = {target: self.overlay(target, uid8) for target in targets or self.bases}
+        every = [disk.target for disk in chain.disks(self.guest.live_xml() or "")]
+        self.guest.snapshot(overlays, [target for target in every if target not in overlays])
+        return overlays
+
+    def wait_ready(self, target: str = "vda") -> None:
+        """Wait until the commit of a disk is READY."""
+        wait_until(lambda: self.live(target).mirror is Mirror.READY, f"{self.name} {target} READY")
+
+
+class DomainFactory(Protocol):
+    """Makes domains; `disks` maps a target to raw, qcow2 or chain (a qcow2 with a template below it)."""
+
+    def __call__(
+        self,
+        disks: Mapping[str, str] | None = None,
+        *,
+        persistent: bool = True,
+        start: bool = True,
+        directory: Path | None = None,
+        size: str = "64M",
+        more_disks: tuple[DiskSpec, ...] = (),
+        devices: str = "",
+        extra: str = "",
+    ) -> Domain: ...
+
+
+def make_disk(directory: Path, target: str, kind: str, size: str = "64M") -> DiskSpec:
+    """Make an empty image: raw, qcow2, or chain (a qcow2 with a template below it)."""
+    image_format = "raw" if kind == "raw" else "qcow2"
+    path = directory / f"{target}.{image_format}"
+    backing: list[str] = []
+    if kind == "chain":
+        template = directory / f"{target}-template.qcow2"
+        qemu_img("create", "-f", "qcow2", str(template), size)
+        backing = ["-b", str(template), "-F", "qcow2"]
+    qemu_img("create", "-f", image_format, *backing, str(path), size)
+    return DiskSpec(target, path, image_format)
+
+
+def qemu_img(*arguments: str) -> str:
+    """Run qemu-img and return what it prints."""
+    return subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    """Poll until the condition holds. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds} s")
+        time.sleep(0.01)
+
+
+def _disk(xml: str | None, target: str) -> Disk:
+    assert xml is not None
+    return next(disk for disk in chain.disks(xml) if disk.target == target)
