@@ -83,7 +83,7 @@ def _what_next(world: World, view: View, name: str, folder: Path) -> None:
     sample = "manifests/samples/vmbackup.yaml"
     view.heading("Everything is still up. What to try next")
     for command, meaning in (
-        (f"source {world.env_file}", "for the commands below: KUBECONFIG, LIBVIRT_DEFAULT_URI, PATH"),
+        (f"source {world.env_file}", "for the commands below: KUBECONFIG, LIBVIRT_DEFAULT_URI, PATH and the like"),
         ("kubectl get vmb -o wide", "all backups"),
         (f"kubectl describe vmb {name}", "conditions, disks, events"),
         ("kubectl explain vmbackup.spec.snapshot.quiesce", "every field is explained"),
@@ -92,7 +92,7 @@ def _what_next(world: World, view: View, name: str, folder: Path) -> None:
         (f"curl -s {world.metrics_url}/metrics | grep ^vmbackup", "what Prometheus sees"),
         (f"ls -l {folder}", "the backup: ordinary files, which explain themselves"),
         (f"virsh domblklist {DOMAIN}", "the guest's disks"),
-        (f"vmbackup check --libvirt-uri $LIBVIRT_DEFAULT_URI {DOMAIN}", "what would be backed up, what refused"),
+        (f"vmbackup check {DOMAIN}", "what would be backed up, what refused"),
         ("make demo-down", "end and remove all of it"),
     ):
         view.console.print(f"  {command}", soft_wrap=True)

@@ -40,6 +40,7 @@ class World:
         self.libvirtd = Libvirtd(self.state / "vm", detached=True)
         self.agent = Program("agent", self.state)
         self._images = self.state / "images"
+        self._agent_state = self.state / "agent"
 
     def exists(self) -> bool:
         return self.state.exists()
@@ -92,7 +93,7 @@ class World:
                 f"--libvirt-config-dir={self.libvirtd.config_dir}",
                 f"--kubeconfig={self.kube.kubeconfig}",
                 f"--metrics-port={port_file.read_text()}",
-                f"--state-dir={self.state / 'agent'}",
+                f"--state-dir={self._agent_state}",
             ],
             detached=True,
         )
@@ -130,12 +131,16 @@ class World:
 
     def _write_env(self) -> None:
         programs = {str(Path(sys.executable).parent), str(Path(binaries.path("kubectl")).parent)}
-        path = ":".join(sorted(programs))
-        self.env_file.write_text(
-            f"export KUBECONFIG={shlex.quote(str(self.kube.kubeconfig))}\n"
-            f"export LIBVIRT_DEFAULT_URI={shlex.quote(self.libvirtd.uri)}\n"
-            f"export PATH={shlex.quote(path)}:$PATH\n"
-        )
+        values = {
+            "KUBECONFIG": self.kube.kubeconfig,
+            "LIBVIRT_DEFAULT_URI": self.libvirtd.uri,
+            "VMBACKUP_LIBVIRT_URI": self.libvirtd.uri,
+            "VMBACKUP_LIBVIRT_CONFIG_DIR": self.libvirtd.config_dir,
+            "VMBACKUP_STATE_DIR": self._agent_state,
+        }
+        lines = [f"export {name}={shlex.quote(str(value))}\n" for name, value in values.items()]
+        lines.append(f"export PATH={shlex.quote(':'.join(sorted(programs)))}:$PATH\n")
+        self.env_file.write_text("".join(lines))
 
 
 def _state_directory() -> Path:
