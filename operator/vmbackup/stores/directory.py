@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
-from vmbackup.errors import RefusedError, VMBackupError
+from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import can_clone, clone_or_copy, digest_file, opened_image
 from vmbackup.imaging.errors import errors_of
@@ -63,8 +63,8 @@ class DirectoryStore:
             needed = _bytes_to_write([Path(path) for path in sorted(wanted)], places.namespace)
             with errors_of(self._root):
                 room = os.statvfs(places.namespace)
-        except VMBackupError as error:
-            raise RefusedError(f"the store cannot take it: {error}", reason=error.reason) from error
+        except PermanentError as error:
+            raise RefusedError(str(error), reason=error.reason) from error
         free = room.f_bavail * room.f_frsize
         if needed > free:
             raise RefusedError(
