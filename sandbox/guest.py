@@ -22,7 +22,9 @@ from sandbox.guest_os import guest_os
 from sandbox.libvirtd import DiskSpec, domain_xml
 from sandbox.oracle import BLOCK_BYTES, ProofError, sealed_block
 
-_LINE = re.compile(rb"^(vd[a-z]) (start|failed)? ?(.*?)\r?$")
+# A line cut off by a power cut ends in " booted", which the next boot says first: it is no acknowledgement.
+_NUMBER = re.compile(r"(vd[a-z]) (start )?(\d+)")
+_FAILURE = re.compile(r"vd[a-z] failed .*")
 _POLL_SECONDS = 0.02
 BOOT_SECONDS = 120.0
 """Long enough for an emulated guest on a busy machine; it takes about 5 s on an idle one."""
@@ -95,6 +97,7 @@ class Guest:
         self._read_bytes = 0
         self._acknowledged: dict[str, list[int]] = {target: [] for target in self.disks}
         self._starts: dict[str, list[int]] = {target: [] for target in self.disks}
+        self._failures: list[str] = []
 
     # The domain
 
@@ -200,14 +203,13 @@ class Guest:
             log.seek(self._read_bytes)
             complete, newline, _ = log.read().rpartition(b"\n")
         self._read_bytes += len(complete) + len(newline)
-        for line in complete.splitlines():
-            if match := _LINE.match(line):
-                self._take_in(match[1].decode(), match[2], match[3].decode(errors="replace"))
-
-    def _take_in(self, target: str, kind: bytes | None, value: str) -> None:
-        if kind == b"failed":
-            raise ProofError(f"{self.name} {target}: the guest failed {value}")
-        (self._starts if kind else self._acknowledged)[target].append(int(value))
+        for line in complete.decode(errors="replace").splitlines():
+            if number := _NUMBER.fullmatch(line):
+                (self._starts if number[2] else self._acknowledged)[number[1]].append(int(number[3]))
+            elif _FAILURE.fullmatch(line):
+                self._failures.append(line)
+        if self._failures:
+            raise ProofError(f"{self.name}: the guest says: {'; '.join(self._failures)}")
 
     def _wait_until(self, reached: Callable[[], bool], state: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds

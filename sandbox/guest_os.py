@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,18 +68,21 @@ def _unpacked(package: str, cache: Path) -> Path:
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             files = Path(temporary) / "files"
-            _run("apt-get", "download", *_real_packages(package), directory=temporary)
+            try:
+                _download(package, temporary)
+            except SandboxError:  # no package lists yet, or older ones than the archive
+                _run("apt-get", "update")
+                _download(package, temporary)
             for deb in Path(temporary).glob("*.deb"):
                 _run("dpkg-deb", "-x", str(deb), str(files))
             files.rename(target)
     return target
 
 
-def _real_packages(package: str) -> list[str]:
-    if not _run("apt-cache", "show", "--no-all-versions", package, check=False):
-        _run("apt-get", "update")
+def _download(package: str, directory: str) -> None:
     depends = _run("apt-cache", "depends", "--important", package)
-    return re.findall(r"^ *Depends: (linux-image-\S+)$", depends, re.MULTILINE) or [package]
+    real = re.findall(r"^ *Depends: (linux-image-\S+)$", depends, re.MULTILINE) or [package]
+    _run("apt-get", "download", *real, directory=directory)
 
 
 def _fingerprint(kernel: Path) -> str:
@@ -175,18 +178,18 @@ def _only(directory: Path, pattern: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     """One builder at a time, however many test runs start at once."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _run(*command: str, directory: str | None = None, check: bool = True) -> str:
+def _run(*command: str, directory: str | None = None) -> str:
     try:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise SandboxError(f"{command[0]} is missing: {error}") from error
-    if check and done.returncode:
+    if done.returncode:
         raise SandboxError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}")
     return done.stdout

@@ -99,6 +99,28 @@ def test_a_guest_sent_back_in_time_shows_itself(guest: Guest, tmp_path: Path) ->
         guest.assert_only_rising()
 
 
+def test_half_a_line_at_a_power_cut_is_no_acknowledgement(guest: Guest) -> None:
+    guest.destroy()
+    last = acknowledged(guest)
+    with guest.serial_log.open("ab") as log:
+        log.write(b"vda 1")  # of 17, say
+    guest.start()
+    guest.wait_for_more(3)
+    assert len(guest.starts("vda")) == 2
+    assert 1 < last["vda"] < guest.history("vda")[-3]
+    guest.assert_only_rising()
+
+
+def test_a_disk_that_the_guest_cannot_use_is_told(guest: Guest) -> None:
+    guest.destroy()
+    image_of(guest, "vda").write_bytes(bytes(64 << 20))
+    guest.start()
+    with pytest.raises(ProofError, match="vda failed to mount"):
+        guest.wait_for_more(3)
+    with pytest.raises(ProofError, match="vda failed to mount"):
+        guest.acknowledged("vdb")
+
+
 def test_a_frozen_guest_acknowledges_nothing_until_it_is_thawed(libvirtd: Libvirtd, guest: Guest) -> None:
     guest.wait_for_agent()
     libvirtd.virsh("domfsfreeze", "writer")
