@@ -25,8 +25,9 @@ from tests.manifests import (
     store,
 )
 from vmbackup.api.spec import GROUP, IMMUTABLE_FIELDS, VERSION, BackupSpec
+from vmbackup.api.status import DiskReport, DiskState, Report
 from vmbackup.report.cluster import BACKUPS, STORES, load_client
-from vmbackup.report.status import CONDITION_TYPES, OPTIONAL_FIELDS
+from vmbackup.report.status import CONDITION_TYPES, render
 
 CRDS = Path(__file__).parents[2] / "crds"
 NAMESPACE = "crds"
@@ -272,6 +273,17 @@ def test_every_list_says_how_it_is_merged(plural: str) -> None:
 
 
 def test_every_field_that_is_rendered_is_in_the_schema_and_the_other_way_round() -> None:
-    status = schema("vmbackups")["properties"]["status"]
-    assert set(status["properties"]) == {"observedGeneration", "phase", "message", "conditions", *OPTIONAL_FIELDS}
-    assert all(kind in status["properties"]["conditions"]["description"] for kind in CONDITION_TYPES)
+    known = DiskReport("vda", DiskState.HOME, *("x",) * 4, digest="x", commit_seconds=1.0, last_error="x")
+    times = dict.fromkeys(("snapshot_time", "start_time", "completion_time", "last_progress_time"), 0.0)
+    words = dict.fromkeys(("domain_uuid", "location", "last_handled_retry"), "x")
+    report = Report(quiesced=False, disks=(known,), **times, **words)
+    status = render(report, generation=1, previous={}, now=0.0)
+    described = dict(fields(schema("vmbackups")["properties"]["status"], "status"))
+    rendered = {
+        *(f"status.{name}" for name in status),
+        *(f"status.progress.{name}" for name in status["progress"]),
+        *(f"status.disks[].{name}" for name in status["disks"][0]),
+        *(f"status.conditions[].{name}" for name in status["conditions"][0]),
+    }
+    assert {path for path in described if not path.endswith("[]")} == rendered
+    assert all(kind in described["status.conditions"]["description"] for kind in CONDITION_TYPES)

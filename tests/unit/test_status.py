@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
-from vmbackup.report.status import condition, is_finished, is_significant, merge_patch, render, with_generation
+from vmbackup.report.status import condition, is_finished, is_significant, render, with_generation
 
 NOW = 1_750_000_000.0
 
@@ -347,21 +347,3 @@ def test_a_long_message_is_cut_to_what_can_be_stored() -> None:
 def test_only_what_matters_is_reported_at_once(change: dict[str, Any], significant: bool) -> None:
     before = rendered(ON_OVERLAY)
     assert is_significant(before, rendered(replace(ON_OVERLAY, **change), previous=before)) is significant
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "patch"),
-    [
-        ({}, {}, {}),
-        ({"a": 1}, {"a": 1}, {}),
-        ({"a": 1}, {"a": 2}, {"a": 2}),
-        ({"a": 1}, {}, {"a": None}),
-        ({}, {"a": False}, {"a": False}),
-        ({"a": None}, {"a": {"b": 1}}, {"a": {"b": 1}}),
-        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a": {"c": 3}}),
-        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a": {"c": None}}),
-        ({"a": [1, 2]}, {"a": [1]}, {"a": [1]}),
-    ],
-)
-def test_a_patch_holds_what_differs(before: dict[str, Any], after: dict[str, Any], patch: dict[str, Any]) -> None:
-    assert merge_patch(before, after) == patch

@@ -15,7 +15,6 @@ from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBack
 
 BACKUPS = "vmbackups"
 STORES = "vmbackupstores"
-_PAGE = 500  # objects a list call, as client-go's pager asks for
 
 
 def load_client(kubeconfig: str | None = None) -> ApiClient:
@@ -58,7 +57,7 @@ class Cluster:
                 return None
             raise
 
-    def backups_of(self, node: str) -> list[dict[str, Any]]:
+    def backups_of(self, node: str, *, page_size: int = 500) -> list[dict[str, Any]]:
         """All VMBackups of this node, in all namespaces, selected on the server."""
         found: list[dict[str, Any]] = []
         page: dict[str, str] = {}
@@ -69,7 +68,7 @@ class Cluster:
                 VERSION,
                 BACKUPS,
                 field_selector=f"spec.nodeName={node}",
-                limit=_PAGE,
+                limit=page_size,
                 **page,
             )
             found += answer["items"]
@@ -92,20 +91,23 @@ class Cluster:
             ) from error
         return StoreSpec.parse(found.get("spec", {}))
 
-    def patch_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Merge this into the status of this very object, never of another of the same name.
+    def put_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Make this the status of this very object, never of another of the same name.
 
-        Returns the object as it is now; None if it is gone.
+        Returns the object as it is now; None if it is gone. The uid is tested by a JSON patch, since the status
+        subresource ignores the metadata of any other kind of write (measured, Kubernetes 1.37).
         """
-        body = {"metadata": {"uid": uid}, "status": dict(status)}
+        operations = [
+            {"op": "test", "path": "/metadata/uid", "value": uid},
+            {"op": "add", "path": "/status", "value": dict(status)},
+        ]
         patch = self._api.patch_namespaced_custom_object_status
+        kind = "application/json-patch+json"
         try:
-            return self._call(
-                patch, GROUP, VERSION, namespace, BACKUPS, name, body, _content_type="application/merge-patch+json"
-            )
+            return self._call(patch, GROUP, VERSION, namespace, BACKUPS, name, operations, _content_type=kind)
         except VMBackupError as error:
-            # Another uid is answered like any other conflict: only a look tells.
-            if error.reason in ("NotFound", "Conflict", "Invalid") and self._is_gone(namespace, name, uid):
+            # A failed test is answered like any other invalid patch: only a look tells.
+            if error.reason in ("NotFound", "Invalid") and self._is_gone(namespace, name, uid):
                 return None
             raise
 

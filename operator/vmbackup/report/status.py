@@ -11,20 +11,6 @@ from vmbackup.api.status import DiskReport, DiskState, Outcome, Reason, Report
 # Ready first: kstatus takes Reconciling and Stalled in list order, and people read from the top.
 CONDITION_TYPES = ("Ready", "BackupComplete", "ChainClean", "Reconciling", "Stalled")
 
-# All else in a status is always there.
-OPTIONAL_FIELDS = (
-    "domainUUID",
-    "quiesced",
-    "snapshotTime",
-    "startTime",
-    "completionTime",
-    "lastProgressTime",
-    "lastHandledRetry",
-    "location",
-    "progress",
-    "disks",
-)
-
 _LONGEST_TEXT = 2000  # characters; the output of a tool may be long, and every watcher gets it with each write
 _WORD = {True: "True", False: "False", None: "Unknown"}
 _STANDARD_MESSAGE: dict[tuple[str, bool | None], str] = {
@@ -190,17 +176,3 @@ def _verdict(status: Mapping[str, Any]) -> tuple[object, ...]:
     conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
     judged = tuple((known.get("type"), known.get("status"), known.get("reason")) for known in conditions)
     return status.get("phase"), status.get("observedGeneration"), status.get("lastHandledRetry"), judged
-
-
-def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON merge patch (RFC 7386) that makes `after` of `before`; empty if they are equal."""
-    patch: dict[str, Any] = {name: None for name in before if name not in after}
-    for name, value in after.items():
-        known = before.get(name)
-        if isinstance(known, Mapping) and isinstance(value, Mapping):
-            inner = merge_patch(known, value)  # pyright: ignore[reportUnknownArgumentType]
-            if inner:
-                patch[name] = inner
-        elif name not in before or known != value:
-            patch[name] = value
-    return patch

@@ -14,9 +14,8 @@ from typing import Any
 
 from vmbackup.api.spec import GROUP, VERSION
 from vmbackup.api.status import Report
-from vmbackup.errors import VMBackupError
 from vmbackup.report.cluster import Cluster
-from vmbackup.report.status import OPTIONAL_FIELDS, is_significant, merge_patch, render
+from vmbackup.report.status import is_significant, render
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +62,7 @@ class StatusWriter:
         self._interval = interval
         self._generation = generation
         self._newest: Mapping[str, Any] = previous or {}
-        # What is on the server may be newer than what was seen: the first patch names every field.
-        self._written: Mapping[str, Any] = dict.fromkeys(OPTIONAL_FIELDS)
+        self._written: Mapping[str, Any] = {}
         self._pending: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -119,9 +117,8 @@ class StatusWriter:
     def _send_all(self) -> None:
         while (status := self._next()) is not None:
             try:
-                patch = merge_patch(self._written, status)
-                answer = self._cluster.patch_status(self._ref.namespace, self._ref.name, self._ref.uid, patch)
-            except VMBackupError as error:
+                answer = self._cluster.put_status(self._ref.namespace, self._ref.name, self._ref.uid, status)
+            except Exception as error:  # also what the client did not foresee: this thread has to go on
                 self._failed(error)
             else:
                 self._arrived(status, answer)
@@ -140,13 +137,13 @@ class StatusWriter:
             return None
 
     def _pause(self, status: Mapping[str, Any]) -> float:
-        """How long after the last patch this one is due, in seconds."""
+        """How long after the last write this one is due, in seconds."""
         if self._failures:
             longest = 1.0 if self._hurried else _LONGEST_RETRY
             return min(longest, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 10))
         return 0.0 if self._hurried or is_significant(self._written, status) else self._interval
 
-    def _failed(self, error: VMBackupError) -> None:
+    def _failed(self, error: Exception) -> None:
         level = logging.DEBUG if self._failures else logging.WARNING
         logger.log(level, "status of %s/%s not written, will try again: %s", self._ref.namespace, self._ref.name, error)
         with self._changed:
@@ -162,7 +159,7 @@ class StatusWriter:
                 self._gone = True
                 self._pending.clear()
             else:
-                self._written = answer.get("status", {})
+                self._written = status
                 self._pending = [waiting for waiting in self._pending if waiting is not status]
             self._changed.notify_all()
 
@@ -221,5 +218,5 @@ class Events:
         metadata = event["metadata"]
         try:
             self._cluster.create_event(metadata["namespace"], event)
-        except VMBackupError as error:
+        except Exception as error:
             logger.warning("event %s about %s not sent: %s", event["reason"], metadata["name"], error)
