@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parent.parent.parent
 _SAMPLES = _ROOT / "manifests" / "samples"
 _SAMPLE_STORE_PATH = "/var/lib/vmbackup/store"
 _SAMPLE_NAME = "web-01-1"
-_LONGEST = 36  # bytes of the state directory: the sockets of libvirt are far below it, and their paths limited
+_LONGEST = 37  # bytes of the state directory: the sockets of libvirt are far below it, and their paths limited
 _METRICS_PORT = 9777
 
 
