@@ -9,7 +9,7 @@ import pytest
 
 from sandbox.kube import KubeApi
 
-pytest_plugins = ["tests.fixtures_storage"]
+pytest_plugins = ["tests.fixtures_storage", "tests.fixtures_hypervisor", "tests.fixtures_backup"]
 
 CRDS = Path(__file__).parent.parent / "crds"
 

@@ -94,6 +94,32 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
     )
 
 
+def images_below(path: Path) -> list[str]:
+    """The backing images of an image, nearest first, as far as qcow2 headers name files.
+
+    Read without qemu-img, as it may be asked of every image of a host. What cannot be read has none.
+    """
+    below: list[str] = []
+    while (backing := _backing_file(path)) and backing not in below:
+        below.append(backing)
+        path = Path(backing)
+    return below
+
+
+def _backing_file(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            header = file.read(_QCOW2_HEADER.size)
+            if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
+                return None
+            _, _, offset, length, *_ = _QCOW2_HEADER.unpack(header)
+            file.seek(offset)
+            name = os.fsdecode(file.read(length)) if offset else ""
+    except OSError:
+        return None
+    return str(path.parent / name) if name else None
+
+
 def same_content(first: Path, first_format: str, second: Path, second_format: str) -> bool:
     """Whether two images show a guest the same bytes, backing images included. TransientError while one is written."""
     result = qemu_img(

@@ -357,7 +357,7 @@ class Acts:
         self.write(replace(self.record, call=None, freeze=Freeze.TRIED if refused else Freeze.THAW_DUE, quiesced=False))
         if wish.spec.snapshot.quiesce is Quiesce.REQUIRE:
             return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
-        self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=True)
+        self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
         return 0.0
 
     def _thaw_failed(self, count: int, why: str) -> float:

@@ -72,16 +72,20 @@ class Backup:
         self._woken.set()
 
     def run(self) -> Ending:
-        """Run it to its end. Raises PermanentError where the journal or the domain's lock cannot be written."""
+        """Run it to its end. Raises PermanentError where the journal or a lock cannot be written."""
+        # One process for each journal: else a second `vmbackup run` would replace it under the first.
+        with domain_lock(self._key.uid, self._already_run, self._node.lock_dir) as held:
+            return self._run() if held else Ending.INTERRUPTED
+
+    def _run(self) -> Ending:
         journal = self._journal()
         try:
-            if journal.record.finished and not self._wanted_again(journal.record):
-                self._tell_again(journal.record)
-                return Ending.RELEASED if self._wish().deleted else Ending.FINISHED
+            if journal.record.finished and not self._open_again(journal.record):
+                return self._after_the_end(journal)
             guest = self._guest(journal)
             if guest is None:
                 return self._not_begun(journal)
-            with domain_lock(guest.uuid, self._queued, self._node.lock_dir) as held:
+            with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
                 return self._driver(journal, guest).run() if held else self._not_begun(journal)
         finally:
             journal.close()
@@ -95,16 +99,22 @@ class Backup:
         journal.write(resumed_after_crash(journal.record), durable=False)
         return journal
 
-    def _wanted_again(self, record: Record) -> bool:
+    def _open_again(self, record: Record) -> bool:
+        """It ended with something left to do, and is asked for again, or deleted."""
+        left = record.gave_up or record.orphan or bool(record.quarantined)
         wish = self._wish()
-        open_end = record.gave_up or record.orphan or bool(record.quarantined)
-        asked = wish.deleted or (wish.retry != record.handled_retry)
-        return asked and (open_end or wish.deleted)
+        return left and (wish.deleted or wish.retry != record.handled_retry)
 
-    def _tell_again(self, record: Record) -> None:
-        """The end may not have reached the API server before an earlier run was killed."""
-        record = replace(record, handled_retry=self._wish().retry)
-        self._reporter.report(narrate(record, None, None, Progress({}, {})))
+    def _after_the_end(self, journal: Journal) -> Ending:
+        """Nothing is left to do for the chain. The end may not have reached the API server before a run was killed."""
+        record, wish = journal.record, self._wish()
+        if not wish.deleted:
+            self._reporter.report(narrate(replace(record, handled_retry=wish.retry), None, None, Progress({}, {})))
+            return Ending.FINISHED
+        if wish.delete_data and record.copy is Copy.STORED:
+            self._open_store().delete(record.location, record.uid)
+        journal.remove()
+        return Ending.RELEASED
 
     def _guest(self, journal: Journal) -> Guest | None:
         """The domain, waiting for libvirtd. None: told to stop, deleted before it was begun, or no such domain."""
@@ -120,33 +130,34 @@ class Backup:
                 return None
             except TransientError as error:
                 self._reporter.report(Report(message=str(error), start_time=record.started))
-                if not self._pause():
+                if not self._pause(record):
                     return None
 
-    def _queued(self) -> bool:
+    def _queued(self, record: Record) -> bool:
         message = "another backup of this domain is running"
         self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
-        return self._pause()
+        return self._pause(record)
 
-    def _pause(self) -> bool:
+    def _pause(self, record: Record) -> bool:
+        """Wait a while; whether to go on waiting."""
         self._woken.wait(_WAIT)
         self._woken.clear()
         wish = self._wish()
-        return not (wish.stop or wish.deleted)
+        return not (wish.stop or (wish.deleted and record.snapshot is Snapshot.NONE))
 
     def _not_begun(self, journal: Journal) -> Ending:
         record, wish = journal.record, self._wish()
-        if record.finished:
-            report = narrate(record, None, None, Progress({}, {}))
-            self._reporter.report(report)
-            self._reporter.event(report.reason, report.message, warning=True)
-            self._node.metrics.finished(Outcome.REFUSED)
-            return Ending.FINISHED
         if wish.deleted and record.snapshot is Snapshot.NONE:
             self._node.metrics.finished(Outcome.DELETED)
             journal.remove()
             return Ending.RELEASED
-        return Ending.INTERRUPTED
+        if not record.finished:
+            return Ending.INTERRUPTED
+        report = narrate(record, None, None, Progress({}, {}))
+        self._reporter.report(report)
+        self._reporter.event(report.reason, report.message, warning=True)
+        self._node.metrics.finished(Outcome.REFUSED)
+        return Ending.FINISHED
 
     def _driver(self, journal: Journal, guest: Guest) -> Driver:
         node, record = self._node, journal.record

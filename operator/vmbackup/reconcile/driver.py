@@ -99,6 +99,7 @@ class Driver:
                 return self._acts.plan(wish)
             view = self._observe()
             action = self._decide(wish, view)
+            _log.debug("%s: %s %s", self._record.name, action.do, action.target)
             self._narration.tell(self._record, view.seen, action)
             return self._perform(action, view, wish)
         except RefusedError as error:

@@ -104,12 +104,15 @@ def _used_images(guest: Guest) -> list[tuple[str, str]]:
     """Every image that a domain uses, with the target that uses it, by its live and its persistent XML."""
     used: list[tuple[str, str]] = []
     try:
-        texts = [guest.live_xml(), guest.persistent_xml()]
+        live, persistent = guest.live_xml(), guest.persistent_xml()
     except PermanentError:  # it went away meanwhile
         return []
-    for text in filter(None, texts):
+    for text in filter(None, (live, persistent)):
         for disk in chain.disks(text):
-            used += [(path, disk.target) for path in (disk.source, *(below.path for below in disk.chain)) if path]
+            below = [found.path for found in disk.chain]
+            if not live and disk.source and disk.kind == "file":  # only live XML names the images below
+                below = image.images_below(Path(disk.source))
+            used += [(path, disk.target) for path in (disk.source, *below) if path]
     return used
 
 

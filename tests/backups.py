@@ -1,0 +1,121 @@
+"""Runs backups as an agent does, without a cluster: the real driver on real libvirt, steered by the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.domains import wait_until
+from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
+from vmbackup.api.status import Phase, Report
+from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.wish import Wish
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey
+
+SLOW = "1Mi"  # bytes per second: a copy or commit of 8 MiB and more can be caught in the middle
+
+
+@dataclass
+class Told:
+    """A reporter that remembers everything."""
+
+    timeline: list[tuple[float, Report]] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+
+    def report(self, report: Report) -> None:
+        self.timeline.append((time.monotonic(), report))
+
+    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
+        self.events.append((reason, message))
+
+    @property
+    def reasons(self) -> list[str]:
+        return [reason for reason, _ in self.events]
+
+
+class RunningBackup:
+    """A backup in a thread of its own."""
+
+    def __init__(self, node: Node, key: BackupKey, spec: dict[str, Any], store: Path) -> None:
+        self.node, self.key, self.store = node, key, store
+        self.told = Told()
+        self._spec = spec
+        self._wish = Wish(BackupSpec.parse(spec))
+        self._ending: list[Ending] = []
+        self._backup = Backup(
+            node,
+            key,
+            wish=lambda: self._wish,
+            open_store=lambda: open_store(StoreSpec(DirectoryStoreSpec(str(store)))),
+            reporter=self.told,
+        )
+        self._thread = threading.Thread(target=lambda: self._ending.append(self._backup.run()), daemon=True)
+        self._thread.start()
+
+    def ask(self, **changes: Any) -> None:
+        """Change the wish: deleted, retry, stop."""
+        self._wish = replace(self._wish, **changes)
+        self._backup.wake()
+
+    def edit(self, group: str, **fields: Any) -> None:
+        """Change knobs of the spec while it runs."""
+        self._spec = {**self._spec, group: {**self._spec.get(group, {}), **fields}}
+        self.ask(spec=BackupSpec.parse(self._spec))
+
+    @property
+    def report(self) -> Report:
+        return self.told.timeline[-1][1] if self.told.timeline else Report()
+
+    @property
+    def record(self) -> Record:
+        return next(record for record in self.node.records() if record.uid == self.key.uid)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.report.location)
+
+    def wait_for(self, reached: Callable[[Report], bool], what: str, seconds: float = 60) -> Report:
+        """Wait until the newest report is like that."""
+        wait_until(lambda: reached(self.report), f"{what}; it is {self.report}", seconds)
+        return self.report
+
+    def wait_for_phase(self, phase: Phase) -> Report:
+        return self.wait_for(lambda report: report.phase is phase, phase)
+
+    def wait_for_copying(self) -> Report:
+        """Wait until it is in the middle of copying."""
+        return self.wait_for(
+            lambda report: report.phase is Phase.COPYING and any(disk.copied_bytes for disk in report.disks), "copying"
+        )
+
+    def overlay_seconds(self) -> float:
+        """How long the disks were on their overlay, as far as the reports tell."""
+        times = [when for when, report in self.told.timeline if report.chain_clean is False]
+        home = next(when for when, report in self.told.timeline if when > times[-1] and report.chain_clean)
+        return home - times[0]
+
+    def end(self, seconds: float = 90) -> Report:
+        """Wait for its end and return the last report."""
+        self._thread.join(seconds)
+        assert self._ending, f"still running after {seconds} s: {self.report}"
+        return self.report
+
+    @property
+    def ending(self) -> Ending:
+        self.end()
+        return self._ending[0]
+
+
+class BackupFactory(Protocol):
+    """Starts backups; `spec` adds to the smallest spec there is."""
+
+    def __call__(
+        self, domain: str, *, again: RunningBackup | None = None, store: Path | None = None, **spec: Any
+    ) -> RunningBackup: ...
