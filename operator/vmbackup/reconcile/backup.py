@@ -133,6 +133,12 @@ class Backup:
                 if not self._pause(record):
                     return None
 
+    def _already_run(self) -> bool:
+        """Another process has this very backup: wait for its end, unless told to stop."""
+        self._woken.wait(_WAIT)
+        self._woken.clear()
+        return not self._wish().stop
+
     def _queued(self, record: Record) -> bool:
         message = "another backup of this domain is running"
         self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
