@@ -289,6 +289,10 @@ def test_a_user_without_rights_is_told_what_to_check(kube: KubeApi, body: dict[s
     with pytest.raises(PermanentError, match="check the ClusterRole") as refused:
         nobody.backup(NAMESPACE, body["metadata"]["name"])
     assert refused.value.reason == "Forbidden"
+    with pytest.raises(PermanentError, match="check the ClusterRole"):
+        nobody.store("local")
+    with pytest.raises(PermanentError, match="check the ClusterRole"):
+        nobody.delete_backup(NAMESPACE, body["metadata"]["name"], body["metadata"]["uid"])
 
 
 # Events
@@ -362,3 +366,10 @@ def test_only_the_very_object_is_deleted(kube: KubeApi, cluster: CountingCluster
 def test_without_a_kubeconfig_the_cure_is_named(tmp_path: Path) -> None:
     with pytest.raises(PermanentError, match="give --kubeconfig"):
         load_client(str(tmp_path / "not-there"))
+
+
+def test_in_a_pod_without_a_service_account_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    with pytest.raises(PermanentError, match="run in a pod with a service account"):
+        load_client()
