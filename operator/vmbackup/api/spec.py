@@ -114,9 +114,7 @@ class BackupSpec:
         commit = _Fields("spec.commit", top.group("commit"))
         store = _Fields("spec.storeRef", top.group("storeRef", required=True))
         parsed = cls(
-            node_name=top.string(
-                "nodeName", OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"
-            ),
+            node_name=top.string("nodeName", OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"),
             domain=top.string("domain", _DOMAIN, "give the name or UUID of a libvirt domain, without '/'"),
             store=store.string("name", OBJECT_NAME, "give the name of a VMBackupStore"),
             disks=tuple(top.targets("disks")),

@@ -139,6 +139,11 @@ class Backup:
         self._woken.clear()
         return not self._wish().stop
 
+    def _already_run(self) -> bool:
+        message = "another process runs this very backup"
+        self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message))
+        return not self._awaited().stop
+
     def _queued(self, record: Record) -> bool:
         message = "another backup of this domain is running"
         self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
@@ -146,10 +151,13 @@ class Backup:
 
     def _pause(self, record: Record) -> bool:
         """Wait a while; whether to go on waiting."""
+        wish = self._awaited()
+        return not (wish.stop or (wish.deleted and record.snapshot is Snapshot.NONE))
+
+    def _awaited(self) -> Wish:
         self._woken.wait(_WAIT)
         self._woken.clear()
-        wish = self._wish()
-        return not (wish.stop or (wish.deleted and record.snapshot is Snapshot.NONE))
+        return self._wish()
 
     def _not_begun(self, journal: Journal) -> Ending:
         record, wish = journal.record, self._wish()

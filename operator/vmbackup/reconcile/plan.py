@@ -39,14 +39,21 @@ class Planner:
         if live is None:
             raise not_running(guest.name)
         chosen, skipped = choose(chain.disks(live), spec.disks)
-        self._refuse_shared(guest, chosen)
-        disks = tuple(self._disk_record(disk, record.uid) for disk in chosen)
-        self._refuse_without_room(disks)
+        disks = self.admit(guest, chosen, record.uid, image_uses(self.hypervisor.guests()))
         if persistent is not None:
             disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
         store.check(key_of(record), [source_of(disk) for disk in disks])
         facts = chain.domain_facts(live)
         return replace(record, disks=disks, skipped=skipped, domain_xml=persistent or live, nvram=facts.nvram or "")
+
+    def admit(
+        self, guest: Guest, chosen: Sequence[chain.Disk], uid: str, uses: Iterable[ImageUse]
+    ) -> tuple[DiskRecord, ...]:
+        """The records of disks that can be backed up. `uses`: of all domains. Raises RefusedError."""
+        _refuse_shared(guest, chosen, uses)
+        disks = tuple(self._disk_record(disk, uid) for disk in chosen)
+        _refuse_without_room(disks)
+        return disks
 
     def _disk_record(self, disk: chain.Disk, uid: str) -> DiskRecord:
         base = disk.source or ""
@@ -71,49 +78,62 @@ class Planner:
             backing=tuple((below.path, below.format) for below in disk.chain),
         )
 
-    def _refuse_without_room(self, disks: Sequence[DiskRecord]) -> None:
-        for directory in {Path(disk.overlay).parent for disk in disks}:
-            if not os.access(directory, os.W_OK):
-                raise RefusedError(
-                    f"overlays would go to {directory}, which cannot be written: correct that, or give --overlay-dir",
-                    reason="OverlayDirectoryNotWritable",
-                )
-            status = os.statvfs(directory)
-            free = status.f_bavail * status.f_frsize
-            if free < OVERLAY_ROOM:
-                raise RefusedError(
-                    f"{directory} has {free >> 20} MiB free, and overlays need {OVERLAY_ROOM >> 20} MiB at least: "
-                    "free space there, or give --overlay-dir",
-                    reason="NoRoomForOverlay",
-                )
 
-    def _refuse_shared(self, guest: Guest, chosen: Sequence[chain.Disk]) -> None:
-        """A base that anything else builds on or uses would be changed under it by the commit."""
-        bases = {disk.source: disk.target for disk in chosen}
-        for other in self.hypervisor.guests():
-            for path, target in _used_images(other):
-                mine = other.uuid == guest.uuid
-                if path in bases and not (mine and bases[path] == target):
-                    user = f"disk {target} of this domain" if mine else f"disk {target} of domain {other.name}"
-                    raise RefusedError(
-                        f"disk {bases[path]}: {path} is used by {user} too: give each its own image", reason="BaseInUse"
-                    )
+@dataclass(frozen=True)
+class ImageUse:
+    """An image that a disk of a domain uses, directly or as the backing image of another."""
+
+    path: str
+    domain: str
+    domain_uuid: str
+    target: str
 
 
-def _used_images(guest: Guest) -> list[tuple[str, str]]:
-    """Every image that a domain uses, with the target that uses it, by its live and its persistent XML."""
+def image_uses(guests: Iterable[Guest]) -> list[ImageUse]:
+    """Every image that these domains use, by their live and their persistent XML."""
+    return [ImageUse(path, guest.name, guest.uuid, target) for guest in guests for path, target in _used_by(guest)]
+
+
+def _used_by(guest: Guest) -> list[tuple[str, str]]:
     used: list[tuple[str, str]] = []
     try:
-        live, persistent = guest.live_xml(), guest.persistent_xml()
+        texts = [guest.live_xml(), guest.persistent_xml()]
     except PermanentError:  # it went away meanwhile
         return []
-    for text in filter(None, (live, persistent)):
+    for text in filter(None, texts):
         for disk in chain.disks(text):
-            below = [found.path for found in disk.chain]
-            if not live and disk.source and disk.kind == "file":  # only live XML names the images below
-                below = image.images_below(Path(disk.source))
-            used += [(path, disk.target) for path in (disk.source, *below) if path]
+            used += [(path, disk.target) for path in (disk.source, *(below.path for below in disk.chain)) if path]
     return used
+
+
+def _refuse_shared(guest: Guest, chosen: Sequence[chain.Disk], uses: Iterable[ImageUse]) -> None:
+    """A base that anything else builds on or uses would be changed under it by the commit."""
+    bases = {disk.source: disk.target for disk in chosen}
+    for use in uses:
+        mine = use.domain_uuid == guest.uuid
+        if use.path in bases and not (mine and bases[use.path] == use.target):
+            user = f"disk {use.target} of this domain" if mine else f"disk {use.target} of domain {use.domain}"
+            raise RefusedError(
+                f"disk {bases[use.path]}: {use.path} is used by {user} too: give each its own image",
+                reason="BaseInUse",
+            )
+
+
+def _refuse_without_room(disks: Sequence[DiskRecord]) -> None:
+    for directory in {Path(disk.overlay).parent for disk in disks}:
+        if not os.access(directory, os.W_OK):
+            raise RefusedError(
+                f"overlays would go to {directory}, which cannot be written: correct that, or give --overlay-dir",
+                reason="OverlayDirectoryNotWritable",
+            )
+        status = os.statvfs(directory)
+        free = status.f_bavail * status.f_frsize
+        if free < OVERLAY_ROOM:
+            raise RefusedError(
+                f"{directory} has {free >> 20} MiB free, and overlays need {OVERLAY_ROOM >> 20} MiB at least: "
+                "free space there, or give --overlay-dir",
+                reason="NoRoomForOverlay",
+            )
 
 
 def choose(

@@ -1,0 +1,213 @@
+"""`vmbackup run`: one backup on this hypervisor, without a cluster, by the machine and journal of the agent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from uuid import uuid4
+
+from vmbackup.api.status import DiskState, Outcome, Phase, Reason, Report
+from vmbackup.commands.request import Request, read
+from vmbackup.commands.screen import LineConsole, Screen
+from vmbackup.errors import RefusedError, TransientError, VMBackupError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.record import Record, Snapshot
+from vmbackup.reconcile.wish import Wish
+from vmbackup.report.metrics import Metrics
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey
+
+_log = logging.getLogger(__name__)
+
+READY, FAILED_HOME, REFUSED, ON_OVERLAY, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes (DESIGN.md)
+
+_OFF_GRACE = 15.0  # seconds: a guest that is off on its overlay may be about to start again
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The flags of `vmbackup run`."""
+
+    file: str
+    store: str | None
+    store_path: Path | None
+    retry: bool
+    libvirt_uri: str
+    libvirt_config_dir: Path | None
+    state_dir: Path
+    overlay_dir: Path | None
+
+
+def run(settings: RunSettings) -> int:
+    """Run the backup to its end, or until interrupted; the exit code. Raises VMBackupError where nothing was begun."""
+    request = read(settings.file, store_file=settings.store, store_path=settings.store_path)
+    hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
+    try:
+        node = Node(hypervisor, settings.state_dir, Metrics(), overlay_dir=settings.overlay_dir)
+        earlier = taken_up(request, node.records(), retry=settings.retry)
+        if not hypervisor.ping():
+            raise TransientError(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri")
+        with Screen(LineConsole(highlight=False)) as screen:
+            return _Run(node, request, earlier, screen, retry=settings.retry).run()
+    finally:
+        hypervisor.close()
+
+
+def taken_up(request: Request, records: Sequence[Record], *, retry: bool) -> Record | None:
+    """The earlier run of this very backup that is carried on; None: this is a new one. Raises RefusedError."""
+    same = [record for record in records if (record.namespace, record.name) == (request.namespace, request.name)]
+    if request.uid:
+        same = [record for record in records if record.uid == request.uid]
+    wanted = [record for record in same if not record.finished or (retry and record.gave_up) or request.uid]
+    if not wanted:
+        if retry:
+            raise RefusedError(f"no backup {request} has given up here: leave out --retry, or correct --state-dir")
+        return None
+    record = max(wanted, key=lambda each: each.started or 0.0)
+    if record.domain and request.spec.domain not in (record.domain, record.domain_uuid):
+        raise RefusedError(
+            f"the unfinished backup {request} is one of the domain {record.domain}: finish that first, or give this "
+            "one another metadata.name"
+        )
+    return record
+
+
+class _Run:
+    """One run: hears what the backup tells, and asks it to stop on a signal, or where only a human can help."""
+
+    def __init__(self, node: Node, request: Request, earlier: Record | None, screen: Screen, *, retry: bool) -> None:
+        self._node = node
+        self._request = request
+        self._screen = screen
+        self._key = BackupKey(request.namespace, request.name, _uid_of(request, earlier))
+        handled = earlier.handled_retry if earlier else ""
+        self._retry = time.strftime("%Y-%m-%dT%H:%M:%S") if retry else handled
+        self._carries_on = earlier is not None and not earlier.finished
+        self._last = Report()
+        self._signalled = self._stuck = False
+        self._off_since: float | None = None
+        self._backup = Backup(
+            node, self._key, wish=self._wish, open_store=lambda: open_store(request.store), reporter=self
+        )
+
+    def run(self) -> int:
+        """Run it; the exit code."""
+        begun = "carrying on" if self._carries_on else "backup"
+        self._screen.line("Backup", f"{begun} {self._request} of {self._request.spec.domain}, uid {self._key.uid}")
+        # In a thread of its own: a signal handler may not wake a wait that its own thread is in.
+        with self._signals(), ThreadPoolExecutor(1, "backup") as thread:
+            try:
+                ending = thread.submit(self._backup.run).result()
+            except VMBackupError as error:
+                return self._broken(str(error))
+            except Exception:
+                _log.exception("this is a fault of vmbackup")
+                return self._broken("it ended unexpectedly")
+        return self._verdict(ending)
+
+    # -- what the backup asks and tells, in its thread
+
+    def _wish(self) -> Wish:
+        return Wish(self._request.spec, retry=self._retry, stop=self._signalled or self._stuck)
+
+    def report(self, report: Report) -> None:
+        """See Reporter."""
+        self._last = report
+        self._screen.report(report)
+        if self._needs_a_human(report) and not self._stuck:
+            self._stuck = True
+            self._backup.wake()
+
+    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """See Reporter. The end is told by the verdict."""
+        if reason != Phase.FAILED:
+            self._screen.line(reason, message, style="yellow" if warning else "")
+
+    def _needs_a_human(self, report: Report) -> bool:
+        """Quarantined; or off on its overlay, with nothing left to do but to wait for its start."""
+        waits = report.phase is Phase.PENDING or report.backup_complete is not None
+        if report.reason != Reason.DOMAIN_OFF or not waits:
+            self._off_since = None
+            return report.reason == Reason.QUARANTINED
+        self._off_since = self._off_since or time.monotonic()
+        return time.monotonic() - self._off_since >= _OFF_GRACE
+
+    # -- signals, in the main thread
+
+    @contextmanager
+    def _signals(self) -> Generator[None]:
+        """Answer signals; those that are ignored (nohup) stay so."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._signalled:
+            if os.isatty(1):
+                os.write(1, _SHOW_CURSOR)
+            os._exit(INTERRUPTED)
+        self._signalled = True
+        self._backup.wake()
+        self._screen.line("Stopping", "at the next safe point; once more ends it at once", style="yellow")
+
+    # -- the end
+
+    def _verdict(self, ending: Ending) -> int:
+        last = self._last
+        if ending is Ending.INTERRUPTED:
+            return self._stopped()
+        if last.outcome is Outcome.SUCCEEDED:
+            self._screen.line("Ready", last.message, style="bold green")
+            for disk in last.disks:
+                if disk.state is not DiskState.SKIPPED:
+                    self._screen.line(disk.target, f"{disk.format}, {disk.total_bytes} bytes, {disk.digest}")
+            return READY
+        if last.outcome is Outcome.REFUSED:
+            self._screen.line("Refused", f"{last.reason}: {last.message}", style="bold red")
+            return REFUSED
+        if last.chain_clean:
+            self._screen.line("Failed", f"{last.reason}: {last.message}; every disk is home", style="bold red")
+            return FAILED_HOME
+        cure = f"the guest runs on its overlay, and lost nothing: {last.message}; mend that, then run with --retry"
+        self._screen.line("Failed", f"{last.reason}: {cure}", style="bold red")
+        return ON_OVERLAY
+
+    def _stopped(self) -> int:
+        last = self._last
+        if self._stuck and not self._signalled:
+            self._screen.line("Stopped", f"{last.reason}: {last.message}; then run again", style="bold red")
+            return ON_OVERLAY
+        where = "nothing was begun" if last.chain_clean else "the guest runs on its overlay"
+        self._screen.line("Interrupted", f"{where}: run again to carry on", style="bold yellow")
+        return INTERRUPTED
+
+    def _broken(self, why: str) -> int:
+        """Where the journal or the lock cannot be written: what it says of the chain is what was known last."""
+        record = next((each for each in self._node.records() if each.uid == self._key.uid), None)
+        begun = record is not None and record.snapshot is not Snapshot.NONE and not record.finished
+        where = "the guest may be on its overlay: mend that, then run again" if begun else "nothing was touched"
+        print(f"vmbackup run: {why}; {where}", file=sys.stderr)
+        return ON_OVERLAY if begun else REFUSED
+
+
+def _uid_of(request: Request, earlier: Record | None) -> str:
+    return earlier.uid if earlier else request.uid or str(uuid4())

@@ -1,0 +1,91 @@
+"""What a backup looks like while it runs: a line for each event; on a terminal a progress bar below them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from vmbackup.api.status import Phase, Reason, Report
+
+_LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
+_WAITS = (Reason.QUEUED, Reason.DOMAIN_OFF, Reason.WAITING_FOR_CALLS)  # no event tells of them
+
+
+class LineConsole(Console):
+    """A console that a closed pipe or terminal silences: a backup goes on without its audience."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the thread."""
+        self.quiet = True
+
+
+class Screen:
+    """Shows one backup, from any thread. Use it as a context manager: the bar is gone afterwards."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("  {task.description:<13}"),
+            BarColumn(bar_width=32),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[bytes]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task(Phase.PENDING, total=None, bytes="")
+        self._said = ""
+        self._line_due = time.monotonic() + _LINE_EVERY
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with suppress(OSError):
+            self._bar.stop()
+
+    def report(self, report: Report) -> None:
+        """Show how far it is."""
+        copied = sum(disk.copied_bytes for disk in report.disks)
+        total = sum(disk.total_bytes for disk in report.disks)
+        merged = sum(disk.merged_bytes for disk in report.disks)
+        done = f"{_mib(copied)} of {_mib(total)}" if total else ""
+        if report.phase is Phase.COMMITTING:
+            done = f"{_mib(merged)} merged"
+        self._bar.update(self._task, description=report.phase, completed=copied, total=total or None, bytes=done)
+        if waiting := _waiting_for(report):
+            self.line(report.reason, waiting)
+        elif done and not self._console.is_terminal and time.monotonic() >= self._line_due:
+            self.line(report.phase, done)
+
+    def line(self, word: str, message: str, *, style: str = "") -> None:
+        """Say something once: a word, and a sentence about it."""
+        if message == self._said:
+            return
+        self._said = message
+        self._line_due = time.monotonic() + _LINE_EVERY
+        clock = time.strftime("%H:%M:%S")
+        text = Text.assemble((clock, "dim"), "  ", (f"{word:<13}", style or "bold"), " ", message)
+        with suppress(OSError):
+            self._console.print(text, soft_wrap=True)
+
+
+def _waiting_for(report: Report) -> str:
+    """What the backup waits for, if no event says so."""
+    if report.reason in _WAITS:
+        return report.message
+    return report.message if report.reason == Reason.PENDING and not report.disks else ""
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
