@@ -135,11 +135,6 @@ class Backup:
 
     def _already_run(self) -> bool:
         """Another process has this very backup: wait for its end, unless told to stop."""
-        self._woken.wait(_WAIT)
-        self._woken.clear()
-        return not self._wish().stop
-
-    def _already_run(self) -> bool:
         message = "another process runs this very backup"
         self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message))
         return not self._awaited().stop
