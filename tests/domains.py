@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class Domain:
 
     def overlay(self, target: str = "vda", uid8: str = "01234567") -> str:
         """Where an overlay of this disk goes."""
-        return chain.overlay_path(self.live(target), uid8)
+        return chain.overlay_path(replace(self.live(target), source=self.bases[target]), uid8)
 
     def snapshot(self, *targets: str, uid8: str = "01234567") -> dict[str, str]:
         """Put an overlay on some disks (default: all); returns the overlays."""

@@ -7,8 +7,6 @@ import pytest
 from tests.domains import Domain, DomainFactory
 from vmbackup.hypervisor import chain
 
-pytest_plugins = ("tests.fixtures_hypervisor",)
-
 DISKS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}
 METADATA = "<metadata><app:a xmlns:app='http://example.org/a'><!-- a note --><app:b c='ü'/></app:a></metadata>"
 QEMU_ARGUMENTS = "<qemu:commandline><qemu:arg value='-name'/><qemu:arg value='other'/></qemu:commandline>"

@@ -18,8 +18,6 @@ from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
 
-pytest_plugins = ("tests.fixtures_hypervisor",)
-
 
 @pytest.fixture
 def mortal(libvirtd: Libvirtd, hypervisor: Hypervisor) -> Iterator[Libvirtd]:

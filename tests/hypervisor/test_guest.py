@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sandbox.libvirtd import DiskSpec
-from tests.domains import Domain, DomainFactory, make_disk, wait_until
+from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
+from tests.domains import DomainFactory, make_disk, wait_until
+from tests.storage import mounted
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import ChainImage, Mirror
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
-
-pytest_plugins = ("tests.fixtures_hypervisor",)
+from vmbackup.hypervisor.guest import BlockJob, GuestState
 
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 ALL_KINDS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}
@@ -103,13 +105,9 @@ def test_disks_that_are_not_wanted_are_left_alone(domain: DomainFactory, tmp_pat
     cdrom = DiskSpec("sda", make_disk(tmp_path, "sda", "raw", "1M").path, device="cdrom", bus="sata")
     made = domain({"vda": "raw", "vdb": "qcow2"}, more_disks=(cdrom,))
     made.snapshot("vda")
-    assert made.live("vda").source == made.persistent("vda").source == chain_overlay(made)
+    assert made.live("vda").source == made.persistent("vda").source == made.overlay("vda")
     assert made.live("vdb").source == made.bases["vdb"]
     assert made.live("sda").source == str(cdrom.path)
-
-
-def chain_overlay(made: Domain) -> str:
-    return str(made.directory / "vda.vmb-01234567-vda.qcow2")
 
 
 def test_a_file_that_is_there_already_is_not_made_an_overlay(domain: DomainFactory) -> None:
@@ -118,8 +116,8 @@ def test_a_file_that_is_there_already_is_not_made_an_overlay(domain: DomainFacto
     with pytest.raises(PermanentError, match="already exists"):
         made.snapshot()
     assert made.guest.written_images() == made.bases, "all or none"
-    assert Path(chain_overlay(made).replace("vda", "vdb")).read_bytes() == b"somebody's data"
-    assert not Path(chain_overlay(made)).exists()
+    assert Path(made.overlay("vdb")).read_bytes() == b"somebody's data"
+    assert not Path(made.overlay("vda")).exists()
 
 
 def test_a_commit_goes_no_deeper_than_the_image_right_below(domain: DomainFactory) -> None:
@@ -233,6 +231,44 @@ def test_an_overlay_with_a_strange_name_is_named_in_full_by_qemu(domain: DomainF
     assert made.guest.sync_config({"vda": overlay})
 
 
+def test_qemu_s_word_tells_of_a_pivot_that_libvirtd_died_in(domain: DomainFactory, hypervisor: Hypervisor) -> None:
+    """PROTOCOL, item 2: the mirror stays ready for ever, there is no job, and every XML names the overlay."""
+    made = domain()
+    overlay = made.snapshot()["vda"]
+    made.guest.commit("vda", made.bases["vda"])
+    made.wait_ready()
+    made.libvirtd.kill()
+    ((job,),) = made.libvirtd.qmp(made.name, ("query-jobs", {}))
+    made.libvirtd.qmp(made.name, ("job-complete", {"id": job["id"]}))
+    wait_until(
+        lambda: made.libvirtd.qmp(made.name, ("query-jobs", {}))[0][0]["status"] == "concluded", "QEMU is on the base"
+    )
+    made.libvirtd.qmp(made.name, ("job-dismiss", {"id": job["id"]}))
+    made.libvirtd.start()
+    wait_until(hypervisor.ping, "a new connection")
+
+    assert (made.live().source, made.live().mirror) == (overlay, Mirror.READY)
+    assert made.guest.block_job("vda") is None
+    assert made.guest.written_images() == made.bases
+    with pytest.raises(TransientError):
+        made.guest.pivot("vda")
+
+
+def test_qemu_s_word_tells_of_a_snapshot_that_libvirtd_died_in(domain: DomainFactory, hypervisor: Hypervisor) -> None:
+    """PROTOCOL, item 1: every XML names the base, and QEMU writes the overlay."""
+    made = domain()
+    overlay = made.overlay()
+    made.libvirtd.kill()
+    ((device,),) = made.libvirtd.qmp(made.name, ("query-block", {}))
+    arguments = {"node-name": device["inserted"]["node-name"], "snapshot-file": overlay, "format": "qcow2"}
+    made.libvirtd.qmp(made.name, ("blockdev-snapshot-sync", {**arguments, "snapshot-node-name": "switched"}))
+    made.libvirtd.start()
+    wait_until(hypervisor.ping, "a new connection")
+
+    assert made.live().source == made.persistent().source == made.bases["vda"]
+    assert made.guest.written_images() == {"vda": overlay}
+
+
 def test_a_call_in_flight_is_seen(domain: DomainFactory) -> None:
     made = domain()
     assert made.guest.control_idle()
@@ -286,8 +322,52 @@ def test_the_file_of_another_domain_of_that_name_proves_nothing(domain: DomainFa
         elsewhere.close()
 
 
+@pytest.fixture
+def small_config(libvirtd: Libvirtd) -> Iterator[tuple[Libvirtd, Hypervisor]]:
+    """A libvirtd whose configuration directory is a file system of 1 MiB, and our connection to it."""
+    with tempfile.TemporaryDirectory(prefix="vmb-") as path:
+        shutil.copytree(libvirtd.directory / "cache", Path(path) / "cache")  # what it knows of QEMU takes seconds
+        (Path(path) / "libvirt").mkdir()
+        with (
+            mounted(Path(path) / "libvirt/qemu", "-t", "tmpfs", "-o", "size=1m", "tmpfs"),
+            Libvirtd(path) as small,
+        ):
+            hypervisor = Hypervisor(small.uri, config_dir=small.config_dir)
+            yield small, hypervisor
+            hypervisor.close()
+
+
+def test_a_configuration_that_libvirt_could_not_save_is_noticed(
+    small_config: tuple[Libvirtd, Hypervisor], tmp_path: Path
+) -> None:
+    """PROTOCOL, item 4: after the switch libvirt shows the overlay everywhere, but the file still names the base."""
+    libvirtd, hypervisor = small_config
+    disk = make_disk(tmp_path, "vda", "raw")
+    xml = tmp_path / "domain.xml"
+    xml.write_text(domain_xml("small", [disk]))
+    libvirtd.virsh("define", str(xml))
+    libvirtd.virsh("start", "small", "--paused")
+    guest = hypervisor.guest("small")
+    overlay = {"vda": str(tmp_path / "vda.vmb-01234567-vda.qcow2")}
+    fill = libvirtd.config_dir / "fill"
+    fill.write_bytes(bytes(shutil.disk_usage(libvirtd.config_dir).free))
+
+    with pytest.raises(TransientError, match="No space left"):
+        guest.snapshot(overlay, [])
+    persistent = guest.persistent_xml()
+    assert persistent is not None
+    assert guest.written_images() == overlay
+    assert chain.disks(persistent)[0].source == overlay["vda"]
+    assert not guest.sync_config(overlay)
+    with pytest.raises(TransientError, match="No space left"):
+        guest.define(persistent)
+
+    fill.unlink()
+    guest.define(persistent)
+    assert guest.sync_config(overlay)
+
+
 def test_errors_say_which_domain_and_what_was_done(domain: DomainFactory) -> None:
-    guest: Guest = domain().guest
+    guest = domain().guest
     with pytest.raises(VMBackupError, match=rf"^{guest.name}: starting the commit of vda: "):
         guest.commit("vda", "/nowhere")
-    assert chain.disks(guest.live_xml() or "")
