@@ -285,6 +285,12 @@ def test_labels_of_the_base_hold_for_its_overlay_too() -> None:
     assert on_overlay(base, OVERLAY).count("<seclabel") == 2
 
 
+def test_a_disk_without_a_driver_gets_one_that_says_qcow2() -> None:
+    base = "<disk type='file'><source file='/a'/><target dev='vda'/></disk>"
+    (disk,) = disks(with_images(domain(base), {"vda": on_overlay(base, OVERLAY)}))
+    assert (disk.source, disk.format, disk.chain) == (OVERLAY, "qcow2", (ChainImage("/a", "raw", "file"),))
+
+
 def test_xml_with_entities_is_refused() -> None:
     bomb = '<!DOCTYPE d [<!ENTITY a "b">]><domain><name>&a;</name></domain>'
     for read in (disks, domain_facts, lambda xml: disk_xml(xml, "vda")):
