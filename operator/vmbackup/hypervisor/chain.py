@@ -83,6 +83,12 @@ def domain_facts(xml: str) -> DomainFacts:
     return DomainFacts(root.findtext("name", ""), root.findtext("uuid", ""), path)
 
 
+def guest_agent(live_xml: str) -> str | None:
+    """The state of the channel of the guest agent: connected, disconnected, …; None if there is no such channel."""
+    target = fromstring(live_xml).find("devices/channel/target[@name='org.qemu.guest_agent.0']")
+    return None if target is None else target.get("state", "unknown")
+
+
 def disks(xml: str) -> tuple[Disk, ...]:
     """The disks of live or persistent XML, in its order."""
     return tuple(_disk(element) for element in fromstring(xml).iterfind("devices/disk"))
