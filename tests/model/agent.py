@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from tests.model.libvirt import LETTER, Step, index_of, lagging
+from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, Step, index_of, lagging
 from tests.model.world import Disk, Held, Setting, World, named, put, put_all, saved
 from vmbackup.reconcile import machine, transition
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
@@ -58,7 +58,10 @@ class Agent:
             return
         if any(disk.retry_at for disk in world.record.it.disks):
             over = self._record("back-off", world.record, _back_off_over)
-            yield Step("the back-off is over", world._replace(record=over))
+            kept = self._record("back-off", world.kept, _back_off_over)
+            yield Step("the back-off is over", world._replace(record=over, kept=kept))
+        if world.deaf:
+            yield Step("thawing may be tried again", world._replace(deaf=False))
         if world.copying:
             yield from self._copy(world)
         if world.plan is None:
@@ -73,16 +76,16 @@ class Agent:
         """Failures of the agent's own work."""
         if world.copying and world.plan is None:
             reason = Action(Do.FAIL_BACKUP, reason="copy")
-            yield Step("copy FAILS", self._copied(world, self._recorded(world.record, self.hold(reason))))
+            yield Step("copy FAILS", self._decided(world, self._recorded(world.record, self.hold(reason))))
         if world.plan and world.plan[0] == "do" and world.plan[1].it.do is Do.SHIP:
             failed = self._record("unshipped", world.record, lambda r: replace(r, copy=Copy.FAILED))
-            yield Step("shipping FAILS", world._replace(plan=None, record=failed))
+            yield Step("shipping FAILS", world._replace(plan=None, record=failed, kept=failed))
 
     # ------------------------------------------------------------------------------------------ observe, decide
     def _decide(self, world: World) -> Iterator[Step]:
         action, doubt = self.decision(world)
         do = action.it.do
-        nothing = do in (Do.WAIT, Do.DONE) or (do is Do.COPY and world.copying)
+        nothing = do in (Do.WAIT, Do.DONE) or (do is Do.COPY and world.copying and not _copied(world))
         nothing = nothing or (do is Do.RELEASE and world.vmbackup == "released")
         if not nothing:
             yield Step(f"decide {do}", world._replace(plan=("do", action), doubt=doubt))
@@ -91,8 +94,9 @@ class Agent:
 
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
-        in_flight, deleted = world.call is not None, world.vmbackup != "wanted"
-        eyes = (world.guest, in_flight, tuple(map(_visible, world.disks)))
+        in_flight = world.call is not None and world.call[0].it.do not in GUEST_AGENT_CALLS
+        deleted = world.vmbackup != "wanted"
+        eyes = (world.guest, in_flight, world.deaf, tuple(map(_visible, world.disks)))
         key = (world.record, eyes, world.doubt, deleted)
         if (known := self._cache.get(key)) is None:
             known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
@@ -114,23 +118,30 @@ class Agent:
     # ------------------------------------------------------------------------------------------ act
     def _act(self, world: World, action: Held[Action]) -> Step:
         do = action.it.do
-        world = world._replace(copying=False)  # whatever it is, it ends the background copy
+        if do is not Do.COPY:
+            world = world._replace(copying=False)
         if do in CALLS:
             return self._send(world, action)
         done = world._replace(plan=None)
         index = index_of(action.it)
         match do:
             case Do.COPY:
-                return Step("copy begins", done._replace(copying=True))
+                if not (world.copying and _copied(world)):
+                    return Step("copy begins", done._replace(copying=True))
+                taken = self._record("taken", world.record, lambda r: replace(r, copy=Copy.TAKEN))
+                return Step("the copy is COMPLETE", self._decided(done, taken))
             case Do.SHIP:
                 record = self._record("shipped", world.record, lambda r: replace(r, copy=Copy.STORED))
-                return Step("copy is stored", done._replace(record=record))
+                return Step("copy is stored", done._replace(record=record, kept=record))
             case Do.PLAN:
                 record = self._record("anew", world.record, transition.planned_anew)
-                return Step("plan anew", done._replace(record=record))
+                return Step("plan anew", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
-                after = put(done, index, overlay=None)._replace(full=False)
+                after = put(done, index, overlay=None)._replace(full=False, kept=world.record)
                 return Step(named("UNLINK overlay", world, index), after)
+            case Do.RECORD_FAILURE:
+                record = self._failed(world.record, action)
+                return Step("journal record-failure", done._replace(record=record, kept=record))
             case Do.RELEASE:
                 return Step("RELEASE the finalizer", done._replace(vmbackup="released"))
             case Do.SYNC_CONFIG:
@@ -139,8 +150,7 @@ class Agent:
                 return self._compare(done, action)
             case _:
                 record = self._recorded(world.record, action)
-                after = done._replace(record=record)
-                return Step(named(f"journal {do}", world, index), self._forget_copy(after))
+                return Step(named(f"journal {do}", world, index), self._decided(done, record))
 
     def _send(self, world: World, action: Held[Action]) -> Step:
         """Journal, then send. The call waits for its turn; with libvirtd gone, the outcome is unknown."""
@@ -153,12 +163,13 @@ class Agent:
         return Step(label, world._replace(record=record, plan=("wait", action), call=(action, 0)))
 
     def _take_answer(self, world: World, outcome: str, action: Held[Action]) -> Step:
-        if outcome == "ok":
-            record = self._answered(world.record, action)
-        else:
-            record = self._failed(world.record, action)
-        after = world._replace(record=record, plan=None)
-        return Step(f"journal {action.it.do}: {outcome}", self._forget_copy(after))
+        record = self._answered(world.record, action) if outcome == "ok" else self._failed(world.record, action)
+        label = f"journal {action.it.do}: {outcome}"
+        deaf = outcome == "error" and action.it.do is Do.THAW
+        after = world._replace(record=record, plan=None, deaf=deaf)
+        if outcome == "error" and action.it.do in (Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.FREEZE):
+            return Step(label, self._decided(after, record))
+        return Step(label, after)
 
     def _sync_config(self, world: World, action: Held[Action]) -> Step:
         """Read the file back, fsync it and its directory: so it is durable as it is, whatever it says."""
@@ -177,7 +188,8 @@ class Agent:
         same = all(o in (None, b) for o, b in zip(disk.overlay, disk.base, strict=True))
         do = Do.CLEAR_PIVOT if same else Do.QUARANTINE
         record = self._recorded(world.record, self.hold(replace(action.it, do=do)))
-        return Step(f"compare: {'identical' if same else 'different'}", world._replace(record=record))
+        label = f"compare: {'identical' if same else 'different'}"
+        return Step(label, world._replace(record=record, kept=record))
 
     # ------------------------------------------------------------------------------------------ copy
     def _copy(self, world: World) -> Iterator[Step]:
@@ -186,21 +198,16 @@ class Agent:
             for n, block in enumerate(disk.copied):
                 if block is None:
                     if world.guest != "off" and (disk.writes == "B" or disk.job != "-"):
-                        yield Step("copy: lock refused", world._replace(copying=False))
-                        return
+                        return  # refused
                     copied = (*disk.copied[:n], disk.base[n], *disk.copied[n + 1 :])
                     yield Step(named(f"copy block {n}", world, index), put(world, index, copied=copied))
                     return
-        if world.plan is None:
-            taken = self._record("taken", world.record, lambda r: replace(r, copy=Copy.TAKEN))
-            yield Step("the copy is COMPLETE", self._copied(world, taken))
 
-    def _copied(self, world: World, record: Held[Record]) -> World:
-        return self._forget_copy(world._replace(record=record, copying=False))
-
-    def _forget_copy(self, world: World) -> World:
-        """Once the copy is decided, its blocks are of no interest any more (fewer states)."""
-        if world.record.it.copy is Copy.OPEN or all(disk.snapshot is None for disk in world.disks):
+    def _decided(self, world: World, record: Held[Record]) -> World:
+        """A durable line in the journal. With it the copy may be decided: then its blocks are of no interest."""
+        copying = world.copying and record.it.copy is Copy.OPEN
+        world = world._replace(record=record, kept=record, copying=copying)
+        if record.it.copy is Copy.OPEN or all(disk.snapshot is None for disk in world.disks):
             return world
         return put_all(world, snapshot=None, copied=(None,) * len(world.disks[0].base))
 
@@ -237,6 +244,10 @@ def _back_off_over(record: Record) -> Record:
     return record.with_every_disk(retry_at=BACKOFF_OVER)
 
 
+def _copied(world: World) -> bool:
+    return all(None not in disk.copied for disk in world.disks)
+
+
 def _visible(disk: Disk) -> Eyes:
     """What an agent could see of a disk, QEMU's own word included. A locked overlay is not looked into."""
     file = "-" if disk.overlay is None else "locked" if disk.locked else "data" if any(disk.overlay) else "empty"
@@ -245,7 +256,7 @@ def _visible(disk: Disk) -> Eyes:
 
 
 def _observation(eyes: Eyes, *, truth: bool) -> Observation:
-    guest, in_flight, disks = eyes
+    guest, in_flight, deaf, disks = eyes
     seen: list[DiskSeen] = []
     for n, (live, persistent, file, mirror, known, at_end, writes) in enumerate(disks):
         overlay = None if file == "-" else OverlayFile(locked=file == "locked", empty=file == "empty")
@@ -261,7 +272,7 @@ def _observation(eyes: Eyes, *, truth: bool) -> Observation:
                 written=_image(writes) if truth else None,
             )
         )
-    return Observation(power=POWER[guest], disks=tuple(seen), call_in_flight=in_flight)
+    return Observation(POWER[guest], tuple(seen), call_in_flight=in_flight, thaw_after=1.0 if deaf else 0.0)
 
 
 def _image(letter: str) -> Image | None:

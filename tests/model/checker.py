@@ -12,7 +12,6 @@ from tests.model.environment import background_steps, fault_steps, free_steps
 from tests.model.libvirt import Step, block_job_steps, call_steps, libvirtd_starts
 from tests.model.world import Setting, World, clean, content, needed, start
 from vmbackup.reconcile.record import Snapshot
-from vmbackup.reconcile.terms import Do
 
 
 @dataclass
@@ -97,8 +96,14 @@ class Checker:
     def _violated(self, before: World, step: Step) -> str:
         """The invariant that this step violates; empty if none."""
         after, label = step.world, step.label
+        if label == "decide quarantine" and all(d.writes == d.live for d in before.disks):
+            return "ALARM quarantine, though libvirt and QEMU agree"
         if before.guest == "off":
-            return _violated_by_boot(before, label) if label.startswith(("boot", "BOOT")) else self._violated_off(before, step)
+            return (
+                _violated_by_boot(before, label)
+                if label.startswith(("boot", "BOOT"))
+                else self._violated_off(before, step)
+            )
         running = after.guest == "running" and not after.frozen
         for disk in after.disks:
             if after.guest != "off" and content(disk, disk.writes) != disk.acked:
@@ -151,9 +156,9 @@ class Checker:
         record = world.record.it
         if record.quarantined or (world.vmbackup == "released" and not record.orphan):
             return True
-        if all(clean(disk, world.guest) for disk in world.disks) and record.finished:
+        if all(clean(disk, world.guest) for disk in world.disks) and record.finished and world.guest != "io-error":
             return True
-        if self.setting.limit is not None and record.gave_up and self.agent.decision(world)[0].it.do is Do.DONE:
+        if record.gave_up and record.finished:
             return True
         return world.guest == "off" and all(content(d, d.persistent) == d.acked for d in world.disks)
 
@@ -195,7 +200,7 @@ def _violated_by_unlink(before: World, after: World) -> str:
 def describe(world: World) -> str:
     """A state, for people."""
     disks = " ".join(
-        f"[T={d.writes} L={d.live} P={d.persistent} on disk={d.durable} O={d.overlay} B={d.base} job={d.job}/{d.mirror}]"
+        f"[T={d.writes} L={d.live} P={d.persistent}, durable {d.durable}, O={d.overlay} B={d.base} job={d.job}/{d.mirror}]"
         for d in world.disks
     )
     return f"guest {world.guest}, {disks}, plan {world.plan and world.plan[1].it.do}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.libvirt import Step, libvirtd_gone, qemu_gone
+from tests.model.libvirt import Step, libvirtd_gone, no_answer, qemu_gone
 from tests.model.world import Setting, World, content, named, put, saved
 
 
@@ -70,7 +70,7 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     spared = setting.live and (world.call is not None or any(d.durable != d.writes for d in world.disks))
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
-        dead = world._replace(agent=False, plan=None, doubt=False, copying=False)
+        dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False)
         yield Step("KILL agent", dead)
         if waiting and world.call and world.call[1] == 0:
             yield Step("KILL agent, its call never sent", dead._replace(call=None))
@@ -81,7 +81,7 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     if world.guest == "off" or not spared:
         yield Step("POWER CUT", _power_cut(world))
     if waiting:
-        yield Step("the call TIMES OUT (still in flight)", world._replace(plan=None, doubt=True))
+        yield Step("the call TIMES OUT (still in flight)", no_answer(world))
     if not world.full and any(d.overlay is not None for d in world.disks):
         yield Step("overlay file system FULL", world._replace(full=True))
     for index, disk in enumerate(world.disks):
@@ -94,4 +94,5 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
 def _power_cut(world: World) -> World:
     off = qemu_gone(libvirtd_gone(world))
     disks = tuple(d._replace(persistent=d.durable) for d in off.disks)
-    return off._replace(disks=disks, agent=False, plan=None, call=None, doubt=False, copying=False, config="saved")
+    off = off._replace(disks=disks, config="saved", record=off.kept)
+    return off._replace(agent=False, plan=None, call=None, doubt=False, copying=False, deaf=False)

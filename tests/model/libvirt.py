@@ -17,6 +17,7 @@ from vmbackup.reconcile.terms import Action, Do
 LETTER = {Image.BASE: "B", Image.OVERLAY: "O"}
 SNAPSHOT_WAITS_FOR_QEMU = (1, 2)  # its steps during which libvirtd unlinks its overlays if QEMU dies (V2)
 SAVES_CONFIG = 3
+GUEST_AGENT_CALLS = (Do.FREEZE, Do.THAW)  # an unknown outcome is a failure: nothing of the chain hangs on it
 
 
 class Step(NamedTuple):
@@ -73,7 +74,7 @@ def _guest_call(world: World, do: Do) -> Step:
     if do is Do.RESUME:
         guest = "off" if world.guest == "off" else "running"
         return Step("QEMU resumes", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
-    assert do in (Do.FREEZE, Do.THAW)
+    assert do in GUEST_AGENT_CALLS
     if world.guest != "running":
         return Step(f"{do} fails: the guest agent is deaf", answer(world, "error"))
     return Step(f"the guest agent does {do}", answer(world._replace(frozen=do is Do.FREEZE), "ok"))
@@ -146,7 +147,7 @@ def _pivoted(world: World, index: int) -> World:
 
 
 def _save_config(world: World, action: Action) -> Iterator[Step]:
-    """The last step of snapshot and pivot. A failed save is an error for the first, success for the other (replayed)."""
+    """The last step of snapshot and pivot. A failed save: an error of the first, success of the other (replayed)."""
     outcome = "error" if action.do is Do.SNAPSHOT else "ok"
     yield Step("libvirt saves config", answer(world._replace(config="cached"), "ok"))
     yield Step(f"saving config fails, {action.do} says {outcome}", answer(world, outcome), fault=True)
@@ -168,8 +169,16 @@ def qemu_gone(world: World) -> World:
 
 def libvirtd_gone(world: World) -> World:
     """libvirtd has ended, and its calls with it; QEMU goes on. Whoever waited has an unknown outcome."""
-    waiting = world.plan is not None and world.plan[0] == "wait"
-    return world._replace(libvirtd=False, call=None, plan=None if waiting else world.plan, doubt=world.agent)
+    return no_answer(world)._replace(libvirtd=False, call=None, doubt=world.agent)
+
+
+def no_answer(world: World) -> World:
+    """Whoever waits for the call in flight gives up; the call itself goes on."""
+    if world.plan is None or world.plan[0] != "wait":
+        return world
+    if world.plan[1].it.do in GUEST_AGENT_CALLS:
+        return world._replace(plan=("error", world.plan[1]))
+    return world._replace(plan=None, doubt=True)
 
 
 def libvirtd_starts(world: World) -> World:

@@ -49,6 +49,7 @@ class World(NamedTuple):
 
     disks: tuple[Disk, ...]
     record: Held[Record]  # what the agent's journal holds
+    kept: Held[Record]  # what a power cut would leave of it: not every line is fsynced
     libvirtd: bool = True
     guest: str = "running"  # off, running, suspended (by us), paused (by its user), io-error
     frozen: bool = False  # its file systems
@@ -61,6 +62,7 @@ class World(NamedTuple):
     plan: tuple[str, Held[Action]] | None = None  # do: decided; wait: its call is in flight; ok, error: its answer
     doubt: bool = False  # the agent does not know whether libvirt's word can be trusted
     copying: bool = False  # in the background
+    deaf: bool = False  # thawing has just failed, and is not tried again yet
     faults: int = 0
 
 
@@ -91,7 +93,7 @@ def start(setting: Setting, record: Held[Record]) -> World:
     if setting.orphan:
         disk = disk._replace(writes="O", live="O", persistent="O", durable="O", overlay=nothing, locked=True)
     guest = "paused" if setting.paused else "running"
-    return World(disks=(disk,) * setting.disks, record=record, guest=guest)
+    return World(disks=(disk,) * setting.disks, record=record, kept=record, guest=guest)
 
 
 def put(world: World, index: int, **changes: Any) -> World:
@@ -129,7 +131,9 @@ def saved(world: World) -> World:
 def clean(disk: Disk, guest: str) -> bool:
     """The disk is home: on base, and nothing is left behind."""
     return (
-        disk.overlay is None and disk.persistent == "B" and (guest == "off" or (disk.live == "B" and disk.writes == "B"))
+        disk.overlay is None
+        and disk.persistent == "B"
+        and (guest == "off" or (disk.live == "B" and disk.writes == "B"))
     )
 
 

@@ -108,12 +108,13 @@ class Record:
     name: str
     domain: str = ""
     domain_uuid: str = ""
-    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the VMBackup; empty for `vmbackup run`
     disks: tuple[DiskRecord, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # target, why it is left out
     snapshot: Snapshot = Snapshot.NONE
     guard: Guard = Guard.NONE
     freeze: Freeze = Freeze.NONE
+    io_error: bool = False  # the guest was paused by an I/O error while on its overlay: we resume it, once
     copy: Copy = Copy.OPEN
     copy_error: str = ""
     copy_reason: str = ""

@@ -18,7 +18,8 @@ from vmbackup.reconcile.terms import Action, Do
 
 def forget_guest(s: Situation) -> Action | None:
     """QEMU is gone, and with it whatever we had suspended or frozen."""
-    if s.record.guard is not Guard.NONE or s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
+    frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
+    if s.record.guard is not Guard.NONE or frozen or s.record.io_error:
         return Action(Do.FORGET_GUEST)
     return None
 
@@ -52,7 +53,8 @@ def off_with_overlay_left(s: Situation) -> Action | None:
         if disk.seen.persistent is Image.OVERLAY or disk.overlay is None:
             continue
         pivoted = disk.record.pivot_intended and disk.seen.persistent is Image.BASE
-        if pivoted or (disk.empty and not disk.overlay.locked):
+        unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is not Image.OTHER
+        if pivoted or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
             return quarantine(

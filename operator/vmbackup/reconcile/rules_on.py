@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.reconcile.situation import (
+    OURS,
     Case,
     Rule,
     Situation,
@@ -46,6 +47,21 @@ def lift_quarantine(s: Situation) -> Action | None:
     return None
 
 
+def leave_others_alone(s: Situation) -> Action | None:
+    """The guest uses an image that is neither base nor O: somebody else's doing, perhaps with O below it."""
+    for disk in s.disks:
+        if disk.seen.live is Image.OTHER and disk.overlay is not None:
+            return quarantine(s, f"disk {disk.target}: the guest uses another image; {disk.record.overlay} is left")
+    return None
+
+
+def record_io_error(s: Situation) -> Action | None:
+    """Paused while it had an overlay, which may be full: to be resumed once it is home."""
+    had_overlay = any(disk.on_overlay or disk.overlay is not None for disk in s.disks)
+    due = had_overlay and s.seen.power is Power.IO_ERROR and not s.record.io_error
+    return Action(Do.RECORD_IO_ERROR) if due else None
+
+
 def adopt(s: Situation) -> Action | None:
     """R7: an overlay that this backup's journal does not know goes home before anything else, and is never copied."""
     if s.on_overlay and s.record.snapshot is Snapshot.NONE:
@@ -65,9 +81,9 @@ def correct_persistent(s: Situation) -> Action | None:
     for disk in s.disks:
         if not disk.on_overlay and disk.overlay is not None and disk.overlay.locked:
             return quarantine(s, f"disk {disk.target}: the overlay is in use though libvirt names the base")
-        if disk.seen.persistent not in (None, disk.seen.live) and not s.seen.config_failing:
-            return Action(Do.REDEFINE, images=tuple((d.target, d.seen.live) for d in s.disks if d.seen.live))
-    return None
+    pairs = [(disk.seen.persistent, disk.seen.live) for disk in s.disks]
+    apart = any(persistent in OURS and live in OURS and persistent is not live for persistent, live in pairs)
+    return settle_live(s) if apart and not s.seen.config_failing else None
 
 
 def resume_guest(s: Situation) -> Action | None:
@@ -88,9 +104,9 @@ def thaw(s: Situation) -> Action | None:
 
 
 def clear_pivot(s: Situation) -> Action | None:
-    """A pivot was intended, and the job is not READY (any more)."""
+    """A pivot was intended; the job is not READY (any more), or the attempt has failed: L says so, not the call."""
     for disk in s.on_overlay:
-        if disk.record.pivot_intended and not ready(disk):
+        if disk.record.pivot_intended and not s.may_pivot(disk):
             return Action(Do.CLEAR_PIVOT, disk.target)
     return None
 
@@ -124,12 +140,18 @@ def remove_overlay(s: Situation) -> Action | None:
             continue
         if action := settle_live(s):
             return action
+        if disk.seen.persistent is Image.OTHER:
+            return quarantine(s, f"disk {disk.target}: its definition names another image, perhaps above the overlay")
         if not disk.record.pivot_intended and not disk.empty:
             return quarantine(s, f"disk {disk.target}: base is in use, but the overlay holds data that it may lack")
-        if s.seen.power is Power.IO_ERROR and not s.on_overlay:
-            return Action(Do.RESUME)
         return Action(Do.REMOVE_OVERLAY, disk.target)
     return None
+
+
+def resume_after_io_error(s: Situation) -> Action | None:
+    """It was our overlay that had no room; now it is gone. Only once: another error is not ours."""
+    due = s.record.io_error and s.seen.power is Power.IO_ERROR and not s.on_overlay
+    return Action(Do.RESUME) if due else None
 
 
 def commit_and_pivot(s: Situation) -> Action | None:
@@ -140,7 +162,7 @@ def commit_and_pivot(s: Situation) -> Action | None:
     for action in actions:
         if action.do is not Do.WAIT or action.parked:
             return action
-    if all(disk.record.failures > s.intent.backoff_limit for disk in s.on_overlay):
+    if all(s.exhausted(disk) for disk in s.on_overlay):
         return Action(Do.GIVE_UP)
     until = [action.until for action in actions if action.until is not None]
     return Action(Do.WAIT, reason="the commit is running", until=min(until, default=None))
@@ -150,7 +172,7 @@ def _way_home(s: Situation, disk: Case) -> Action:
     record, seen = disk.record, disk.seen
     if not record.commit_begun:
         return Action(Do.BEGIN_COMMIT, disk.target)
-    if record.failures > s.intent.backoff_limit:
+    if s.exhausted(disk):
         return Action(Do.WAIT, disk.target)
     if record.commit_running and not seen.job and seen.mirror is Mirror.NONE:
         return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended without READY")
@@ -206,10 +228,13 @@ def take_snapshot(s: Situation) -> Action | None:
         return None
     if s.record.snapshot is Snapshot.ADOPTED:
         return Action(Do.PLAN)  # R7: with a fresh record
+    if any(disk.seen.live is Image.OTHER or disk.seen.persistent is Image.OTHER for disk in s.disks):
+        return Action(Do.REFUSE, reason="a disk's image was changed meanwhile, or will be at the next start: try again")
     if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
         return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
     if any(disk.seen.foreign_job for disk in s.disks) and not s.suspended_by_us:
-        return Action(Do.WAIT, reason="another block job is running on a disk of this domain")
+        wait = Action(Do.WAIT, reason="another block job is running on a disk of this domain")
+        return thaw_guest(s) or wait
     if s.intent.quiesce and s.record.freeze is Freeze.NONE and s.seen.power is Power.RUNNING:
         return Action(Do.FREEZE)
     if s.record.snapshot is Snapshot.NONE or not _guarded(s):
@@ -221,6 +246,8 @@ RULES_ON: tuple[Rule, ...] = (
     wait_for_migration,
     follow_the_truth,
     lift_quarantine,
+    leave_others_alone,
+    record_io_error,
     adopt,
     record_snapshot,
     correct_persistent,
@@ -230,6 +257,7 @@ RULES_ON: tuple[Rule, ...] = (
     settle_overlay,
     copy_or_fail,
     remove_overlay,
+    resume_after_io_error,
     commit_and_pivot,
     stay_on_overlay,
     settle_base,

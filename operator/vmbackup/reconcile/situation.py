@@ -74,15 +74,27 @@ class Situation:
     @property
     def pivot_due(self) -> bool:
         """A disk is about to be pivoted."""
-        return any(disk.record.pivot_intended and ready(disk) for disk in self.on_overlay)
+        return any(disk.record.pivot_intended and self.may_pivot(disk) for disk in self.on_overlay)
+
+    def may_pivot(self, disk: Case) -> bool:
+        """The job may be pivoted, and the next attempt is due."""
+        return ready(disk) and not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+
+    def exhausted(self, disk: Case) -> bool:
+        """No further attempt is made to bring this disk home."""
+        return self.record.gave_up or disk.record.failures > self.intent.backoff_limit
 
 
 Rule = Callable[[Situation], Action | None]
+OURS = (Image.BASE, Image.OVERLAY)
 
 
 def settle(situation: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
-    """R2: make P name these images, durably on disk. None if it is so, or if there is no P (a transient domain)."""
-    pairs = [(disk, image) for disk, image in wanted if image is not None and disk.seen.persistent is not None]
+    """R2: make P name these images, durably on disk. None if it is so.
+
+    A disk without P (a transient domain) or with an image that is not ours, by somebody else's doing, is left as it is.
+    """
+    pairs = [(disk, image) for disk, image in wanted if image and image in OURS and disk.seen.persistent in OURS]
     images = tuple((disk.target, image) for disk, image in pairs)
     if any(disk.seen.persistent is not image or not settled(disk, image) for disk, image in pairs):
         return Action(Do.REDEFINE, images=images)
@@ -112,7 +124,7 @@ def consistent(disk: Case) -> bool:
     """L=P=T, no overlay is left behind, and libvirt does not believe in a job that is gone."""
     return (
         disk.seen.live is disk.seen.truth
-        and disk.seen.persistent in (None, disk.seen.live)
+        and disk.seen.persistent in (None, Image.OTHER, disk.seen.live)
         and (disk.on_overlay or disk.overlay is None)
         and (disk.seen.job or disk.seen.mirror is Mirror.NONE)
     )
@@ -150,8 +162,6 @@ def snapshot_wanted(s: Situation) -> bool:
 
 def finish(s: Situation) -> Action | None:
     """Every disk is home (or nothing was ever begun)."""
-    if s.seen.power is Power.IO_ERROR and s.record.snapshot in (Snapshot.ADOPTED, Snapshot.DONE):
-        return Action(Do.RESUME)  # it was our overlay that had no room
     if s.record.guard is not Guard.NONE:
         return Action(Do.CLEAR_GUARD)
     if s.seen.power is not Power.OFF and s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
@@ -164,8 +174,10 @@ def finish(s: Situation) -> Action | None:
 
 def end(s: Situation) -> Action | None:
     """The copy is decided and shipped, then the backup is finished."""
+    if s.intent.deleted and s.record.copy in (Copy.OPEN, Copy.TAKEN):
+        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
     if s.record.copy is Copy.OPEN:
-        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted" if s.intent.deleted else "no copy was made")
+        return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:
         return Action(Do.SHIP)
     return None if s.record.finished else Action(Do.FINISH)

@@ -90,6 +90,7 @@ class Do(StrEnum):
     SUSPEND = "suspend"  # (call)
     RESUME = "resume"  # (call)
     FORGET_GUEST = "forget-guest"  # (journal) QEMU is gone, and with it what we had suspended or frozen
+    RECORD_IO_ERROR = "record-io-error"  # (journal) paused while on its overlay: to be resumed, once, when home
     CLEAR_GUARD = "clear-guard"  # (journal) nothing of ours is suspended any more
     SNAPSHOT = "snapshot"  # (call)
     REDEFINE = "redefine"  # (call) settle P, first half

@@ -26,7 +26,9 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.CLEAR_GUARD:
             return replace(record, guard=Guard.NONE)
         case Do.FORGET_GUEST:
-            return replace(_unfrozen(record, Freeze.NONE), guard=Guard.NONE)
+            return replace(_unfrozen(record, Freeze.NONE), guard=Guard.NONE, io_error=False)
+        case Do.RECORD_IO_ERROR:
+            return replace(record, io_error=True)
         case Do.FAIL_BACKUP | Do.REFUSE:
             return replace(record, copy=Copy.FAILED, copy_error=action.reason)
         case Do.BEGIN_COMMIT:
@@ -70,9 +72,11 @@ def answered(record: Record, action: Action) -> Record:
     match action.do:
         case Do.FREEZE:
             return replace(record, quiesced=True)
-        case Do.THAW:
-            again = record.quiesced is None  # frozen by a run that is gone, before its snapshot: freeze anew
-            return replace(record, freeze=Freeze.NONE if again else Freeze.TRIED)
+        case Do.THAW:  # before the snapshot: freeze anew, unless freezing has failed
+            tried = record.quiesced is False or record.snapshot is Snapshot.DONE
+            return _unfrozen(record, Freeze.TRIED if tried else Freeze.NONE)
+        case Do.RESUME:
+            return replace(record, io_error=False)
         case Do.REDEFINE | Do.SYNC_CONFIG:
             for target, image in action.images:
                 settled = Settled(image, durable=action.do is Do.SYNC_CONFIG)
@@ -85,8 +89,8 @@ def answered(record: Record, action: Action) -> Record:
 def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Record:
     """The record after the call failed for certain, or SYNC_CONFIG did not find what P should name.
 
-    `retry_at` (CLOCK_BOOTTIME, seconds) is when a commit or pivot may be tried again. What is not counted here is
-    simply decided again.
+    `retry_at` (CLOCK_BOOTTIME, seconds) is when a commit or pivot may be tried again. A pivot stays intended until L is
+    seen: QEMU may have died after it. What is not counted here is simply decided again.
     """
     match action.do:
         case Do.SNAPSHOT:
@@ -95,7 +99,6 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
             return record.with_disk(
                 action.target,
                 commit_running=False,
-                pivot_intended=False,
                 failures=record.disk(action.target).failures + 1,
                 retry_at=retry_at,
                 last_error=error,
@@ -118,9 +121,9 @@ def resumed_after_crash(record: Record) -> Record:
 
 
 def _unfrozen(record: Record, freeze: Freeze) -> Record:
-    """Not frozen any more; without its snapshot, it counts as never having been."""
+    """Not frozen any more: a snapshot that is still to be taken would not be quiesced."""
     taken = record.snapshot is Snapshot.DONE
-    return replace(record, freeze=freeze, quiesced=record.quiesced if taken else None)
+    return replace(record, freeze=freeze, quiesced=record.quiesced if taken or not record.quiesced else None)
 
 
 def planned_anew(record: Record) -> Record:

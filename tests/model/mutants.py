@@ -1,0 +1,122 @@
+"""decide() with one of PROTOCOL.md's repairs R1–R7 taken out. The checker must find a violation in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from tests.model.world import Setting
+from vmbackup.reconcile import machine, rules_off, rules_on, situation
+from vmbackup.reconcile.record import Image, Record, Snapshot
+from vmbackup.reconcile.situation import Case, Rule, Situation
+from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation
+
+Patch = tuple[Any, str, Any]  # module, name, what stands there instead
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One repair taken out, and the smallest setting that shows why it is there."""
+
+    repair: str
+    without: str
+    patches: tuple[Patch, ...]
+    setting: Setting
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module, name, instead in self.patches:
+                stack.enter_context(patch.object(module, name, instead))
+            yield
+
+
+def _instead(rules: str, rule: Rule, mutant: Rule) -> Patch:
+    before: tuple[Rule, ...] = getattr(machine, rules)
+    assert rule in before
+    return (machine, rules, tuple(mutant if each is rule else each for each in before))
+
+
+def _nothing(_: Situation) -> Action | None:
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- R1
+def _snapshot_unguarded(s: Situation) -> Action | None:
+    return rules_on.take_snapshot(replace(s, intent=replace(s.intent, guarded=False)))
+
+
+# ---------------------------------------------------------------------------------------------- R2
+def _settle_in_memory(_: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
+    """As if what the API shows were what the disk holds."""
+    images = tuple((disk.target, image) for disk, image in wanted if image and disk.seen.persistent is not None)
+    seen = {disk.target: disk.seen.persistent for disk in _.disks}
+    return Action(Do.REDEFINE, images=images) if any(seen[t] is not image for t, image in images) else None
+
+
+# ---------------------------------------------------------------------------------------------- R3
+def _never_ask_qemu(_record: Record, _seen: Observation, *, doubt: bool) -> bool:
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- R4
+def _without_barrier(decide: Callable[[Intent, Record, Observation], Action]) -> Callable[..., Action]:
+    return lambda intent, record, seen: decide(intent, record, replace(seen, call_in_flight=False))
+
+
+# ---------------------------------------------------------------------------------------------- R5
+def _ready_by_mirror_alone(disk: Case) -> bool:
+    return disk.seen.mirror is Mirror.READY and disk.seen.job
+
+
+# ---------------------------------------------------------------------------------------------- R6
+def _unlink_what_was_pivoted(s: Situation) -> Action | None:
+    for disk in s.disks:
+        if disk.seen.persistent is Image.BASE and disk.overlay and disk.record.pivot_intended:
+            return Action(Do.REMOVE_OVERLAY, disk.target)
+    return rules_off.off_with_overlay_left(s)
+
+
+# ---------------------------------------------------------------------------------------------- R7
+def _take_it_for_ours(s: Situation) -> Action | None:
+    return Action(Do.RECORD_SNAPSHOT) if s.on_overlay and s.record.snapshot is Snapshot.NONE else None
+
+
+SMALL = Setting(faults=1, writes=1)
+MUTANTS = (
+    Mutant(
+        "R1",
+        "the snapshot is taken while the guest runs",
+        (_instead("RULES_ON", rules_on.take_snapshot, _snapshot_unguarded),),
+        SMALL,
+    ),
+    Mutant(
+        "R2",
+        "P counts as settled as soon as the API shows it",
+        tuple((module, "settle", _settle_in_memory) for module in (situation, rules_on, rules_off)),
+        SMALL,
+    ),
+    Mutant("R3", "QEMU is never asked", ((machine, "needs_truth", _never_ask_qemu),), SMALL),
+    Mutant("R4", "no barrier", ((machine, "decide", _without_barrier(machine.decide)),), SMALL),
+    Mutant(
+        "R5",
+        "a job without <mirror> is never pivoted",
+        tuple((module, "ready", _ready_by_mirror_alone) for module in (situation, rules_on)),
+        SMALL,
+    ),
+    Mutant(
+        "R6",
+        "off: what was pivoted is unlinked on an unsettled P",
+        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _unlink_what_was_pivoted),),
+        Setting(faults=2, writes=1),
+    ),
+    Mutant(
+        "R7",
+        "an earlier backup's overlay is copied from",
+        (_instead("RULES_ON", rules_on.adopt, _take_it_for_ours),),
+        Setting(faults=0, writes=1, orphan=True),
+    ),
+)
