@@ -64,7 +64,7 @@ class Planner:
                 "move it away",
                 reason="OverlayExists",
             )
-        info = image.info(Path(base))
+        info = image.info(Path(base), disk.format)
         if info.data_file or info.encrypted:
             what = "keeps its data in another file" if info.data_file else "is encrypted"
             raise RefusedError(f"disk {disk.target}: {base} {what}, which is not supported", reason="DiskNotEligible")
@@ -97,12 +97,15 @@ def image_uses(guests: Iterable[Guest]) -> list[ImageUse]:
 def _used_by(guest: Guest) -> list[tuple[str, str]]:
     used: list[tuple[str, str]] = []
     try:
-        texts = [guest.live_xml(), guest.persistent_xml()]
+        live, persistent = guest.live_xml(), guest.persistent_xml()
     except PermanentError:  # it went away meanwhile
         return []
-    for text in filter(None, texts):
+    for text in filter(None, (live, persistent)):
         for disk in chain.disks(text):
-            used += [(path, disk.target) for path in (disk.source, *(below.path for below in disk.chain)) if path]
+            below = [found.path for found in disk.chain]
+            if not live and disk.source and disk.kind == "file":  # only live XML names the images below
+                below = image.images_below(Path(disk.source))
+            used += [(path, disk.target) for path in (disk.source, *below) if path]
     return used
 
 
