@@ -23,9 +23,9 @@ def _unwatched(_copied: int, _total: int) -> None:
 class CopyControl:
     """How a copy is steered while it runs.
 
-    `bandwidth` gives bytes per second (None: unlimited) and is asked about ten times a second and before each MiB.
+    `bandwidth` gives bytes per second (None: unlimited) and is asked about ten times a second, and before each read.
     `cancelled` ends the copy with Cancelled within 0.2 s, a slow device aside.
-    `progress(done, total)` is called after each MiB with bytes of the file, holes included; throttle it yourself.
+    `progress(done, total)` is called after each read, of 512 KiB, and counts holes too: throttle it yourself.
     """
 
     bandwidth: Callable[[], int | None] = _unlimited

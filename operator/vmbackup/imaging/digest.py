@@ -8,8 +8,8 @@ import threading
 from types import TracebackType
 from typing import Self
 
-CHUNK = 1 << 20  # bytes of one buffer, and of one read and one write
-_BUFFERS = 8
+CHUNK = 512 << 10  # bytes of one buffer, one read and one write: of 256 KiB to 4 MiB, measured as the best
+_BUFFERS = 16
 _HOLE_STEP = 16 << 20  # bytes of a hole digested without looking up: about 10 ms
 _ZEROES = bytes(CHUNK)
 
