@@ -19,13 +19,13 @@ from sandbox.processes import SandboxError
 def up(world: World, view: View) -> None:
     """Start what does not run, take a backup, prove it, and say what to try next."""
     guest = _start(world, view)
-    before = world.virsh("domblklist", DOMAIN)
+    before = world.disks_in_use()
     view.heading(f"A backup of {DOMAIN}, which keeps writing")
     view.step("virsh domblklist, before:")
     view.detail(before)
     name, bounds = _back_up(world, view, guest)
     view.heading("The proof")
-    after = world.virsh("domblklist", DOMAIN)
+    after = world.disks_in_use()
     if after != before:
         raise ProofError(f"the disks of {DOMAIN} are not what they were:\n{after}")
     view.step("virsh domblklist, after: the same")
@@ -65,7 +65,7 @@ def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
             new_phase = story.take(status) if status else False
             if not after and "snapshotTime" in story.status:
                 after = acknowledged(guest)
-                during = world.virsh("domblklist", DOMAIN)
+                during = world.disks_in_use()
             story.guest = f"record {min(acknowledged(guest).values())} acknowledged"
             view.show(story, new_phase=new_phase)
     ready = condition(story.status, "Ready")
@@ -117,8 +117,10 @@ def main() -> int:
         {"up": up, "down": down}[command](world, view)
     except (SandboxError, ProofError, RuntimeError, TimeoutError) as error:
         view.console.print(f"\n[bold red]It did not work out:[/bold red] {error}", soft_wrap=True)
-        view.console.print(f"Logs are in {world.state}; `make demo-down` ends it all. The end of the agent's log:")
-        view.detail(world.agent.log_tail())
+        view.console.print(f"Logs are in {world.state}; `make demo-down` ends it all.", soft_wrap=True)
+        if (tail := world.agent.log_tail()) and tail not in str(error):
+            view.console.print("The end of the agent's log:")
+            view.detail(tail)
         return 1
     except KeyboardInterrupt:
         view.console.print("\nInterrupted. `make demo-down` ends what runs; `make demo` goes on with it.")

@@ -71,11 +71,11 @@ def prove_guest(world: World, guest: Guest) -> Iterator[str]:
 
 @contextmanager
 def _suspended(world: World) -> Iterator[None]:
-    world.virsh("suspend", DOMAIN)
+    world.libvirtd.virsh("suspend", DOMAIN)
     try:
         yield
     finally:
-        world.virsh("resume", DOMAIN)
+        world.libvirtd.virsh("resume", DOMAIN)
 
 
 def _sha256(path: Path) -> str:

@@ -80,7 +80,7 @@ class View:
     def detail(self, text: str) -> None:
         """Output of a command, as it is."""
         for line in text.splitlines():
-            self.console.print(Text(f"      {line.strip()}", style="dim"), soft_wrap=True)
+            self.console.print(Text(f"      {line}", style="dim"), soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._percent_shown = 0

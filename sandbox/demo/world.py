@@ -119,8 +119,9 @@ class World:
         uid = self.kube.get("vmbackup", name)["metadata"]["uid"]
         return self.store / "default" / f"{name}.{uid}"
 
-    def virsh(self, *arguments: str) -> str:
-        return self.libvirtd.virsh(*arguments)
+    def disks_in_use(self) -> str:
+        """What `virsh domblklist` says: the image that each disk writes."""
+        return "\n".join(line.strip() for line in self.libvirtd.virsh("domblklist", DOMAIN).splitlines())
 
     def remove(self) -> None:
         """End everything and remove the directory."""
