@@ -81,6 +81,13 @@ _AGENT = (
         default="5",
         metavar="SECONDS",
     ),
+    Flag(
+        "--relist-interval",
+        "how often VMBackups and journals are compared, for what a watch or a deletion has missed",
+        flags.seconds,
+        default="300",
+        metavar="SECONDS",
+    ),
 )
 _RUN = (
     Flag(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.errors import RefusedError, TransientError
@@ -59,9 +60,12 @@ class Backup:
         wish: Callable[[], Wish],
         open_store: Callable[[], Store],
         reporter: Reporter,
+        spec: Mapping[str, Any] | None = None,
     ) -> None:
+        """`spec`: that of the VMBackup on an API server, for the journal: it outlives the VMBackup."""
         self._node = node
         self._key = key
+        self._spec = spec or {}
         self._wish = wish
         self._open_store = open_store
         self._reporter = reporter
@@ -94,8 +98,8 @@ class Backup:
         journal = Journal.of(self._node.state_dir, self._key.uid)
         if journal is None:
             key = self._key
-            record = Record(key.uid, key.namespace, key.name, started=time.time(), handled_retry=self._wish().retry)
-            return Journal.start(self._node.state_dir, record)
+            record = Record(key.uid, key.namespace, key.name, spec=self._spec, started=time.time())
+            return Journal.start(self._node.state_dir, replace(record, handled_retry=self._wish().retry))
         journal.write(resumed_after_crash(journal.record), durable=False)
         return journal
 

@@ -74,6 +74,16 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def record_of(directory: Path, uid: str) -> Record | None:
+    """The record of one backup, without taking it up; None if there is none. Raises PermanentError if garbled."""
+    return _last_record(directory / f"{uid}{_SUFFIX}")
+
+
+def forget(directory: Path, uid: str) -> None:
+    """Remove the journal of a backup that left nothing behind, if there is one."""
+    (directory / f"{uid}{_SUFFIX}").unlink(missing_ok=True)
+
+
 def records(directory: Path) -> Iterator[Record]:
     """The records of all journals of this node that can be read."""
     for path in sorted(directory.glob(f"*{_SUFFIX}")):
@@ -95,6 +105,8 @@ def _last_record(path: Path) -> Record | None:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unwritable(path, error) from error
     for line in reversed(lines):
         checksum, _, text = line.partition(b" ")
         if checksum == b"%08x" % zlib.crc32(text):

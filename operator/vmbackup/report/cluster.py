@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kubernetes import config as kubernetes_config
-from kubernetes.client import ApiClient, ApiException, Configuration, CustomObjectsApi, V1DeleteOptions, V1Preconditions
+from kubernetes.client import (
+    ApiClient,
+    ApiException,
+    Configuration,
+    CoreV1Api,
+    CustomObjectsApi,
+    V1DeleteOptions,
+    V1Preconditions,
+)
 from urllib3.exceptions import HTTPError
 
 from vmbackup.api.spec import GROUP, VERSION, StoreSpec
@@ -46,6 +54,7 @@ class Cluster:
 
     def __init__(self, client: ApiClient, *, timeout: tuple[float, float] = (3.0, 10.0)) -> None:
         self._api = CustomObjectsApi(client)
+        self._core = CoreV1Api(client)
         self._timeout = timeout
 
     def backup(self, namespace: str, name: str) -> dict[str, Any] | None:
@@ -120,6 +129,16 @@ class Cluster:
         except VMBackupError as error:
             if error.reason not in ("NotFound", "Conflict") or not self._is_gone(namespace, name, uid):
                 raise
+
+    def namespace_terminating(self, name: str) -> bool:
+        """Whether this whole namespace is being deleted, or is gone."""
+        try:
+            found: Any = self._call(self._core.read_namespace, name)
+        except PermanentError as error:
+            if error.reason == "NotFound":
+                return True
+            raise
+        return found.metadata.deletion_timestamp is not None
 
     def create_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an event of events.k8s.io/v1, which `kubectl describe` shows under its object."""

@@ -1,0 +1,192 @@
+"""`vmbackup agent`: the wiring of kopf. What it does with a VMBackup is in node/.
+
+The traps of kopf 1.45 that this goes around (measured; tests/cluster/test_agent_kopf.py has one test for each):
+
+- A daemon that returns is never started again: so ours ends only when kopf asks it to.
+- A daemon starts before its finalizer is stored: so the keeper waits until the API server shows it.
+- Of a VMBackup that is being deleted kopf removes the finalizer at once where no daemon runs, as after a restart, and
+  else asks by a write to the object, each second or minute, whether the daemon has ended. So the watching handler,
+  which kopf awaits before all this, returns only when the VMBackup may go.
+- Handlers of changes keep a copy of the spec in an annotation: so there are none.
+- A ClusterKopfPeering that somebody made pauses all operators: so this one stands alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kopf
+from kubernetes.client import ApiClient
+
+from vmbackup.api.spec import FINALIZER, GROUP, VERSION
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.node.duty import Seen
+from vmbackup.node.fleet import Fleet
+from vmbackup.node.premises import Premises
+from vmbackup.node.queue import Queue
+from vmbackup.node.sweep import Sweep
+from vmbackup.node.threads import Threads
+from vmbackup.node.watchdog import Watchdog
+from vmbackup.reconcile.acts import Backoff
+from vmbackup.reconcile.backup import Node
+from vmbackup.report.cluster import BACKUPS, Cluster, load_client
+from vmbackup.report.health import HealthServer
+from vmbackup.report.metrics import Metrics
+from vmbackup.report.writer import Events
+
+_log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 20.0  # for backups to come to a safe point; a pod is given 30
+_FLUSH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """The flags of `vmbackup agent`. `commit_backoff`, `relist_interval`: seconds."""
+
+    node_name: str
+    libvirt_uri: str
+    libvirt_config_dir: Path | None
+    kubeconfig: str | None
+    metrics_host: str
+    metrics_port: int
+    state_dir: Path
+    overlay_dir: Path | None
+    max_concurrent_backups: int
+    commit_backoff: float
+    relist_interval: float
+
+
+def run(settings: AgentSettings) -> int:
+    """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError if there is no way to the API server."""
+    client = load_client(settings.kubeconfig)
+    hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
+    agent = _Agent(settings, client, hypervisor)
+    try:
+        with HealthServer(
+            agent.metrics.registry, agent.watchdog.checks, host=settings.metrics_host, port=settings.metrics_port
+        ) as health:
+            _say_what_it_does(settings, hypervisor, health.port)
+            kopf.run(registry=agent.registry, clusterwide=True)
+            agent.end()
+    finally:
+        hypervisor.close()
+    return 0
+
+
+def _say_what_it_does(settings: AgentSettings, hypervisor: Hypervisor, port: int) -> None:
+    _log.info(
+        "runs the VMBackups with spec.nodeName %s on %s, %d at a time; journals in %s, overlays %s; "
+        "/metrics and /healthz on port %d of %s",
+        settings.node_name,
+        settings.libvirt_uri,
+        settings.max_concurrent_backups,
+        settings.state_dir,
+        f"in {settings.overlay_dir}" if settings.overlay_dir else "beside the images",
+        port,
+        settings.metrics_host or "every address",
+    )
+    if not hypervisor.config_dir.is_dir():
+        _log.warning(
+            "%s is not there: without libvirt's configuration nothing proves that it is durable on disk, and a power "
+            "cut during a backup may boot a stale image; mount it, or give --libvirt-config-dir",
+            hypervisor.config_dir,
+        )
+
+
+class _Agent:
+    """The handlers, and what they need."""
+
+    def __init__(self, settings: AgentSettings, client: ApiClient, hypervisor: Hypervisor) -> None:
+        self._settings = settings
+        self._client = client
+        self.metrics = Metrics()
+        cluster = Cluster(client)
+        self._events = Events(cluster, node=settings.node_name)
+        node = Node(
+            hypervisor,
+            settings.state_dir,
+            self.metrics,
+            overlay_dir=settings.overlay_dir,
+            backoff=Backoff(first=settings.commit_backoff),
+            reporter_of=lambda record: self._fleet.reporter_of(record),
+        )
+        self._threads = Threads()
+        premises = Premises(node, cluster, self._events, Queue(settings.max_concurrent_backups), self._threads)
+        self._fleet = Fleet(premises)
+        self._sweep = Sweep(premises, self._fleet, settings.node_name, settings.relist_interval)
+        self.watchdog = Watchdog(hypervisor, self._sweep.neglected)
+        self._background: list[asyncio.Task[None]] = []
+        self.registry = self._register()
+
+    def end(self) -> None:
+        """Let running backups come to a safe point; another agent carries on. Commits go on in QEMU meanwhile."""
+        self._fleet.stop()
+        self._sweep.stop()
+        if not self._threads.join(_STOP_SECONDS):
+            _log.warning("some backups did not come to a safe point within %.0f s", _STOP_SECONDS)
+        self._fleet.flush(_FLUSH_SECONDS)
+        self._events.flush(_FLUSH_SECONDS)
+        self._events.close()
+
+    def _register(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        resource: Any = (GROUP, VERSION, BACKUPS)
+        kopf.on.startup(registry=registry)(self._start)
+        kopf.on.login(registry=registry)(self._login)
+        kopf.on.event(*resource, registry=registry)(self._seen)
+        kopf.daemon(
+            *resource, registry=registry, when=lambda body, **_: self._fleet.wants(body), backoff=5.0
+        )(self._keep)  # fmt: skip
+        return registry
+
+    async def _start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
+        settings.watching.field_selectors[GROUP, BACKUPS] = f"spec.nodeName={self._settings.node_name}"
+        settings.watching.inactivity_timeout = 70.0  # bookmarks come each minute
+        settings.watching.connect_timeout = 10.0
+        settings.networking.request_timeout = 30.0
+        settings.peering.standalone = True
+        settings.posting.enabled = False  # our events come from report/
+        settings.scanning.disabled = True  # our resources are there: the sweep has listed them
+        settings.persistence.finalizer = FINALIZER
+        settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
+        settings.background.cancellation_polling = 0.5
+        settings.background.instant_exit_timeout = 1.0
+        self._background = [asyncio.create_task(self.watchdog.beat())]
+        await self._sweep.begin()
+        self._background.append(asyncio.create_task(self._sweep.watch()))
+
+    def _login(self, **_: Any) -> kopf.ConnectionInfo:
+        """The same access as the client's; asked again when the API server says 401."""
+        access: Any = self._client.configuration
+        scheme, _, token = (access.get_api_key_with_prefix("authorization") or "").rpartition(" ")
+        return kopf.ConnectionInfo(
+            server=access.host,
+            ca_path=access.ssl_ca_cert,
+            insecure=not access.verify_ssl,
+            username=access.username or None,
+            password=access.password or None,
+            scheme=scheme or None,
+            token=token or None,
+            certificate_path=access.cert_file,
+            private_key_path=access.key_file,
+        )
+
+    async def _seen(self, event: kopf.RawEvent, **_: Any) -> None:
+        body, gone = event["object"], event["type"] == "DELETED"
+        self._fleet.see(body, gone=gone)
+        seen = Seen(body)
+        if gone:
+            with suppress(Exception):
+                await self._sweep.forget(seen.uid)
+        elif seen.terminating and seen.held:
+            await self._fleet.let_go(body)
+
+    async def _keep(self, body: kopf.Body, stopped: Any, **_: Any) -> None:
+        await self._fleet.keep(dict(body), stopped)
+        await stopped.wait()

@@ -1,0 +1,399 @@
+"""One VMBackup, from the moment that it is seen until nothing is left to do for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from vmbackup.api.spec import BackupSpec, DeletionPolicy
+from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.errors import RefusedError, TransientError, VMBackupError
+from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.premises import Premises
+from vmbackup.node.queue import Ticket
+from vmbackup.reconcile import journal as journals
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.wish import Wish
+from vmbackup.report.reporter import ClusterReporter
+from vmbackup.report.status import with_generation
+from vmbackup.report.writer import BackupRef, StatusWriter
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey, Store
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+_PARKED = (Reason.DOMAIN_OFF, Reason.QUARANTINED)
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds after a failure of the node itself, doubled each time
+_LOOK = 5.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
+
+
+class Keeper:
+    """Keeps one VMBackup. Belongs to the event loop; backups run in threads of their own.
+
+    `keep` does what is due as long as it is let; `let_go` returns once a deleted VMBackup may vanish.
+    """
+
+    def __init__(self, premises: Premises, seen: Seen) -> None:
+        self._premises = premises
+        self._seen = seen
+        self._loop = asyncio.get_running_loop()
+        self._ref = BackupRef.of(seen.body)
+        self._writer = StatusWriter(
+            premises.cluster, self._ref, generation=seen.generation, previous=seen.status or None
+        )
+        self.reporter = ClusterReporter(
+            self._ref, self._writer, premises.events, generation=lambda: self._seen.generation, heard=self._heard
+        )
+        # The retry with which it ended; None: it has not, or the node knows better than its status.
+        ended = seen.over and not premises.queue.reserved(seen.uid)
+        self._handled = seen.handled_retry if ended else None
+        self._spec: BackupSpec | None = None
+        self._gone = self._stopped = self._unfinished = False
+        self._doomed: bool | None = None  # deleted; and then, whether its stored data goes too
+        self._dooming: asyncio.Task[None] | None = None
+        self._wish: Wish | None = None
+        self._backup: Backup | None = None
+        self._ticket: Ticket | None = None
+        self._store: Store | None = None
+        self._released = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._at_work = asyncio.Lock()
+        self._loops = 0
+        self._failures = 0
+        self.see(seen)
+
+    @property
+    def wanted(self) -> bool:
+        """There is something left to do: by what is seen, or by what is known and may not be seen yet."""
+        return self._seen.wanted or self._unfinished
+
+    @property
+    def attended(self) -> bool:
+        """Somebody does what is due."""
+        return self._loops > 0
+
+    @property
+    def name(self) -> str:
+        """Namespace and name."""
+        return self._seen.name
+
+    def see(self, seen: Seen, *, gone: bool = False) -> None:
+        """It was seen like this; `gone`: for the last time."""
+        self._seen = seen
+        self._gone = self._gone or gone
+        with suppress(RefusedError):  # of a first one, _run says so; the API server lets nobody make a good one bad
+            self._spec = BackupSpec.parse(seen.body.get("spec") or {})
+        if (seen.terminating or self._gone) and self._dooming is None:
+            self._dooming = self._loop.create_task(self._doom())
+        self._wake()
+
+    def vanish(self) -> None:
+        """It does not exist any more."""
+        if not self._gone:
+            self.see(self._seen, gone=True)
+
+    def stop(self) -> None:
+        """This process is to end: let a running backup come to a safe point."""
+        self._stopped = True
+        self._wake()
+
+    async def keep(self, stopped: asyncio.Event) -> None:
+        """Do what is due until `stopped`, or until it was deleted and let go."""
+        self._loops += 1
+        try:
+            while not stopped.is_set() and not self._released.is_set():
+                async with self._at_work:
+                    await self._do_what_is_due()
+                await self._change(self._pause(), stopped)
+        finally:
+            self._loops -= 1
+
+    async def let_go(self) -> None:
+        """Return once it may vanish: its chain is home, or its orphan is recorded. Nothing ends it earlier."""
+        self._loops += 1
+        try:
+            while not self._released.is_set():
+                if not self._at_work.locked():
+                    async with self._at_work:
+                        await self._do_what_is_due()
+                if not self._released.is_set():
+                    await self._change(min(self._pause() or _LOOK, _LOOK))
+                    await self._look()
+        finally:
+            self._loops -= 1
+
+    def flush(self, seconds: float) -> None:
+        """Wait, for at most so long, until its status has arrived. Blocks."""
+        self._writer.flush(seconds)
+
+    # -- what is asked for
+
+    def _wake(self) -> None:
+        """The wish as it is now; whoever waits or runs looks at once."""
+        if self._spec is not None:
+            policy = self._spec.deletion_policy
+            self._wish = Wish(
+                self._spec,
+                deleted=self._doomed is not None,
+                delete_data=bool(self._doomed) and policy is DeletionPolicy.DELETE,
+                retry=self._seen.retry,
+                stop=self._stopped,
+            )
+        self._changed.set()
+        if self._backup is not None:
+            self._backup.wake()
+        ticket = self._ticket
+        if ticket is not None and (self._stopped or (self._doomed is not None and not ticket.begun)):
+            self._premises.queue.abandon(ticket)
+
+    def _current_wish(self) -> Wish:
+        """Asked by the threads of the backup."""
+        if self._wish is None:
+            raise AssertionError("a backup without a spec is never run")
+        return self._wish
+
+    async def _doom(self) -> None:
+        """It is deleted. Where its data is to go too, the namespace decides: it keeps the data if it goes itself."""
+        data = self._spec is not None and self._spec.deletion_policy is DeletionPolicy.DELETE
+        pause = _FIRST_PAUSE
+        while data:
+            try:
+                data = not await self._premises.threads.call(
+                    self._premises.cluster.namespace_terminating, self._ref.namespace
+                )
+                if not data:
+                    self.reporter.event("DataRetained", "the whole namespace is being deleted: the stored data stays")
+                break
+            except TransientError as error:
+                _log.warning("%s: %s", self.name, error)
+                await asyncio.sleep(pause)
+                pause = min(_LONGEST_PAUSE, pause * 2)
+            except VMBackupError as error:
+                data = False
+                self.reporter.event("DataRetained", f"the stored data stays: {error}", warning=True)
+        self._doomed = data
+        self._wake()
+
+    async def _look(self) -> None:
+        """While it is being deleted, its events wait: see for ourselves what is asked for, and whether it is there."""
+        try:
+            found = await self._premises.threads.call(
+                self._premises.cluster.backup, self._ref.namespace, self._ref.name
+            )
+        except VMBackupError:
+            return
+        if found is not None and found["metadata"]["uid"] == self._ref.uid:
+            self.see(Seen(found))
+
+    # -- what is due
+
+    def _pause(self) -> float | None:
+        """Seconds until something is due without any change; None: never."""
+        if self._failures:
+            return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures - 1, 10))
+        if self._doomed is not None:
+            return _FIRST_PAUSE
+        expires = self._seen.expires
+        return None if expires is None else max(_FIRST_PAUSE, expires - time.time())
+
+    async def _change(self, seconds: float | None, stopped: asyncio.Event | None = None) -> None:
+        """Wait until something has changed, for at most so long."""
+        waits = [asyncio.ensure_future(self._changed.wait())]
+        if stopped is not None:
+            waits.append(asyncio.ensure_future(stopped.wait()))
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _do_what_is_due(self) -> None:
+        self._changed.clear()
+        if self._stopped or self._released.is_set():
+            return
+        try:
+            await self._act()
+            self._failures = 0
+        except VMBackupError as error:
+            self._failures += 1
+            _log.log(logging.WARNING if self._failures == 1 else logging.INFO, "%s: %s", self.name, error)
+            if self._failures == 1:
+                self.reporter.event(error.reason, str(error), warning=True)
+
+    async def _act(self) -> None:
+        seen = self._seen
+        if self._doomed is not None:
+            await self._release()
+        elif not seen.held or seen.terminating or self._gone:
+            return  # no snapshot before the finalizer is stored; and how it is deleted is about to be known
+        elif self._handled is None or seen.retry != self._handled:
+            await self._run()
+        elif seen.stale:
+            await self._note()
+        elif seen.expires is not None and seen.expires <= time.time():
+            _log.info("%s: ttlSecondsAfterFinished has passed: deleting it", self.name)
+            ref = self._ref
+            await self._call(self._premises.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
+
+    async def _run(self) -> None:
+        """Run it from wherever it stands."""
+        if self._spec is None:
+            self._refuse()
+            return
+        record = await self._record()
+        if record is None and self._handled is not None:
+            await self._note()  # it is over, and what could be taken up again is not known here any more
+            return
+        ending = await self._run_backup(self._spec, record)
+        if ending is Ending.RELEASED:
+            self._released.set()
+        elif ending is Ending.FINISHED:
+            self._handled = str(self._writer.latest.get("lastHandledRetry") or "")
+        self._changed.set()
+
+    async def _release(self) -> None:
+        """It was deleted: bring the chain home, or record the orphan, and delete the data if that is asked for."""
+        record = await self._record()
+        if record is None or self._spec is None:
+            await self._delete_data()
+            ending = Ending.RELEASED
+        else:
+            ending = await self._run_backup(self._spec, record)
+        if ending is Ending.RELEASED:
+            self._released.set()
+            self._changed.set()
+
+    async def _delete_data(self) -> None:
+        location = str(self._seen.status.get("location") or "")
+        if self._wish is not None and self._wish.delete_data and location:
+            store = await self._call(self._open_store)
+            await self._call(store.delete, location, self._ref.uid)
+
+    async def _note(self) -> None:
+        """Note that a change of a backup that is over was seen."""
+        seen, ref = self._seen, self._ref
+        status = with_generation(seen.status, seen.generation)
+        if seen.retry:
+            status["lastHandledRetry"] = seen.retry
+        answer = await self._call(self._premises.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
+        self._handled = seen.retry
+        if answer is not None:
+            self.see(Seen(answer))
+
+    def _refuse(self) -> None:
+        """The spec makes no sense. The API server's validation lets nobody come so far."""
+        try:
+            BackupSpec.parse(self._seen.body.get("spec") or {})
+        except RefusedError as error:
+            self.reporter.event(error.reason, str(error), warning=True)
+            self._premises.node.metrics.finished(Outcome.REFUSED)
+            self._handled = self._seen.retry
+            self.reporter.report(
+                Report(
+                    Phase.FAILED,
+                    error.reason,
+                    str(error),
+                    Outcome.REFUSED,
+                    backup_complete=False,
+                    chain_clean=True,
+                    completion_time=time.time(),
+                    last_handled_retry=self._handled,
+                )
+            )
+
+    # -- a run
+
+    async def _run_backup(self, spec: BackupSpec, record: Record | None) -> Ending:
+        premises = self._premises
+        try:
+            if not await self._admitted(spec, record):
+                return Ending.INTERRUPTED
+            await self._find_store()
+            self._backup = Backup(
+                premises.node,
+                BackupKey(self._ref.namespace, self._ref.name, self._ref.uid),
+                wish=self._current_wish,
+                open_store=self._open_store,
+                reporter=self.reporter,
+                spec=self._seen.body.get("spec"),
+            )
+            return await premises.threads.run(self._backup.run, f"backup-{self._ref.name}")
+        finally:
+            self._backup = None
+            if self._ticket is not None:
+                premises.queue.leave(self._ticket)
+                self._ticket = None
+            premises.queue.unreserve(self._ref.uid)
+
+    async def _admitted(self, spec: BackupSpec, record: Record | None) -> bool:
+        """Wait for its turn, where it needs one. False: it need not run any more."""
+        if record is not None and done(record):
+            return True
+        has_begun = record is not None and begun(record)
+        if self._doomed is not None and not has_begun:
+            return True  # it is let go at once, without touching its domain
+        domain = record.domain_uuid if record is not None and record.domain_uuid else await self._domain_uuid(spec)
+        since = str(self._seen.metadata.get("creationTimestamp"))
+        self._ticket = ticket = Ticket(self._ref.uid, self.name, domain, has_begun, since)
+        self._wake()
+        return await self._premises.queue.enter(ticket, self._say_nothing if has_begun else self._say_queued)
+
+    def _say_queued(self, why: str) -> None:
+        message = f"waiting: {why}"
+        handled = self._seen.handled_retry
+        self.reporter.report(
+            Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True, last_handled_retry=handled)
+        )
+
+    def _say_nothing(self, why: str) -> None:
+        """Its status tells more than that it waits."""
+        _log.info("%s waits: %s", self.name, why)
+
+    async def _domain_uuid(self, spec: BackupSpec) -> str:
+        """The domain's UUID; '' if it cannot be had: then the backup itself will say why."""
+        try:
+            return (await self._call(self._premises.node.hypervisor.guest, spec.domain)).uuid
+        except VMBackupError:
+            return ""
+
+    async def _find_store(self) -> None:
+        """Look the store up beforehand, for a backup that has begun must not fail because the API server is away."""
+        try:
+            await self._call(self._open_store)
+        except TransientError:
+            if self._doomed is None:
+                raise
+        except VMBackupError:
+            return  # the backup says so
+
+    def _open_store(self) -> Store:
+        """Called by the threads of the backup."""
+        if self._store is None:
+            self._store = open_store(self._premises.cluster.store(self._current_wish().spec.store))
+        return self._store
+
+    def _heard(self, report: Report) -> None:
+        """What the backup reports, in any thread."""
+        self._unfinished = report.outcome is None or report.reason == Reason.QUARANTINED
+        if self._writer.gone:
+            self._loop.call_soon_threadsafe(self.vanish)
+        if report.reason in _PARKED:
+            self._loop.call_soon_threadsafe(self._park)
+
+    def _park(self) -> None:
+        if self._ticket is not None:
+            self._premises.queue.park(self._ticket)
+
+    async def _record(self) -> Record | None:
+        return await self._call(journals.record_of, self._premises.node.state_dir, self._ref.uid)
+
+    async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return await self._premises.threads.call(function, *arguments)

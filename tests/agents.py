@@ -1,0 +1,171 @@
+"""An agent in a process of its own, and VMBackups as a user sees them: by kubectl, and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sandbox.kube import KubeApi, KubectlError
+from sandbox.libvirtd import Libvirtd
+from sandbox.processes import Program
+from tests.domains import wait_until
+from tests.manifests import backup
+from vmbackup.report.status import condition
+
+SECONDS = 60  # for anything to happen on a loaded machine
+
+
+class Agent:
+    """`vmbackup agent` for one node. Killed, stopped and started again at will; its state stays."""
+
+    def __init__(self, kube: KubeApi, libvirtd: Libvirtd, node: str, directory: Path, port: int) -> None:
+        self.kube, self.node, self.state_dir = kube, node, directory / "state"
+        self.url = f"http://127.0.0.1:{port}"
+        self.program = Program("agent", directory)
+        self.flags = {
+            "node-name": node,
+            "kubeconfig": str(kube.kubeconfig),
+            "libvirt-uri": libvirtd.uri,
+            "libvirt-config-dir": str(libvirtd.config_dir),
+            "state-dir": str(self.state_dir),
+            "metrics-port": str(port),
+            "commit-backoff": "0.2",
+            "relist-interval": "5",
+        }
+
+    def start(self, **flags: str) -> None:
+        """Start it, and return when it serves."""
+        wanted = self.flags | {name.replace("_", "-"): value for name, value in flags.items()}
+        vmbackup = Path(sys.executable).with_name("vmbackup")
+        self.program.start([vmbackup, "agent", *(f"--{name}={value}" for name, value in wanted.items())])
+        self.program.wait_until(lambda: self.healthz() is not None, seconds=SECONDS)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.program.kill()
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for its end."""
+        self.program.stop(seconds=30)
+
+    def healthz(self) -> tuple[int, str] | None:
+        """Status code and text of /healthz; None while nobody answers."""
+        return self._get("/healthz")
+
+    def metric(self, sample: str) -> float | None:
+        """The value of a sample, given as it stands in /metrics; None if it is not there."""
+        answer = self._get("/metrics")
+        found = re.search(rf"^{re.escape(sample)} (.+)$", answer[1] if answer else "", re.MULTILINE)
+        return float(found[1]) if found else None
+
+    @property
+    def log(self) -> str:
+        return self.program.log.read_text()
+
+    def _get(self, path: str) -> tuple[int, str] | None:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(self.url + path, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return None
+
+
+@dataclass(frozen=True)
+class VMBackup:
+    """A VMBackup on the API server."""
+
+    kube: KubeApi
+    name: str
+    namespace: str = "default"
+
+    def get(self) -> dict[str, Any]:
+        return self.kube.get("vmbackup", self.name, "-n", self.namespace)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.get().get("status", {})
+
+    @property
+    def uid(self) -> str:
+        return self.get()["metadata"]["uid"]
+
+    def condition(self, kind: str) -> tuple[str, str]:
+        """Status and reason of a condition."""
+        found = condition(self.status, kind)
+        return found.get("status", ""), found.get("reason", "")
+
+    def wait(self, ready: str = "True", seconds: float = SECONDS) -> dict[str, Any]:
+        """`kubectl wait` until Ready is this; its status then."""
+        try:
+            self._kubectl("wait", f"--for=condition=Ready={ready}", f"--timeout={seconds}s")
+        except KubectlError as error:
+            raise AssertionError(f"{error}; it is {json.dumps(self.status, indent=1)}") from error
+        return self.status
+
+    def wait_for_phase(self, phase: str, seconds: float = SECONDS) -> None:
+        self._kubectl("wait", f"--for=jsonpath={{.status.phase}}={phase}", f"--timeout={seconds}s")
+
+    def wait_until_gone(self, seconds: float = SECONDS) -> None:
+        self._kubectl("wait", "--for=delete", f"--timeout={seconds}s")
+
+    def wait_for_copying(self) -> None:
+        """Wait until it is in the middle of copying."""
+        wait_until(lambda: self._copied() > 0, "bytes copied", SECONDS)
+
+    def patch(self, spec: dict[str, Any]) -> None:
+        self._kubectl("patch", "--type=merge", "-p", json.dumps({"spec": spec}))
+
+    def retry(self, value: str) -> None:
+        self._kubectl("annotate", "--overwrite", f"vmbackup.dev/retry={value}")
+
+    def delete(self, *flags: str) -> None:
+        self._kubectl("delete", *flags)
+
+    def exists(self) -> bool:
+        return bool(self._kubectl("get", "--ignore-not-found", "-o", "name"))
+
+    def events(self) -> list[str]:
+        """The reasons of its events, oldest first."""
+        found = self.kube.get("events.v1.events.k8s.io", "-n", self.namespace)["items"]
+        mine = [event for event in found if event["regarding"]["name"] == self.name]
+        return [event["reason"] for event in sorted(mine, key=lambda event: event["eventTime"])]
+
+    def _copied(self) -> int:
+        return self.status.get("progress", {}).get("copiedBytes", 0)
+
+    def _kubectl(self, verb: str, *arguments: str) -> str:
+        return self.kube.kubectl(verb, "-n", self.namespace, f"vmbackup/{self.name}", *arguments)
+
+
+class Apply(Protocol):
+    """Applies a VMBackup of this test's node; `spec` by the dotted paths of tests/manifests.py."""
+
+    def __call__(self, domain: str, **spec: Any) -> VMBackup: ...
+
+
+def manifest(name: str, node: str, store: str, domain: str, namespace: str = "default", **spec: Any) -> dict[str, Any]:
+    return backup(name, namespace, **{"nodeName": node, "storeRef.name": store, "domain": domain, **spec})
+
+
+def assert_stored(status: dict[str, Any]) -> Path:
+    """The store holds a complete backup whose digests are those of its files; its folder."""
+    folder = Path(status["location"])
+    disks = json.loads((folder / "manifest.json").read_text())["disks"]
+    assert disks
+    for disk in disks:
+        with (folder / disk["file"]).open("rb") as file:
+            assert disk["digest"] == f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    assert {disk["target"]: disk["digest"] for disk in disks} == {
+        disk["target"]: disk["digest"] for disk in status["disks"] if disk["state"] != "Skipped"
+    }
+    return folder
