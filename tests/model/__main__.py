@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("-d", dest="disks", type=int, default=1)
     parser.add_argument("-f", dest="faults", type=int, default=2)
     parser.add_argument("-w", dest="writes", type=int, default=2)
-    for name in ("orphan", "live", "quiesce", "paused"):
+    for name in ("orphan", "live", "quiesce", "paused", "config-full"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--limit", type=int)
     options = vars(parser.parse_args())

@@ -62,6 +62,8 @@ class Agent:
             yield Step("the back-off is over", world._replace(record=over, kept=kept))
         if world.deaf:
             yield Step("thawing may be tried again", world._replace(deaf=False))
+        if world.config_failing:
+            yield Step("settling P may be tried again", world._replace(config_failing=False))
         if world.copying:
             yield from self._copy(world)
         if world.plan is None:
@@ -96,7 +98,7 @@ class Agent:
         """What the agent decides now, and whether it is in doubt afterwards."""
         in_flight = world.call is not None and world.call[0].it.do not in GUEST_AGENT_CALLS
         deleted = world.vmbackup != "wanted"
-        eyes = (world.guest, in_flight, world.deaf, tuple(map(_visible, world.disks)))
+        eyes = (world.guest, in_flight, world.deaf, world.config_failing, tuple(map(_visible, world.disks)))
         key = (world.record, eyes, world.doubt, deleted)
         if (known := self._cache.get(key)) is None:
             known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
@@ -165,8 +167,9 @@ class Agent:
     def _take_answer(self, world: World, outcome: str, action: Held[Action]) -> Step:
         record = self._answered(world.record, action) if outcome == "ok" else self._failed(world.record, action)
         label = f"journal {action.it.do}: {outcome}"
-        deaf = outcome == "error" and action.it.do is Do.THAW
-        after = world._replace(record=record, plan=None, deaf=deaf)
+        deaf = world.deaf or (outcome == "error" and action.it.do is Do.THAW)
+        failing = world.config_failing or (world.config_full and outcome == "error" and action.it.do is Do.REDEFINE)
+        after = world._replace(record=record, plan=None, deaf=deaf, config_failing=failing)
         if outcome == "error" and action.it.do in (Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.FREEZE):
             return Step(label, self._decided(after, record))
         return Step(label, after)
@@ -177,7 +180,8 @@ class Agent:
             world = saved(world)
         disks = {"abcd"[n]: disk.durable for n, disk in enumerate(world.disks)}
         if all(disks[target] == LETTER[image] for target, image in action.it.images):
-            return Step("fsync config", world._replace(record=self._answered(world.record, action)))
+            settled = world._replace(record=self._answered(world.record, action), config_failing=False)
+            return Step("fsync config", settled)
         return Step("fsync config: it names others", world._replace(record=self._failed(world.record, action)))
 
     def _compare(self, world: World, action: Held[Action]) -> Step:
@@ -256,7 +260,7 @@ def _visible(disk: Disk) -> Eyes:
 
 
 def _observation(eyes: Eyes, *, truth: bool) -> Observation:
-    guest, in_flight, deaf, disks = eyes
+    guest, in_flight, deaf, config_failing, disks = eyes
     seen: list[DiskSeen] = []
     for n, (live, persistent, file, mirror, known, at_end, writes) in enumerate(disks):
         overlay = None if file == "-" else OverlayFile(locked=file == "locked", empty=file == "empty")
@@ -272,7 +276,13 @@ def _observation(eyes: Eyes, *, truth: bool) -> Observation:
                 written=_image(writes) if truth else None,
             )
         )
-    return Observation(POWER[guest], tuple(seen), call_in_flight=in_flight, thaw_after=1.0 if deaf else 0.0)
+    return Observation(
+        POWER[guest],
+        tuple(seen),
+        call_in_flight=in_flight,
+        config_failing=config_failing,
+        thaw_after=1.0 if deaf else 0.0,
+    )
 
 
 def _image(letter: str) -> Image | None:

@@ -108,7 +108,7 @@ class Checker:
         for disk in after.disks:
             if after.guest != "off" and content(disk, disk.writes) != disk.acked:
                 return "I1 the running image lacks acknowledged writes"
-            if running and disk.durable != disk.writes and not self.setting.live:
+            if running and disk.durable != disk.writes and not self.setting.spared:
                 return "KEY the guest can write, and P on disk names another image"
         if before.guest == "paused" and after.guest == "running" and not label.startswith("the user"):
             return "a guest that its user had paused is resumed"
@@ -200,7 +200,7 @@ def _violated_by_unlink(before: World, after: World) -> str:
 def describe(world: World) -> str:
     """A state, for people."""
     disks = " ".join(
-        f"[T={d.writes} L={d.live} P={d.persistent}, durable {d.durable}, O={d.overlay} B={d.base} job={d.job}/{d.mirror}]"
+        f"[T={d.writes} L={d.live} P={d.persistent} file={d.durable} O={d.overlay} B={d.base} job={d.job}/{d.mirror}]"
         for d in world.disks
     )
     return f"guest {world.guest}, {disks}, plan {world.plan and world.plan[1].it.do}"

@@ -3,8 +3,9 @@
 Assumption A (PROTOCOL.md): a guest that stopped is not booted again between the agent's observation and its act, nor
 before its configuration is durable; and nobody resumes a guest during the switch of its images.
 
-`Live` accepts that a host or QEMU that dies in the middle of a switch of images loses writes (V1–V4). So in that
-setting they die only while P, durable on disk, names the image that QEMU writes, and nothing is in flight.
+`Live` accepts that a host or QEMU that dies in the middle of a switch of images loses writes (V1–V4), and nothing helps
+where libvirt's configuration cannot be saved. So in these settings they die only while P, durable on disk, names the
+image that QEMU writes, and nothing is in flight.
 """
 
 from __future__ import annotations
@@ -59,18 +60,18 @@ def _boot(world: World) -> Iterator[Step]:
 
 def background_steps(world: World) -> Iterator[Step]:
     """What comes about by itself."""
-    if not world.libvirtd:
-        return
-    if world.config == "cached":
+    if world.config_full:
+        yield Step("space for the configuration is freed", world._replace(config_full=False))
+    if world.libvirtd and world.config == "cached":
         yield Step("config becomes durable", saved(world))
 
 
 def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     """One more misfortune."""
-    spared = setting.live and (world.call is not None or any(d.durable != d.writes for d in world.disks))
+    spared = setting.spared and (world.call is not None or any(d.durable != d.writes for d in world.disks))
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
-        dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False)
+        dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
         yield Step("KILL agent", dead)
         if waiting and world.call and world.call[1] == 0:
             yield Step("KILL agent, its call never sent", dead._replace(call=None))
@@ -84,6 +85,8 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
         yield Step("the call TIMES OUT (still in flight)", no_answer(world))
     if not world.full and any(d.overlay is not None for d in world.disks):
         yield Step("overlay file system FULL", world._replace(full=True))
+    if setting.config_full and not world.config_full:
+        yield Step("configuration file system FULL", world._replace(config_full=True))
     for index, disk in enumerate(world.disks):
         if disk.job in ("copying", "ready") and world.libvirtd and not world.call:
             yield Step(named("job FAILS", world, index), put(world, index, job="-", mirror="-", known=False))
@@ -95,4 +98,5 @@ def _power_cut(world: World) -> World:
     off = qemu_gone(libvirtd_gone(world))
     disks = tuple(d._replace(persistent=d.durable) for d in off.disks)
     off = off._replace(disks=disks, config="saved", record=off.kept)
-    return off._replace(agent=False, plan=None, call=None, doubt=False, copying=False, deaf=False)
+    off = off._replace(plan=None, call=None, config_full=False)
+    return off._replace(agent=False, doubt=False, copying=False, deaf=False, config_failing=False)

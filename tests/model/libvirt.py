@@ -36,6 +36,8 @@ def call_steps(world: World) -> Iterator[Step]:
         yield Step(f"{action.do} fails, nothing done", answer(world, "error"), fault=True)
     if step == SAVES_CONFIG:
         yield from _save_config(world, action)
+    elif action.do is Do.REDEFINE and world.config_full:
+        yield Step("redefine fails: no space for the configuration", answer(world, "error"))
     elif action.do is Do.SNAPSHOT:
         yield _snapshot(world, step)
     elif action.do is Do.COMMIT:
@@ -149,8 +151,10 @@ def _pivoted(world: World, index: int) -> World:
 def _save_config(world: World, action: Action) -> Iterator[Step]:
     """The last step of snapshot and pivot. A failed save: an error of the first, success of the other (replayed)."""
     outcome = "error" if action.do is Do.SNAPSHOT else "ok"
-    yield Step("libvirt saves config", answer(world._replace(config="cached"), "ok"))
-    yield Step(f"saving config fails, {action.do} says {outcome}", answer(world, outcome), fault=True)
+    if not world.config_full:
+        yield Step("libvirt saves config", answer(world._replace(config="cached"), "ok"))
+    label = f"saving config fails, {action.do} says {outcome}"
+    yield Step(label, answer(world, outcome), fault=not world.config_full)
 
 
 def qemu_gone(world: World) -> World:
@@ -162,7 +166,7 @@ def qemu_gone(world: World) -> World:
     do, step = world.call[0].it.do, world.call[1]
     if world.libvirtd and do is Do.SNAPSHOT and step in SNAPSHOT_WAITS_FOR_QEMU:
         after = put_all(after, overlay=None)
-    if step == SAVES_CONFIG:
+    if step == SAVES_CONFIG and not world.config_full:
         after = after._replace(config="cached")
     return answer(after, "error")
 
@@ -191,7 +195,8 @@ def libvirtd_starts(world: World) -> World:
     for index, disk in enumerate(world.disks):
         if disk.known and disk.job == "concluded":  # it finishes the pivot
             after = _pivoted(put(world, index, job="-"), index)
-            world = after._replace(config="cached" if disk.persistent == "O" else world.config)
+            cached = disk.persistent == "O" and not world.config_full
+            world = after._replace(config="cached" if cached else after.config)
         elif disk.known and disk.job == "-":  # it drops the job, and keeps <mirror ready='yes'> and L=O
             world = put(world, index, known=False)
         elif disk.known and disk.job == "ready" and disk.mirror == "pending":

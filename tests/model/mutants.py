@@ -80,6 +80,11 @@ def _unlink_what_was_pivoted(s: Situation) -> Action | None:
     return rules_off.off_with_overlay_left(s)
 
 
+def _not_by_the_intent(s: Situation) -> Action | None:
+    disks = tuple(replace(disk, record=replace(disk.record, pivot_intended=False)) for disk in s.disks)
+    return rules_off.off_with_overlay_left(replace(s, disks=disks))
+
+
 # ---------------------------------------------------------------------------------------------- R7
 def _take_it_for_ours(s: Situation) -> Action | None:
     return Action(Do.RECORD_SNAPSHOT) if s.on_overlay and s.record.snapshot is Snapshot.NONE else None
@@ -104,13 +109,19 @@ MUTANTS = (
     Mutant(
         "R5",
         "a job without <mirror> is never pivoted",
-        tuple((module, "ready", _ready_by_mirror_alone) for module in (situation, rules_on)),
+        ((situation, "ready", _ready_by_mirror_alone),),
         SMALL,
     ),
     Mutant(
         "R6",
         "off: what was pivoted is unlinked on an unsettled P",
         (_instead("RULES_OFF", rules_off.off_with_overlay_left, _unlink_what_was_pivoted),),
+        Setting(faults=2, writes=1),
+    ),
+    Mutant(
+        "R6",
+        "off: P=B after an intended pivot says nothing",
+        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _not_by_the_intent),),
         Setting(faults=2, writes=1),
     ),
     Mutant(

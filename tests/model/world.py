@@ -55,6 +55,7 @@ class World(NamedTuple):
     frozen: bool = False  # its file systems
     config: str = "saved"  # saved: P is durable; cached: written, not yet durable; unsaved: P is libvirt's word only
     full: bool = False  # the overlays' file system
+    config_full: bool = False  # the file system of libvirt's configuration
     written: int = 0  # guest writes so far
     call: tuple[Held[Action], int] | None = None  # the libvirt call in flight, and its next step
     vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
@@ -63,6 +64,7 @@ class World(NamedTuple):
     doubt: bool = False  # the agent does not know whether libvirt's word can be trusted
     copying: bool = False  # in the background
     deaf: bool = False  # thawing has just failed, and is not tried again yet
+    config_failing: bool = False  # settling P has failed so often that the guest does not wait for it
     faults: int = 0
 
 
@@ -77,10 +79,16 @@ class Setting:
     live: bool = False  # switchPolicy: Live, in a world that spares it what it accepts (see environment.py)
     quiesce: bool = False
     paused: bool = False  # the guest was paused by its user before
+    config_full: bool = False  # one more fault: libvirt's configuration cannot be saved, in a world as for `live`
     limit: int | None = None  # commit.backoffLimit; None: no limit
 
+    @property
+    def spared(self) -> bool:
+        """QEMU and the host do not die while P on disk does not name the image that QEMU writes."""
+        return self.live or self.config_full
+
     def __str__(self) -> str:
-        extras = [name for name in ("orphan", "live", "quiesce", "paused") if getattr(self, name)]
+        extras = [name for name in ("orphan", "live", "quiesce", "paused", "config_full") if getattr(self, name)]
         extras += [] if self.limit is None else [f"limit {self.limit}"]
         return ", ".join([f"{self.disks} disks", f"{self.faults} faults", f"{self.writes} writes", *extras])
 

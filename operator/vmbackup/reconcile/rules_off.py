@@ -76,7 +76,9 @@ def park(s: Situation) -> Action | None:
         return Action(Do.COPY) if frozen else Action(Do.FAIL_BACKUP, reason="the disks are apart")
     if s.record.copy is Copy.TAKEN and not s.intent.deleted:
         return Action(Do.SHIP)
-    return let_go(s) or Action(Do.WAIT, reason="the guest is off on its overlay: start it", parked=True)
+    return let_go(s) or Action(
+        Do.WAIT, reason=s.record.quarantined or "start the guest: it is off on its overlay", parked=True
+    )
 
 
 def refuse_off(s: Situation) -> Action | None:

@@ -13,8 +13,8 @@ from vmbackup.reconcile.situation import (
     finish,
     let_go,
     quarantine,
-    ready,
     settle,
+    settle_if_possible,
     settle_live,
     snapshot_wanted,
     thaw_guest,
@@ -83,7 +83,7 @@ def correct_persistent(s: Situation) -> Action | None:
             return quarantine(s, f"disk {disk.target}: the overlay is in use though libvirt names the base")
     pairs = [(disk.seen.persistent, disk.seen.live) for disk in s.disks]
     apart = any(persistent in OURS and live in OURS and persistent is not live for persistent, live in pairs)
-    return settle_live(s) if apart and not s.seen.config_failing else None
+    return settle_if_possible(s) if apart else None
 
 
 def resume_guest(s: Situation) -> Action | None:
@@ -94,7 +94,7 @@ def resume_guest(s: Situation) -> Action | None:
         return None
     if not s.suspended_by_us:
         return Action(Do.CLEAR_GUARD)
-    return (None if s.seen.config_failing else settle_live(s)) or Action(Do.RESUME)
+    return settle_if_possible(s) or Action(Do.RESUME)
 
 
 def thaw(s: Situation) -> Action | None:
@@ -113,9 +113,7 @@ def clear_pivot(s: Situation) -> Action | None:
 
 def settle_overlay(s: Situation) -> Action | None:
     """R2: L=O is made durable in P as soon as it is seen."""
-    if not s.on_overlay or s.pivot_due or s.seen.config_failing:
-        return None
-    return settle_live(s)
+    return settle_if_possible(s) if s.on_overlay and not s.pivot_due else None
 
 
 def copy_or_fail(s: Situation) -> Action | None:
@@ -178,7 +176,7 @@ def _way_home(s: Situation, disk: Case) -> Action:
         return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended without READY")
     if s.seen.now < record.retry_at:
         return Action(Do.WAIT, disk.target, until=record.retry_at)
-    if ready(disk):
+    if s.may_pivot(disk):
         return _pivot(s, disk)
     if seen.foreign_job:
         return Action(Do.WAIT, disk.target, reason=f"disk {disk.target}: another block job is running")
@@ -192,6 +190,8 @@ def _way_home(s: Situation, disk: Case) -> Action:
 def _pivot(s: Situation, disk: Case) -> Action:
     if not disk.record.pivot_intended or not _guarded(s):
         return Action(Do.INTEND_PIVOT, disk.target, guard=_guard(s))
+    if not s.paused and (action := settle_live(s)):  # R2: where the config cannot be saved, the guest is not suspended
+        return action
     return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.PIVOT, disk.target)
 
 

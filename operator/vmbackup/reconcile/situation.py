@@ -77,8 +77,9 @@ class Situation:
         return any(disk.record.pivot_intended and self.may_pivot(disk) for disk in self.on_overlay)
 
     def may_pivot(self, disk: Case) -> bool:
-        """The job may be pivoted, and the next attempt is due."""
-        return ready(disk) and not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+        """The job may be pivoted, P can be settled, and the next attempt is due."""
+        due = not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+        return ready(disk) and due and not self.seen.config_failing
 
     def exhausted(self, disk: Case) -> bool:
         """No further attempt is made to bring this disk home."""
@@ -113,6 +114,11 @@ def settle_live(situation: Situation) -> Action | None:
     return settle(situation, ((disk, disk.seen.live) for disk in situation.disks))
 
 
+def settle_if_possible(situation: Situation) -> Action | None:
+    """Settle P on L, unless that has failed again and again: the guest does not wait for it."""
+    return None if situation.seen.config_failing else settle_live(situation)
+
+
 def ready(disk: Case) -> bool:
     """The job may be pivoted. R5: a job without `<mirror>` (libvirtd died starting it) may be tried at its end."""
     if disk.seen.mirror is Mirror.NONE:
@@ -133,7 +139,7 @@ def consistent(disk: Case) -> bool:
 def quarantine(situation: Situation, reason: str) -> Action:
     """Never with the guest suspended or frozen by us. Say so once; then let a deleted VMBackup go, or wait."""
     if situation.suspended_by_us:
-        return settle_live(situation) or Action(Do.RESUME)
+        return settle_if_possible(situation) or Action(Do.RESUME)
     if action := thaw_guest(situation):
         return action
     if not situation.record.quarantined:

@@ -1,0 +1,39 @@
+"""The real decide() in the model world: no violation with all of PROTOCOL.md's repairs, one as soon as any is gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.model.checker import Checker
+from tests.model.mutants import MUTANTS, Mutant
+from tests.model.world import Setting
+
+SETTINGS = (
+    Setting(disks=1, faults=2, writes=2),
+    Setting(disks=1, faults=2, writes=2, orphan=True),
+    Setting(disks=2, faults=1, writes=1),
+    Setting(disks=1, faults=1, writes=2, quiesce=True),
+    Setting(disks=1, faults=1, writes=2, paused=True),
+    Setting(disks=1, faults=2, writes=1, live=True),
+    Setting(disks=1, faults=2, writes=1, limit=0),
+    Setting(disks=1, faults=1, writes=2, config_full=True),
+)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_no_interleaving_breaks_an_invariant_and_home_is_always_reached(setting: Setting):
+    result = Checker(setting).run()
+    print(result)
+    assert result.sound, str(result)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.repair}: {mutant.without}")
+def test_a_violation_is_found_without(mutant: Mutant):
+    with mutant.applied():
+        result = Checker(mutant.setting).run(stop_at_first=True)
+    print(result)
+    assert not result.sound, f"{mutant.repair} taken out ({mutant.without}), and {result.states} states show nothing"
+
+
+def test_every_repair_has_a_mutant():
+    assert {mutant.repair for mutant in MUTANTS} == {f"R{n}" for n in range(1, 8)}
