@@ -22,6 +22,7 @@ from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.journal import forget
 from vmbackup.reconcile.record import Record, Snapshot
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.metrics import Metrics
@@ -57,9 +58,12 @@ def run(settings: RunSettings) -> int:
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     try:
         node = Node(hypervisor, settings.state_dir, Metrics(), overlay_dir=settings.overlay_dir)
-        earlier = taken_up(request, node.records(), retry=settings.retry)
+        records = node.records()
+        earlier = taken_up(request, records, retry=settings.retry)
         if not hypervisor.ping():
             raise TransientError(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri")
+        if earlier is None:
+            _forget_done(request, records, settings.state_dir)
         with Screen(LineConsole(highlight=False)) as screen:
             return _Run(node, request, earlier, screen, retry=settings.retry).run()
     finally:
@@ -83,6 +87,14 @@ def taken_up(request: Request, records: Sequence[Record], *, retry: bool) -> Rec
             "one another metadata.name"
         )
     return record
+
+
+def _forget_done(request: Request, records: Sequence[Record], state_dir: Path) -> None:
+    """Remove the journals of earlier runs of this name that left nothing to do. Those of an agent have their spec."""
+    for record in records:
+        left = not record.finished or record.gave_up or record.orphan or record.quarantined
+        if (record.namespace, record.name) == (request.namespace, request.name) and not (left or record.spec):
+            forget(state_dir, record.uid)
 
 
 class _Run:
@@ -112,7 +124,7 @@ class _Run:
             try:
                 ending = thread.submit(self._backup.run).result()
             except VMBackupError as error:
-                return self._broken(str(error))
+                return self._broken(str(error), unknown=error.reason == "JournalGarbled")
             except Exception:
                 _log.exception("this is a fault of vmbackup")
                 return self._broken("it ended unexpectedly")
@@ -194,19 +206,21 @@ class _Run:
     def _stopped(self) -> int:
         last = self._last
         if self._stuck and not self._signalled:
-            self._screen.line("Stopped", f"{last.reason}: {last.message}; then run again", style="bold red")
+            cure = "start it, then run again" if last.reason == Reason.DOMAIN_OFF else "then run again"
+            self._screen.line("Stopped", f"{last.reason}: {last.message}; {cure}", style="bold red")
             return ON_OVERLAY
         where = "nothing was begun" if last.chain_clean else "the guest runs on its overlay"
         self._screen.line("Interrupted", f"{where}: run again to carry on", style="bold yellow")
         return INTERRUPTED
 
-    def _broken(self, why: str) -> int:
-        """Where the journal or the lock cannot be written: what it says of the chain is what was known last."""
+    def _broken(self, why: str, *, unknown: bool = False) -> int:
+        """The journal or a lock cannot be used; what the journal says of the chain is what was known last."""
         record = next((each for each in self._node.records() if each.uid == self._key.uid), None)
         begun = record is not None and record.snapshot is not Snapshot.NONE and not record.finished
-        where = "the guest may be on its overlay: mend that, then run again" if begun else "nothing was touched"
+        on_overlay = unknown or begun
+        where = "the guest may be on its overlay: mend that, then run again" if on_overlay else "nothing was touched"
         print(f"vmbackup run: {why}; {where}", file=sys.stderr)
-        return ON_OVERLAY if begun else REFUSED
+        return ON_OVERLAY if on_overlay else REFUSED
 
 
 def _uid_of(request: Request, earlier: Record | None) -> str:

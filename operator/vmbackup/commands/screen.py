@@ -51,8 +51,9 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):
-            self._bar.stop()
+        if self._bar.live.is_started:
+            with suppress(OSError):
+                self._bar.stop()
 
     def report(self, report: Report) -> None:
         """Show how far it is."""
