@@ -80,7 +80,7 @@ class World:
 
     def start_agent(self) -> None:
         """The agent, started anew so that it is the code as it is now."""
-        self.agent.stop()
+        self.agent.stop(seconds=30)  # it brings a running backup to a safe point
         self.store.mkdir(exist_ok=True)
         port_file = self.state / "metrics-port"
         port_file.write_text(str(_free_port(_METRICS_PORT)))
