@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ _SAMPLE_STORE_PATH = "/var/lib/vmbackup/store"
 _SAMPLE_NAME = "web-01-1"
 _LONGEST = 37  # bytes of the state directory: the sockets of libvirt are far below it, and their paths limited
 _METRICS_PORT = 9777
+_LOCKS = Path("/run/vmbackup")  # one for each domain, wherever the agent keeps its state
 
 
 class World:
@@ -47,6 +49,8 @@ class World:
 
     def start_guest(self) -> Guest:
         """A persistent domain with two disks, which writes all the time; it takes some seconds to boot."""
+        if os.geteuid() != 0:
+            raise SandboxError("the agent keeps its locks in /run/vmbackup, so the demo needs root: `sudo make demo`")
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.state.stat().st_uid != os.getuid():
             raise SandboxError(f"{self.state} is another user's: set XDG_STATE_HOME to a directory of yours")
@@ -124,8 +128,11 @@ class World:
         return "\n".join(line.strip() for line in self.libvirtd.virsh("domblklist", DOMAIN).splitlines())
 
     def remove(self) -> None:
-        """End everything and remove the directory."""
+        """End everything, and remove the directory and what the agent left outside it."""
         self.agent.stop()
+        with contextlib.suppress(RuntimeError):  # libvirtd is gone, or the domain
+            uuid = self.libvirtd.virsh("domuuid", DOMAIN)
+            (_LOCKS / f"{uuid}.lock").unlink(missing_ok=True)
         self.libvirtd.stop()
         self.kube.stop()
         shutil.rmtree(self.state)

@@ -66,6 +66,8 @@ def test_the_demo_takes_a_backup_proves_it_stays_up_and_goes_without_a_trace(hom
     assert "web-01-1" in in_its_shell(home, "kubectl get vmb")
     assert "web-01-vda.raw" in in_its_shell(home, "virsh domblklist web-01")
     in_its_shell(home, "vmbackup check web-01")
+    lock = Path("/run/vmbackup", in_its_shell(home, "virsh domuuid web-01").strip() + ".lock")
+    assert lock.exists()
     port = (home / "vmbackup-demo" / "metrics-port").read_text()
     assert 'result="succeeded"' in in_its_shell(home, f"curl -sf http://127.0.0.1:{port}/metrics")
 
@@ -79,4 +81,5 @@ def test_the_demo_takes_a_backup_proves_it_stays_up_and_goes_without_a_trace(hom
     assert down.returncode == 0, down.stdout + down.stderr
     assert list(home.iterdir()) == []
     assert processes_that_mention(home) == []
+    assert not lock.exists()
     assert "no demo is up" in demo("down", home).stdout
