@@ -1,0 +1,65 @@
+"""What decide() never does, over many thousand situations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+from tests.unit.decisions import DATA, EMPTY, LOCKED, ON_BASE, ON_OVERLAY, Fields, on, record
+from vmbackup.reconcile.machine import decide
+from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation, Power
+
+
+def every_situation(power: Power) -> list[tuple[Intent, Record, Observation]]:
+    intents = [Intent(deleted=deleted, backoff_limit=1) for deleted in (False, True)]
+    jobs = [
+        {},
+        {"mirror": Mirror.READY, "job": True},
+        {"mirror": Mirror.READY},
+        {"job": True, "job_at_end": True},
+    ]
+    observations = [
+        replace(on(live, persistent, overlay, power, **job, **written), config_failing=failing)
+        for live, persistent, overlay in product("BOX", ("B", "O", "X", None), (None, LOCKED, EMPTY, DATA))
+        for job in (jobs if live == "O" else jobs[:1])
+        for written in ({}, {"written": "B"}, {"written": "O"})[: 3 if overlay is LOCKED else 1]
+        for failing in (False, True)
+    ]
+    disks: list[Fields] = [
+        {"settled": settled, **marks}
+        for settled in (None, ON_BASE, ON_OVERLAY)
+        for marks in ({}, {"commit_begun": True, "failures": 2}, {"commit_begun": True, "pivot_intended": True})
+    ]
+    records = [
+        record(disk, snapshot=snapshot, copy=copy, guard=Guard.OURS, **more)
+        for disk, snapshot, copy in product(disks, Snapshot, (Copy.OPEN, Copy.STORED))
+        for more in ({}, {"quarantined": "why", "orphan": True}, {"gave_up": True, "finished": True, "orphan": True})
+    ]
+    return list(product(intents, records, observations))
+
+
+NEVER_WHILE_SUSPENDED = {Do.RELEASE, Do.DONE, Do.WAIT, Do.COPY, Do.SHIP, Do.FINISH, Do.QUARANTINE, Do.COMMIT, Do.THAW}
+
+
+def test_it_never_rests_nor_releases_while_the_guest_is_suspended_by_us():
+    for situation in every_situation(Power.PAUSED):
+        assert decide(*situation).do not in NEVER_WHILE_SUSPENDED, situation
+
+
+def test_no_overlay_is_removed_but_on_a_settled_definition():
+    for power in (Power.RUNNING, Power.PAUSED):
+        for intent, known, seen in every_situation(power):
+            if decide(intent, known, seen).do is Do.REMOVE_OVERLAY:
+                assert seen.disks[0].truth is Image.BASE
+                assert seen.disks[0].persistent in (None, Image.BASE)
+                assert seen.disks[0].persistent is None or known.disks[0].settled == ON_BASE
+
+
+def test_only_our_images_are_ever_written_into_the_definition():
+    for intent, known, seen in every_situation(Power.RUNNING):
+        action: Action = decide(intent, known, seen)
+        if action.do is Do.REDEFINE:
+            assert action.images
+            assert all(image in (Image.BASE, Image.OVERLAY) for _, image in action.images)
+            assert seen.disks[0].persistent in (Image.BASE, Image.OVERLAY)
