@@ -28,7 +28,7 @@ _SAMPLE_STORE_PATH = "/var/lib/vmbackup/store"
 _SAMPLE_NAME = "web-01-1"
 _LONGEST = 37  # bytes of the state directory: the sockets of libvirt are far below it, and their paths limited
 _METRICS_PORT = 9777
-_LOCKS = Path("/run/vmbackup")  # one for each domain, wherever the agent keeps its state
+_LOCKS = Path("/run/vmbackup")  # one for each domain and each backup, wherever the agent keeps its state
 
 
 class World:
@@ -130,12 +130,20 @@ class World:
     def remove(self) -> None:
         """End everything, and remove the directory and what the agent left outside it."""
         self.agent.stop()
-        with contextlib.suppress(RuntimeError):  # libvirtd is gone, or the domain
-            uuid = self.libvirtd.virsh("domuuid", DOMAIN)
+        for uuid in self._uuids():
             (_LOCKS / f"{uuid}.lock").unlink(missing_ok=True)
         self.libvirtd.stop()
         self.kube.stop()
         shutil.rmtree(self.state)
+
+    def _uuids(self) -> list[str]:
+        """Of the domain and of all its backups; of what does not answer any more there are none."""
+        uuids: list[str] = []
+        with contextlib.suppress(RuntimeError):
+            uuids.append(self.libvirtd.virsh("domuuid", DOMAIN))
+        with contextlib.suppress(SandboxError):
+            uuids += self.kube.kubectl("get", "vmbackups", "-o", "jsonpath={.items[*].metadata.uid}").split()
+        return uuids
 
     def _write_env(self) -> None:
         programs = {str(Path(sys.executable).parent), str(Path(binaries.path("kubectl")).parent)}
