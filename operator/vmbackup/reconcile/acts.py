@@ -22,8 +22,8 @@ from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
 from vmbackup.reconcile.record import Copy, Freeze, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do
-from vmbackup.reconcile.transition import answered, planned_anew, recorded
+from vmbackup.reconcile.terms import Action, Do, Power
+from vmbackup.reconcile.transition import answered, failed, planned_anew, recorded
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
@@ -139,23 +139,19 @@ class Acts:
             case Do.FINISH:
                 return self._finish(action)
             case Do.RECORD_FAILURE:
-                return self._commit_failed(action.target, action.reason, RetryReason.JOB_FAILED)
+                return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
             case Do.SYNC_CONFIG:
                 return self._sync_config(action)
-            case Do.FAIL_BACKUP | Do.REFUSE:
-                reasons = {Do.REFUSE: "DomainNotRunning"} if self._guest_is_off(view) else {}
-                deleted = Reason.DELETED if wish.deleted else ""
-                return self._fail_backup(action.reason, deleted or reasons.get(action.do, ""))
+            case Do.FAIL_BACKUP:
+                return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else "")
+            case Do.REFUSE:
+                return self._fail_backup(action.reason, "DomainNotRunning" if _is_off(view) else "GuestNotReady")
             case _ if action.do in self._calls():
                 return self._call(action, wish)
             case _:
                 self.write(recorded(self.record, action))
                 self._narration.recorded(self.record, action)
                 return 0.0
-
-    @staticmethod
-    def _guest_is_off(view: View) -> bool:
-        return view.seen.power.value == "off"
 
     def _fail_backup(self, why: str, reason: str = "") -> float:
         failed = recorded(self.record, Action(Do.FAIL_BACKUP, reason=why))
@@ -229,16 +225,10 @@ class Acts:
         self.write(recorded(self.record, verdict))
         return 0.0
 
-    def _commit_failed(self, target: str, why: str, reason: RetryReason) -> float:
-        failures = self.record.disk(target).failures + 1
-        record = recorded(self.record, Action(Do.RECORD_FAILURE, target))
-        pause = self._backoff.after(failures)
-        self.write(
-            record.with_disk(
-                target, pivot_intended=False, failures=failures, retry_at=boottime() + pause, last_error=why
-            )
-        )
-        self._narration.commit_failed(target, why, reason, pause)
+    def _commit_failed(self, action: Action, why: str, reason: RetryReason) -> float:
+        pause = self._backoff.after(self.record.disk(action.target).failures + 1)
+        self.write(failed(self.record, action, why, retry_at=boottime() + pause))
+        self._narration.commit_failed(action.target, why, reason, pause)
         return 0.0
 
     # -- libvirt calls
@@ -310,6 +300,7 @@ class Acts:
             self._narration.config_unproven(str(error))
             durable = True
         if not durable:
+            self.write(failed(self.record, action, "", retry_at=0.0), durable=False)
             return self._config_failed(f"libvirt's configuration on disk does not name {', '.join(paths.values())}")
         self._config_settled()
         self.write(answered(self.record, action), durable=False)
@@ -332,9 +323,9 @@ class Acts:
                 return self._fail_backup(f"the snapshot failed: {why}", "SnapshotFailed")
             case Do.COMMIT:
                 busy = reason in ("Busy", "BlockJobActive")
-                return self._commit_failed(action.target, why, RetryReason.BUSY if busy else RetryReason.JOB_FAILED)
+                return self._commit_failed(action, why, RetryReason.BUSY if busy else RetryReason.JOB_FAILED)
             case Do.PIVOT:
-                return self._commit_failed(action.target, why, RetryReason.PIVOT_FAILED)
+                return self._commit_failed(action, why, RetryReason.PIVOT_FAILED)
             case Do.REDEFINE:
                 return self._config_failed(why)
             case Do.SUSPEND if count >= _SWITCH_ATTEMPTS:
@@ -346,7 +337,8 @@ class Acts:
     def _suspend_failed(self, why: str) -> float:
         pivoting = [disk.target for disk in self.record.disks if disk.pivot_intended]
         for target in pivoting:
-            self._commit_failed(target, f"the guest could not be suspended: {why}", RetryReason.PIVOT_FAILED)
+            pivot = Action(Do.PIVOT, target)
+            self._commit_failed(pivot, f"the guest could not be suspended: {why}", RetryReason.PIVOT_FAILED)
         if not pivoting:
             self._fail_backup(f"the guest could not be suspended: {why}", "SuspendFailed")
         return 0.0
@@ -354,7 +346,8 @@ class Acts:
     def _freeze_failed(self, wish: Wish, why: str, reason: str) -> float:
         """Not frozen, as far as is known; but a guest agent that was asked in vain may still freeze later: thaw."""
         refused = reason in ("AgentNotConfigured", "Unsupported")
-        self.write(replace(self.record, call=None, freeze=Freeze.TRIED if refused else Freeze.THAW_DUE, quiesced=False))
+        record = failed(replace(self.record, call=None), Action(Do.FREEZE), why, retry_at=0.0)
+        self.write(replace(record, freeze=Freeze.TRIED) if refused else record)
         if wish.spec.snapshot.quiesce is Quiesce.REQUIRE:
             return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
         self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
@@ -383,3 +376,7 @@ class Acts:
     def _config_settled(self) -> None:
         self._failed.pop(Do.REDEFINE, None)
         self._observer.config_failing = False
+
+
+def _is_off(view: View) -> bool:
+    return view.seen.power is Power.OFF
