@@ -1,4 +1,7 @@
-"""`python -m tests.model run -d DISKS -f FAULTS -w WRITES [--orphan] …`: explore one setting."""
+"""Explore the model world: one setting, or (without arguments) the large settings, one after the other.
+
+python -m tests.model [run -d DISKS -f FAULTS -w WRITES [--orphan] [--live] [--quiesce] [--paused] [--limit N] …]
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,22 @@ import sys
 from tests.model.checker import Checker
 from tests.model.world import Setting
 
+LARGE = (
+    Setting(disks=1, faults=3, writes=2),
+    Setting(disks=2, faults=1, writes=2),
+    Setting(disks=2, faults=2, writes=1),
+    Setting(disks=2, faults=1, writes=1, orphan=True),
+    Setting(disks=1, faults=2, writes=2, quiesce=True),
+    Setting(disks=1, faults=2, writes=2, paused=True),
+    Setting(disks=1, faults=2, writes=2, live=True),
+    Setting(disks=1, faults=2, writes=2, limit=1),
+    Setting(disks=1, faults=2, writes=2, config_full=True),
+)
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.model", description=__doc__)
-    parser.add_argument("what", choices=["run"])
+    parser = argparse.ArgumentParser(prog="python -m tests.model", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["large", "run"], nargs="?", default="large")
     parser.add_argument("-d", dest="disks", type=int, default=1)
     parser.add_argument("-f", dest="faults", type=int, default=2)
     parser.add_argument("-w", dest="writes", type=int, default=2)
@@ -19,10 +34,13 @@ def main() -> int:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--limit", type=int)
     options = vars(parser.parse_args())
-    del options["what"]
-    result = Checker(Setting(**options)).run()
-    print(result)
-    return 0 if result.sound else 1
+    settings = LARGE if options.pop("what") == "large" else (Setting(**options),)
+    sound = True
+    for setting in settings:
+        result = Checker(setting).run()
+        print(result, flush=True)
+        sound = sound and result.sound
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

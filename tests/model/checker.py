@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from tests.model.agent import Agent
-from tests.model.environment import background_steps, fault_steps, free_steps
+from tests.model.environment import BOOT_FAILS, background_steps, fault_steps, free_steps
 from tests.model.libvirt import Step, block_job_steps, call_steps, libvirtd_starts
 from tests.model.world import Setting, World, clean, content, needed, start
-from vmbackup.reconcile.record import Snapshot
+from vmbackup.reconcile.record import Copy, Snapshot
+from vmbackup.reconcile.terms import Do
 
 
 @dataclass
@@ -95,33 +96,36 @@ class Checker:
     # ------------------------------------------------------------------------------------------ invariants
     def _violated(self, before: World, step: Step) -> str:
         """The invariant that this step violates; empty if none."""
-        after, label = step.world, step.label
-        if label == "decide quarantine" and all(d.writes == d.live for d in before.disks):
-            return "ALARM quarantine, though libvirt and QEMU agree"
-        if before.guest == "off":
-            return (
-                _violated_by_boot(before, label)
-                if label.startswith(("boot", "BOOT"))
-                else self._violated_off(before, step)
-            )
-        running = after.guest == "running" and not after.frozen
-        for disk in after.disks:
-            if after.guest != "off" and content(disk, disk.writes) != disk.acked:
-                return "I1 the running image lacks acknowledged writes"
-            if running and disk.durable != disk.writes and not self.setting.spared:
-                return "KEY the guest can write, and P on disk names another image"
-        if before.guest == "paused" and after.guest == "running" and not label.startswith("the user"):
-            return "a guest that its user had paused is resumed"
-        return self._violated_off(before, step)
-
-    def _violated_off(self, before: World, step: Step) -> str:
         after = step.world
+        if before.guest == "off":
+            if after.guest != "off" or step.label == BOOT_FAILS:
+                return _violated_by_boot(before)
+        elif what := self._violated_while_on(before, after):
+            return what
+        decided = after.plan if before.plan is None else None
+        if decided and decided[1].it.do is Do.QUARANTINE and all(d.writes == d.live for d in before.disks):
+            return "ALARM quarantine, though libvirt and QEMU agree"
         if any(x.overlay is not None and y.overlay is None for x, y in zip(before.disks, after.disks, strict=True)):
             return _violated_by_unlink(before, after)
         if after.vmbackup == "released" and before.vmbackup != "released":
             return self._violated_by_release(before)
-        if step.label == "the copy is COMPLETE" and any(d.copied != d.snapshot for d in before.disks):
-            return "I2 the copy is not the content at the snapshot"
+        if after.record is not before.record and _taken(after) and not _taken(before):
+            return (
+                ""
+                if all(d.copied == d.snapshot for d in before.disks)
+                else "I2 the copy is not the content at the snapshot"
+            )
+        return ""
+
+    def _violated_while_on(self, before: World, after: World) -> str:
+        writable = after.guest == "running" and not after.frozen
+        for disk in after.disks:
+            if after.guest != "off" and content(disk, disk.writes) != disk.acked:
+                return "I1 the running image lacks acknowledged writes"
+            if writable and disk.durable != disk.writes and not self.setting.spared:
+                return "KEY the guest can write, and P on disk names another image"
+        if before.guest == "paused" and before.call and before.call[0].it.do is Do.RESUME and after.guest == "running":
+            return "GUARD a guest that its user had paused is resumed"
         return ""
 
     def _violated_by_release(self, world: World) -> str:
@@ -172,14 +176,17 @@ class Checker:
         return steps[::-1]
 
 
-def _violated_by_boot(world: World, label: str) -> str:
+def _taken(world: World) -> bool:
+    return world.record.it.copy is Copy.TAKEN
+
+
+def _violated_by_boot(world: World) -> str:
     if world.record.it.quarantined:
         return ""
-    if label == "BOOT FAILS":
+    contents = [content(disk, disk.persistent) for disk in world.disks]
+    if None in contents:
         return "I1 unbootable: P names an overlay that is gone"
-    if any(content(disk, disk.persistent) != disk.acked for disk in world.disks):
-        return "I1 boot from a stale image"
-    return ""
+    return "" if contents == [disk.acked for disk in world.disks] else "I1 boot from a stale image"
 
 
 def _violated_by_unlink(before: World, after: World) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from tests.model.libvirt import Step, libvirtd_gone, no_answer, qemu_gone
 from tests.model.world import Setting, World, content, named, put, saved
 
+BOOT_FAILS = "BOOT FAILS"
+
 
 def free_steps(world: World, setting: Setting) -> Iterator[Step]:
     """What guest and user may do at any time, or never."""
@@ -48,7 +50,7 @@ def _boot(world: World) -> Iterator[Step]:
     """By the user or autostart, from P. (What it reads counts from then on as what was acknowledged.)"""
     contents = [content(disk, disk.persistent) for disk in world.disks]
     if None in contents:
-        yield Step("BOOT FAILS", world)
+        yield Step(BOOT_FAILS, world)
         return
     disks = tuple(
         d._replace(writes=d.persistent, live=d.persistent, locked=d.persistent == "O", acked=c)

@@ -1,4 +1,4 @@
-"""decide() with one of PROTOCOL.md's repairs R1–R7 taken out. The checker must find a violation in each."""
+"""decide() with one of PROTOCOL.md's repairs R1–R7, or another safeguard, taken out: each must show a violation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from unittest.mock import patch
 
 from tests.model.world import Setting
 from vmbackup.reconcile import machine, rules_off, rules_on, situation
-from vmbackup.reconcile.record import Image, Record, Snapshot
+from vmbackup.reconcile.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.situation import Case, Rule, Situation
-from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation
+from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation, Power
 
 Patch = tuple[Any, str, Any]  # module, name, what stands there instead
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One repair taken out, and the smallest setting that shows why it is there."""
+    """One safeguard taken out, and the smallest setting that shows why it is there."""
 
     repair: str
     without: str
@@ -28,6 +28,7 @@ class Mutant:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
+        """The real decide() is the mutant within."""
         with ExitStack() as stack:
             for module, name, instead in self.patches:
                 stack.enter_context(patch.object(module, name, instead))
@@ -40,10 +41,6 @@ def _instead(rules: str, rule: Rule, mutant: Rule) -> Patch:
     return (machine, rules, tuple(mutant if each is rule else each for each in before))
 
 
-def _nothing(_: Situation) -> Action | None:
-    return None
-
-
 # ---------------------------------------------------------------------------------------------- R1
 def _snapshot_unguarded(s: Situation) -> Action | None:
     return rules_on.take_snapshot(replace(s, intent=replace(s.intent, guarded=False)))
@@ -52,9 +49,10 @@ def _snapshot_unguarded(s: Situation) -> Action | None:
 # ---------------------------------------------------------------------------------------------- R2
 def _settle_in_memory(_: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
     """As if what the API shows were what the disk holds."""
-    images = tuple((disk.target, image) for disk, image in wanted if image and disk.seen.persistent is not None)
-    seen = {disk.target: disk.seen.persistent for disk in _.disks}
-    return Action(Do.REDEFINE, images=images) if any(seen[t] is not image for t, image in images) else None
+    pairs = [(disk, image) for disk, image in wanted if image]
+    if all(disk.seen.persistent is image for disk, image in pairs):
+        return None
+    return Action(Do.REDEFINE, images=tuple((disk.target, image) for disk, image in pairs))
 
 
 # ---------------------------------------------------------------------------------------------- R3
@@ -83,6 +81,19 @@ def _unlink_what_was_pivoted(s: Situation) -> Action | None:
 def _not_by_the_intent(s: Situation) -> Action | None:
     disks = tuple(replace(disk, record=replace(disk.record, pivot_intended=False)) for disk in s.disks)
     return rules_off.off_with_overlay_left(replace(s, disks=disks))
+
+
+# ---------------------------------------------------------------------------------------------- I5, the guest
+def _let_go_at_once(s: Situation) -> Action | None:
+    return Action(Do.RELEASE) if s.intent.deleted else None
+
+
+def _resume_whoever_paused_it(s: Situation) -> bool:
+    return s.seen.power is Power.PAUSED and s.record.guard is not Guard.NONE
+
+
+def _never_thaw_in_quarantine(s: Situation, reason: str) -> Action:
+    return situation.quarantine(replace(s, record=replace(s.record, freeze=Freeze.TRIED)), reason)
 
 
 # ---------------------------------------------------------------------------------------------- R7
@@ -129,5 +140,23 @@ MUTANTS = (
         "an earlier backup's overlay is copied from",
         (_instead("RULES_ON", rules_on.adopt, _take_it_for_ours),),
         Setting(faults=0, writes=1, orphan=True),
+    ),
+    Mutant(
+        "I5",
+        "deleted, it lets go without recording the orphan",
+        tuple((module, "let_go", _let_go_at_once) for module in (situation, rules_on, rules_off)),
+        Setting(faults=2, writes=0),
+    ),
+    Mutant(
+        "guard",
+        "a guest that was found paused is resumed",
+        ((Situation, "suspended_by_us", property(_resume_whoever_paused_it)),),
+        Setting(faults=0, writes=0, paused=True),
+    ),
+    Mutant(
+        "freeze",
+        "a quarantined guest stays frozen",
+        ((rules_on, "quarantine", _never_thaw_in_quarantine),),
+        Setting(faults=1, writes=0, quiesce=True),
     ),
 )

@@ -36,4 +36,4 @@ def test_a_violation_is_found_without(mutant: Mutant):
 
 
 def test_every_repair_has_a_mutant():
-    assert {mutant.repair for mutant in MUTANTS} == {f"R{n}" for n in range(1, 8)}
+    assert {mutant.repair for mutant in MUTANTS} >= {f"R{n}" for n in range(1, 8)}

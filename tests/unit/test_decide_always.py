@@ -8,7 +8,7 @@ from itertools import product
 from tests.unit.decisions import DATA, EMPTY, LOCKED, ON_BASE, ON_OVERLAY, Fields, on, record
 from vmbackup.reconcile.machine import decide
 from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation, Power
+from vmbackup.reconcile.terms import Do, Intent, Mirror, Observation, Power
 
 
 def every_situation(power: Power) -> list[tuple[Intent, Record, Observation]]:
@@ -48,18 +48,26 @@ def test_it_never_rests_nor_releases_while_the_guest_is_suspended_by_us():
 
 
 def test_no_overlay_is_removed_but_on_a_settled_definition():
-    for power in (Power.RUNNING, Power.PAUSED):
-        for intent, known, seen in every_situation(power):
-            if decide(intent, known, seen).do is Do.REMOVE_OVERLAY:
-                assert seen.disks[0].truth is Image.BASE
-                assert seen.disks[0].persistent in (None, Image.BASE)
-                assert seen.disks[0].persistent is None or known.disks[0].settled == ON_BASE
+    removed = [
+        (known.disks[0], seen.disks[0])
+        for power in (Power.RUNNING, Power.PAUSED)
+        for intent, known, seen in every_situation(power)
+        if decide(intent, known, seen).do is Do.REMOVE_OVERLAY
+    ]
+    assert removed
+    for disk, found in removed:
+        assert found.truth is Image.BASE
+        assert found.persistent is None or (found.persistent is Image.BASE and disk.settled == ON_BASE)
 
 
 def test_only_our_images_are_ever_written_into_the_definition():
-    for intent, known, seen in every_situation(Power.RUNNING):
-        action: Action = decide(intent, known, seen)
-        if action.do is Do.REDEFINE:
-            assert action.images
-            assert all(image in (Image.BASE, Image.OVERLAY) for _, image in action.images)
-            assert seen.disks[0].persistent in (Image.BASE, Image.OVERLAY)
+    redefined = [
+        (action, seen.disks[0])
+        for intent, known, seen in every_situation(Power.RUNNING)
+        if (action := decide(intent, known, seen)).do is Do.REDEFINE
+    ]
+    assert redefined
+    for action, found in redefined:
+        assert action.images
+        assert {image for _, image in action.images} <= {Image.BASE, Image.OVERLAY}
+        assert found.persistent in (Image.BASE, Image.OVERLAY)
