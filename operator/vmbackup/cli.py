@@ -19,7 +19,7 @@ from vmbackup.commands import flags
 from vmbackup.commands.flags import Flag
 from vmbackup.errors import VMBackupError
 
-USAGE = 2
+USAGE, INTERRUPTED = 2, 130  # exit codes
 
 _COMMON = (
     Flag("--libvirt-uri", "the libvirtd to connect to", default="qemu:///system", metavar="URI"),
@@ -147,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VMBackupError as error:
         print(f"vmbackup {parsed.command}: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _agent(parsed: argparse.Namespace) -> int:

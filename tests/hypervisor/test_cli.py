@@ -26,6 +26,7 @@ from vmbackup.imaging.locks import hold_reader_lock
 
 VMBACKUP = (sys.executable, "-m", "vmbackup.cli")
 UID = re.compile(r"uid ([0-9a-f-]{36})")
+NOWHERE = "qemu+unix:///session?socket=/nowhere"
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 
 
@@ -190,7 +191,7 @@ def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup:
     again = vmbackup("run", "-f", vmbackup.manifest(guest.name))
     assert again.returncode == 0, again
     assert UID.findall(again.stdout) == UID.findall(said)
-    assert "carrying on default/nightly" in again.stdout
+    assert "Carrying on   default/nightly" in again.stdout
     (folder,) = vmbackup.folders
     assert image_holds(folder / "vda.raw", 0x11, "8M"), "the copy is not of the moment of the first run's snapshot"
     assert guest.holds("vda", 0x22)
@@ -477,15 +478,16 @@ def test_a_journal_that_is_garbled_is_one_line_on_stderr(domain: DomainFactory, 
     assert "has no whole line: look whether the domain is on an overlay" in line
 
 
-def test_no_libvirtd_is_one_line_and_not_a_wait(vmbackup: Cli) -> None:
-    for arguments in (("check",), ("run", "-f", vmbackup.manifest("web-01"))):
-        done = vmbackup(*arguments, VMBACKUP_LIBVIRT_URI="qemu+unix:///session?socket=/nowhere")
-        assert done.returncode == 2
-        assert "no libvirtd answers at qemu+unix:///session?socket=/nowhere" in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_no_libvirtd_is_one_line_and_not_a_wait(vmbackup: Cli, command: str) -> None:
+    arguments = ["-f", vmbackup.manifest("web-01")] if command == "run" else []
+    done = vmbackup(command, *arguments, VMBACKUP_LIBVIRT_URI=NOWHERE, VMBACKUP_LOG_LEVEL="error")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"no libvirtd answers at {NOWHERE}" in line
 
 
-def test_an_unfinished_backup_of_another_domain_is_not_carried_on(domain: DomainFactory, vmbackup: Cli) -> None:
+def test_an_unfinished_backup_is_told_of_and_not_mistaken_for_another(domain: DomainFactory, vmbackup: Cli) -> None:
     guest, other = domain(), domain()
     guest.write("vda", 0x11, length="8M")
     file = vmbackup.manifest(guest.name, **{"copy.bandwidth": SLOW})
@@ -496,4 +498,7 @@ def test_an_unfinished_backup_of_another_domain_is_not_carried_on(domain: Domain
     done = vmbackup("run", "-f", vmbackup.manifest(other.name))
     assert done.returncode == 2
     assert f"is one of the domain {guest.name}: finish that first" in done.stderr
+    away = vmbackup("run", "-f", vmbackup.manifest(guest.name), VMBACKUP_LIBVIRT_URI=NOWHERE)
+    assert away.returncode == 3
+    assert "the guest may be on its overlay" in away.stderr
     assert vmbackup("run", "-f", vmbackup.manifest(guest.name)).returncode == 0

@@ -18,7 +18,7 @@ from uuid import uuid4
 from vmbackup.api.status import DiskState, Outcome, Phase, Reason, Report
 from vmbackup.commands.request import Request, read
 from vmbackup.commands.screen import LineConsole, Screen
-from vmbackup.errors import RefusedError, TransientError, VMBackupError
+from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.driver import Ending
@@ -61,7 +61,7 @@ def run(settings: RunSettings) -> int:
         records = node.records()
         earlier = taken_up(request, records, retry=settings.retry)
         if not hypervisor.ping():
-            raise TransientError(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri")
+            return _broken(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri", earlier)
         if earlier is None:
             _forget_done(request, records, settings.state_dir)
         with Screen(LineConsole(highlight=False)) as screen:
@@ -117,17 +117,17 @@ class _Run:
 
     def run(self) -> int:
         """Run it; the exit code."""
-        begun = "carrying on" if self._carries_on else "backup"
-        self._screen.line("Backup", f"{begun} {self._request} of {self._request.spec.domain}, uid {self._key.uid}")
+        begun = "Carrying on" if self._carries_on else "Backup"
+        self._screen.line(begun, f"{self._request} of the domain {self._request.spec.domain}, uid {self._key.uid}")
         # In a thread of its own: a signal handler may not wake a wait that its own thread is in.
         with self._signals(), ThreadPoolExecutor(1, "backup") as thread:
             try:
                 ending = thread.submit(self._backup.run).result()
             except VMBackupError as error:
-                return self._broken(str(error), unknown=error.reason == "JournalGarbled")
+                return _broken(str(error), self._record(), unknown=error.reason == "JournalGarbled")
             except Exception:
                 _log.exception("this is a fault of vmbackup")
-                return self._broken("it ended unexpectedly")
+                return _broken("it ended unexpectedly", self._record())
         return self._verdict(ending)
 
     # -- what the backup asks and tells, in its thread
@@ -213,14 +213,17 @@ class _Run:
         self._screen.line("Interrupted", f"{where}: run again to carry on", style="bold yellow")
         return INTERRUPTED
 
-    def _broken(self, why: str, *, unknown: bool = False) -> int:
-        """The journal or a lock cannot be used; what the journal says of the chain is what was known last."""
-        record = next((each for each in self._node.records() if each.uid == self._key.uid), None)
-        begun = record is not None and record.snapshot is not Snapshot.NONE and not record.finished
-        on_overlay = unknown or begun
-        where = "the guest may be on its overlay: mend that, then run again" if on_overlay else "nothing was touched"
-        print(f"vmbackup run: {why}; {where}", file=sys.stderr)
-        return ON_OVERLAY if on_overlay else REFUSED
+    def _record(self) -> Record | None:
+        return next((record for record in self._node.records() if record.uid == self._key.uid), None)
+
+
+def _broken(why: str, record: Record | None, *, unknown: bool = False) -> int:
+    """It cannot even be tried: say so in one line. What its record says of the chain is what was known last."""
+    begun = record is not None and record.snapshot is not Snapshot.NONE and (record.gave_up or not record.finished)
+    on_overlay = unknown or begun
+    where = "the guest may be on its overlay: mend that, then run again" if on_overlay else "nothing was touched"
+    print(f"vmbackup run: {why}; {where}", file=sys.stderr)
+    return ON_OVERLAY if on_overlay else REFUSED
 
 
 def _uid_of(request: Request, earlier: Record | None) -> str:
