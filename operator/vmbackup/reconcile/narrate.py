@@ -123,6 +123,8 @@ def _running(record: Record, phase: Phase) -> tuple[str, str]:
             return Reason.SNAPSHOTTING, "the guest is being switched to its overlay"
         case Phase.COPYING:
             return Reason.COPYING, "the frozen base is being copied"
+        case Phase.PIVOTED if record.copy is Copy.STORED:
+            return Reason.FINISHED, "every disk is home, and the copy is stored"
         case Phase.PIVOTED:
             return Reason.SHIPPING, "every disk is home; the copy is being completed in the store"
         case _ if record.copy is Copy.FAILED:

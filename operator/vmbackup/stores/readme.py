@@ -12,6 +12,9 @@ def readme(manifest: Manifest) -> str:
     disks = "\n".join(f"  {disk.file} is the disk {disk.target}, format {disk.format}" for disk in manifest.disks)
     nvram = f"; {manifest.nvram} is its UEFI variable store" if manifest.nvram else ""
     first = manifest.disks[0]
+    backing = f"""
+   Copy the backing files (backing-*) with them into the same folder, or make one file of both:
+   qemu-img convert -O {first.format} {first.file} /var/lib/libvirt/images/{first.file}"""
     return f"""\
 Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_time:%Y-%m-%d %H:%M:%S} UTC.
 {disks}
@@ -19,9 +22,7 @@ Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_
 
 To restore:
 1. Check the files: sha256sum each one and compare with "digest" in manifest.json.
-2. Copy the disks: cp --sparse=always {first.file} /var/lib/libvirt/images/
-   Copy the backing files (backing-*) with them into the same folder, or make one file of both:
-   qemu-img convert -O {first.format} {first.file} /var/lib/libvirt/images/{first.file}
+2. Copy the disks: cp --sparse=always {first.file} /var/lib/libvirt/images/{backing if manifest.images else ""}
 3. Copy {manifest.domain_xml}, let each <source file='...'> name the copy, then: virsh define {manifest.domain_xml}
 4. virsh start {manifest.domain}
 """
