@@ -33,8 +33,6 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
             return replace(record, copy=Copy.FAILED, copy_error=action.reason)
         case Do.BEGIN_COMMIT:
             return record.with_disk(target, commit_begun=True)
-        case Do.RECORD_FAILURE:
-            return record.with_disk(target, commit_running=False)
         case Do.INTEND_PIVOT:
             intended = record.with_disk(target, pivot_intended=True, settled=None)
             return replace(intended, guard=action.guard)
@@ -87,7 +85,7 @@ def answered(record: Record, action: Action) -> Record:
 
 
 def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Record:
-    """The record after the call failed for certain, or SYNC_CONFIG did not find what P should name.
+    """The record after the call failed for certain, the job vanished, or SYNC_CONFIG found P naming another image.
 
     `retry_at` (CLOCK_BOOTTIME, seconds) is when a commit or pivot may be tried again. A pivot stays intended until L is
     seen: QEMU may have died after it. What is not counted here is simply decided again.
