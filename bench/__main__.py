@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import copy
+from bench import copy, window
 
-BENCHMARKS = {"copy": copy}
+BENCHMARKS = {"copy": copy, "window": window}
 
 
 def main() -> None:
