@@ -8,18 +8,24 @@ import re
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.libvirtd import Libvirtd
 from sandbox.processes import Program
-from tests.domains import wait_until
-from tests.manifests import backup
+from tests.domains import Domain, wait_until
+from tests.manifests import backup, store
+from vmbackup.reconcile import journal as journals
+from vmbackup.reconcile.record import Record
 from vmbackup.report.status import condition
 
+_numbers = count(1)
 SECONDS = 60  # for anything to happen on a loaded machine
+SLOW = "1Mi"  # bytes per second: a copy of 16 MiB, or a commit of 32 MiB, can be caught in the middle
 
 
 class Agent:
@@ -46,6 +52,20 @@ class Agent:
         vmbackup = Path(sys.executable).with_name("vmbackup")
         self.program.start([vmbackup, "agent", *(f"--{name}={value}" for name, value in wanted.items())])
         self.program.wait_until(lambda: self.healthz() is not None, seconds=SECONDS)
+
+    def apply(self, domain: str, *, name: str = "", namespace: str = "default", **spec: Any) -> VMBackup:
+        """Apply a VMBackup of this node; `spec` by the dotted paths of tests/manifests.py."""
+        made = VMBackup(self.kube, name or f"{self.node}-{next(_numbers)}", namespace)
+        self.kube.apply(manifest(made.name, self.node, self.node, domain, namespace, **spec))
+        return made
+
+    def use_store(self, directory: Path) -> None:
+        """Let its store be there."""
+        self.kube.apply(store(self.node, directory={"path": str(directory)}))
+
+    def records(self) -> list[Record]:
+        """What its journals say."""
+        return list(journals.records(self.state_dir))
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -131,6 +151,9 @@ class VMBackup:
     def delete(self, *flags: str) -> None:
         self._kubectl("delete", *flags)
 
+    def strip_finalizers(self) -> None:
+        self._kubectl("patch", "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
+
     def exists(self) -> bool:
         return bool(self._kubectl("get", "--ignore-not-found", "-o", "name"))
 
@@ -147,10 +170,8 @@ class VMBackup:
         return self.kube.kubectl(verb, "-n", self.namespace, f"vmbackup/{self.name}", *arguments)
 
 
-class Apply(Protocol):
-    """Applies a VMBackup of this test's node; `spec` by the dotted paths of tests/manifests.py."""
-
-    def __call__(self, domain: str, **spec: Any) -> VMBackup: ...
+CatchBackup = Callable[..., tuple[VMBackup, Domain]]
+"""Applies a VMBackup to an agent, and returns it and its guest in the middle of something."""
 
 
 def manifest(name: str, node: str, store: str, domain: str, namespace: str = "default", **spec: Any) -> dict[str, Any]:
@@ -169,3 +190,11 @@ def assert_stored(status: dict[str, Any]) -> Path:
         disk["target"]: disk["digest"] for disk in status["disks"] if disk["state"] != "Skipped"
     }
     return folder
+
+
+def assert_home(guest: Domain, pattern: int = 0x11) -> None:
+    """The guest is on its own images, in both XMLs, no overlay is left, and it reads what it wrote."""
+    for target, base in guest.bases.items():
+        assert guest.live(target).source == guest.persistent(target).source == base
+        assert not list(Path(base).parent.glob("*.vmb-*"))
+    assert guest.holds("vda", pattern, offset="0" if pattern == 0x11 else "16M")

@@ -64,6 +64,8 @@ class AgentSettings:
 
 def run(settings: AgentSettings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError if there is no way to the API server."""
+    for noisy in ("kopf.objects", "kopf.activities"):  # a line for each event and handler
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     client = load_client(settings.kubeconfig)
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     agent = _Agent(settings, client, hypervisor)
@@ -126,8 +128,6 @@ class _Agent:
 
     def end(self) -> None:
         """Let running backups come to a safe point; another agent carries on. Commits go on in QEMU meanwhile."""
-        self._fleet.stop()
-        self._sweep.stop()
         if not self._threads.join(_STOP_SECONDS):
             _log.warning("some backups did not come to a safe point within %.0f s", _STOP_SECONDS)
         self._fleet.flush(_FLUSH_SECONDS)
@@ -138,11 +138,10 @@ class _Agent:
         registry = kopf.OperatorRegistry()
         resource: Any = (GROUP, VERSION, BACKUPS)
         kopf.on.startup(registry=registry)(self._start)
+        kopf.on.cleanup(registry=registry)(self._stop)
         kopf.on.login(registry=registry)(self._login)
         kopf.on.event(*resource, registry=registry)(self._seen)
-        kopf.daemon(
-            *resource, registry=registry, when=lambda body, **_: self._fleet.wants(body), backoff=5.0
-        )(self._keep)  # fmt: skip
+        kopf.daemon(*resource, registry=registry, when=self._wanted, backoff=5.0)(self._keep)
         return registry
 
     async def _start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -156,15 +155,23 @@ class _Agent:
         settings.persistence.finalizer = FINALIZER
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
         settings.background.cancellation_polling = 0.5
-        settings.background.instant_exit_timeout = 1.0
+        settings.background.instant_exit_timeout = 2.0
         self._background = [asyncio.create_task(self.watchdog.beat())]
         await self._sweep.begin()
         self._background.append(asyncio.create_task(self._sweep.watch()))
 
+    async def _stop(self, **_: Any) -> None:
+        for task in self._background:
+            task.cancel()
+        self._fleet.stop()
+        self._sweep.stop()
+
     def _login(self, **_: Any) -> kopf.ConnectionInfo:
         """The same access as the client's; asked again when the API server says 401."""
-        access: Any = self._client.configuration
-        scheme, _, token = (access.get_api_key_with_prefix("authorization") or "").rpartition(" ")
+        client: Any = self._client
+        access: Any = client.configuration
+        credentials = str(access.get_api_key_with_prefix("authorization") or "")
+        scheme, _space, token = credentials.rpartition(" ")
         return kopf.ConnectionInfo(
             server=access.host,
             ca_path=access.ssl_ca_cert,
@@ -186,6 +193,9 @@ class _Agent:
                 await self._sweep.forget(seen.uid)
         elif seen.terminating and seen.held:
             await self._fleet.let_go(body)
+
+    def _wanted(self, body: kopf.Body, **_: Any) -> bool:
+        return self._fleet.wants(body)
 
     async def _keep(self, body: kopf.Body, stopped: Any, **_: Any) -> None:
         await self._fleet.keep(dict(body), stopped)

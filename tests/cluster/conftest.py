@@ -1,4 +1,4 @@
-"""An agent on a real API server and a real libvirtd, with a node name and a store of its own for each test."""
+"""Agents on a real API server and a real libvirtd, each with a node name and a store of its own."""
 
 from __future__ import annotations
 
@@ -12,45 +12,63 @@ import pytest
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
-from tests.agents import Agent, Apply, VMBackup, manifest
+from tests.agents import SLOW, Agent, CatchBackup, VMBackup
+from tests.domains import Domain, DomainFactory
 from tests.manifests import store
 
 _numbers = count(1)
 
 
-@pytest.fixture
-def store_path(tmp_path: Path) -> Path:
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def stopped_agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path, store_path: Path) -> Iterator[Agent]:
-    """An agent that is not started yet, and its store."""
+def make_agent(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Agent:
+    """An agent that is not started yet; its store has the name of its node."""
     node = f"node-{next(_numbers)}"
-    kube.apply(store(node, directory={"path": str(store_path)}))
+    kube.apply(store(node, directory={"path": str(directory / "store")}))
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    agent = Agent(kube, libvirtd, node, tmp_path, port)
-    yield agent
-    agent.stop()
+    return Agent(kube, libvirtd, node, directory, port)
+
+
+@pytest.fixture(scope="session")
+def agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    """A running agent, one for all tests that leave it as it is."""
+    shared = make_agent(kube, libvirtd, tmp_path_factory.mktemp("agent"))
+    shared.start(max_concurrent_backups="3")
+    yield shared
+    shared.stop()
 
 
 @pytest.fixture
-def agent(stopped_agent: Agent) -> Agent:
-    """A running agent."""
-    stopped_agent.start()
-    return stopped_agent
+def own_agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
+    """An agent for this test alone, not started yet."""
+    own = make_agent(kube, libvirtd, tmp_path)
+    yield own
+    own.stop()
 
 
 @pytest.fixture
-def apply(kube: KubeApi, stopped_agent: Agent) -> Apply:
-    """Apply VMBackups of this test's agent."""
-    node = stopped_agent.node
+def copying(domain: DomainFactory) -> CatchBackup:
+    """Catches a backup in the middle of copying 16 MiB, slowly; the guest holds 0x11 in them."""
 
-    def make(domain: str, **spec: Any) -> VMBackup:
-        made = VMBackup(kube, f"{node}-{next(_numbers)}")
-        kube.apply(manifest(made.name, node, node, domain, **spec))
-        return made
+    def catch(agent: Agent, **spec: Any) -> tuple[VMBackup, Domain]:
+        guest = domain(size="64M")
+        guest.write("vda", 0x11, length="16M")
+        made = agent.apply(guest.name, **{"copy.bandwidth": SLOW, **spec})
+        made.wait_for_copying()
+        return made, guest
 
-    return make
+    return catch
+
+
+@pytest.fixture
+def committing(copying: CatchBackup) -> CatchBackup:
+    """Catches a backup in the middle of committing 32 MiB, slowly; the guest wrote 0x22 there meanwhile."""
+
+    def catch(agent: Agent, **spec: Any) -> tuple[VMBackup, Domain]:
+        made, guest = copying(agent, **{"commit.bandwidth": SLOW, **spec})
+        guest.write("vda", 0x22, offset="16M", length="32M")
+        made.patch({"copy": {"bandwidth": None}})
+        made.wait_for_phase("Committing")
+        return made, guest
+
+    return catch

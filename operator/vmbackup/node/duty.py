@@ -27,9 +27,14 @@ class Seen:
         return self.body["metadata"]
 
     @property
+    def spec(self) -> Body:
+        """Its spec."""
+        return _group(self.body, "spec")
+
+    @property
     def status(self) -> Body:
         """Its status, empty where there is none."""
-        return self.body.get("status") or {}
+        return _group(self.body, "status")
 
     @property
     def uid(self) -> str:
@@ -59,8 +64,7 @@ class Seen:
     @property
     def retry(self) -> str:
         """The retry that is asked for last. An annotation that was taken away asks for nothing new."""
-        annotations = self.metadata.get("annotations") or {}
-        return str(annotations.get(RETRY_ANNOTATION) or self.handled_retry)
+        return str(_group(self.metadata, "annotations").get(RETRY_ANNOTATION) or self.handled_retry)
 
     @property
     def handled_retry(self) -> str:
@@ -86,13 +90,13 @@ class Seen:
     @property
     def data_goes_too(self) -> bool:
         """Its stored data is to be deleted with it."""
-        policy = (self.body.get("spec") or {}).get("deletionPolicy")
+        policy = self.spec.get("deletionPolicy")
         return policy == DeletionPolicy.DELETE and bool(self.status.get("location"))
 
     @property
     def expires(self) -> float | None:
         """When it is to be deleted, in seconds since the epoch. Never while a guest is on its overlay."""
-        ttl = (self.body.get("spec") or {}).get("ttlSecondsAfterFinished")
+        ttl = self.spec.get("ttlSecondsAfterFinished")
         ended = self.status.get("completionTime")
         if ttl is None or not ended or not self.over or not self.home:
             return None
@@ -102,6 +106,11 @@ class Seen:
     def wanted(self) -> bool:
         """There is something left to do for it, now or later: so its finalizer must stay."""
         return not self.over or not self.home or self.stale or self.expires is not None or self.data_goes_too
+
+
+def _group(body: Body, name: str) -> Body:
+    found: Body | None = body.get(name)
+    return found or {}
 
 
 def left_behind(record: Record) -> bool:

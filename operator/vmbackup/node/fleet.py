@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 
 from vmbackup.node.duty import Body, Seen
-from vmbackup.node.keeper import Keeper
+from vmbackup.node.keeper import Keeper, Stopped
 from vmbackup.node.premises import Premises
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Reporter
@@ -35,7 +34,7 @@ class Fleet:
         known = keeper.wanted if keeper else self._premises.queue.reserved(seen.uid)
         return seen.wanted or known
 
-    async def keep(self, body: Body, stopped: asyncio.Event) -> None:
+    async def keep(self, body: Body, stopped: Stopped) -> None:
         """Keep this VMBackup until `stopped`, or until it was deleted and let go."""
         keeper = self._keeper(body)
         try:

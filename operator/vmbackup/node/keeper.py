@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
 from vmbackup.api.status import Outcome, Phase, Reason, Report
@@ -32,7 +32,19 @@ _log = logging.getLogger(__name__)
 
 _PARKED = (Reason.DOMAIN_OFF, Reason.QUARANTINED)
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds after a failure of the node itself, doubled each time
-_LOOK = 5.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
+_LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
+
+
+class Stopped(Protocol):
+    """Tells when to stop: an asyncio.Event, or what kopf gives a daemon."""
+
+    def wait(self) -> Awaitable[object]:
+        """Return once it is time to stop."""
+        ...
+
+
+async def _wait(stopped: Stopped) -> None:
+    await stopped.wait()
 
 
 class Keeper:
@@ -90,7 +102,7 @@ class Keeper:
         self._seen = seen
         self._gone = self._gone or gone
         with suppress(RefusedError):  # of a first one, _run says so; the API server lets nobody make a good one bad
-            self._spec = BackupSpec.parse(seen.body.get("spec") or {})
+            self._spec = BackupSpec.parse(seen.spec)
         if (seen.terminating or self._gone) and self._dooming is None:
             self._dooming = self._loop.create_task(self._doom())
         self._wake()
@@ -105,30 +117,44 @@ class Keeper:
         self._stopped = True
         self._wake()
 
-    async def keep(self, stopped: asyncio.Event) -> None:
+    async def keep(self, stopped: Stopped) -> None:
         """Do what is due until `stopped`, or until it was deleted and let go."""
+        stopping = asyncio.ensure_future(_wait(stopped))
         self._loops += 1
         try:
-            while not stopped.is_set() and not self._released.is_set():
-                async with self._at_work:
-                    await self._do_what_is_due()
-                await self._change(self._pause(), stopped)
+            while not stopping.done() and not self._released.is_set():
+                work = asyncio.create_task(self._work())
+                await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if stopping.done():
+                    self.stop()
+                await work
+                await self._change(self._pause(), stopping)
         finally:
+            stopping.cancel()
             self._loops -= 1
 
     async def let_go(self) -> None:
         """Return once it may vanish: its chain is home, or its orphan is recorded. Nothing ends it earlier."""
         self._loops += 1
+        work: asyncio.Task[None] | None = None
+        looked = time.monotonic()
         try:
             while not self._released.is_set():
                 if not self._at_work.locked():
-                    async with self._at_work:
-                        await self._do_what_is_due()
-                if not self._released.is_set():
-                    await self._change(min(self._pause() or _LOOK, _LOOK))
+                    work = asyncio.create_task(self._work())
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._released.wait(), self._pause() or _FIRST_PAUSE)
+                if time.monotonic() - looked > _LOOK:
+                    looked = time.monotonic()
                     await self._look()
         finally:
+            if work is not None:
+                work.cancel()
             self._loops -= 1
+
+    async def _work(self) -> None:
+        async with self._at_work:
+            await self._do_what_is_due()
 
     def flush(self, seconds: float) -> None:
         """Wait, for at most so long, until its status has arrived. Blocks."""
@@ -204,16 +230,13 @@ class Keeper:
         expires = self._seen.expires
         return None if expires is None else max(_FIRST_PAUSE, expires - time.time())
 
-    async def _change(self, seconds: float | None, stopped: asyncio.Event | None = None) -> None:
-        """Wait until something has changed, for at most so long."""
-        waits = [asyncio.ensure_future(self._changed.wait())]
-        if stopped is not None:
-            waits.append(asyncio.ensure_future(stopped.wait()))
+    async def _change(self, seconds: float | None, *others: asyncio.Future[None]) -> None:
+        """Wait until something has changed, or one of the others is done, for at most so long."""
+        changed = asyncio.ensure_future(self._changed.wait())
         try:
-            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({changed, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                wait.cancel()
+            changed.cancel()
 
     async def _do_what_is_due(self) -> None:
         self._changed.clear()
@@ -291,7 +314,7 @@ class Keeper:
     def _refuse(self) -> None:
         """The spec makes no sense. The API server's validation lets nobody come so far."""
         try:
-            BackupSpec.parse(self._seen.body.get("spec") or {})
+            BackupSpec.parse(self._seen.spec)
         except RefusedError as error:
             self.reporter.event(error.reason, str(error), warning=True)
             self._premises.node.metrics.finished(Outcome.REFUSED)
@@ -323,7 +346,7 @@ class Keeper:
                 wish=self._current_wish,
                 open_store=self._open_store,
                 reporter=self.reporter,
-                spec=self._seen.body.get("spec"),
+                spec=self._seen.spec,
             )
             return await premises.threads.run(self._backup.run, f"backup-{self._ref.name}")
         finally:
@@ -385,7 +408,7 @@ class Keeper:
         self._unfinished = report.outcome is None or report.reason == Reason.QUARANTINED
         if self._writer.gone:
             self._loop.call_soon_threadsafe(self.vanish)
-        if report.reason in _PARKED:
+        if report.reason in _PARKED and report.phase is not Phase.COPYING:
             self._loop.call_soon_threadsafe(self._park)
 
     def _park(self) -> None:
