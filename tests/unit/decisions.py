@@ -83,6 +83,7 @@ def finished(**changes: Any) -> Record:
 
 
 DELETED, QUIESCE, LIVE, LIMIT_1 = {"deleted": True}, {"quiesce": True}, {"guarded": False}, {"backoff_limit": 1}
+REQUIRED = {"quiesce_required": True}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vmbackup.imaging.image import same_content
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
-from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.journal import Journal, sync_directory
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
@@ -28,6 +28,8 @@ from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
 _CONFIG_ATTEMPTS = 5  # failures to settle P after which the guest does not wait for it any longer
+_CONFIG_PAUSE = 20.0  # seconds for which the guest then goes on without
+_CONFIG_AGAIN = 5.0  # seconds between attempts of what cannot be done without
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
 _THAW_ATTEMPTS = 20
 _THAW_PAUSE = 3.0  # seconds
@@ -209,6 +211,7 @@ class Acts:
         overlay = Path(disk.overlay)
         merged = self._narration.merged(action.target, overlay)
         overlay.unlink(missing_ok=True)
+        sync_directory(overlay.parent)  # else a power cut could bring it back, to be taken for one that was left
         seconds = None if disk.commit_started is None else time.time() - disk.commit_started
         self.write(
             self.record.with_disk(
@@ -365,17 +368,19 @@ class Acts:
     def _config_failed(self, why: str) -> float:
         """P cannot be settled. Before the snapshot that ends the backup; later the guest does not wait for ever."""
         count = self._failed[Do.REDEFINE] = self._failed.get(Do.REDEFINE, 0) + 1
-        if count >= _CONFIG_ATTEMPTS:
-            if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
-                return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
-            if not self._observer.config_failing:
-                self._narration.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
-            self._observer.config_failing = True
-        return _AGAIN if count < _CONFIG_ATTEMPTS else 5.0
+        if count < _CONFIG_ATTEMPTS:
+            return _AGAIN
+        if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
+            return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
+        self._observer.config_failing_until = boottime() + _CONFIG_PAUSE
+        if count > _CONFIG_ATTEMPTS:
+            return _CONFIG_AGAIN
+        self._narration.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
+        return 0.0
 
     def _config_settled(self) -> None:
         self._failed.pop(Do.REDEFINE, None)
-        self._observer.config_failing = False
+        self._observer.config_failing_until = 0.0
 
 
 def _is_off(view: View) -> bool:

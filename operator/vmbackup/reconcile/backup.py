@@ -86,11 +86,13 @@ class Backup:
         try:
             if journal.record.finished and not self._open_again(journal.record):
                 return self._after_the_end(journal)
-            guest = self._guest(journal)
+            guest = self._guest(journal.record)
             if guest is None:
-                return self._not_begun(journal)
+                return self._waited_in_vain(journal)
             with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
-                return self._driver(journal, guest).run() if held else self._not_begun(journal)
+                return self._driver(journal, guest).run() if held else self._waited_in_vain(journal)
+        except RefusedError as error:
+            return self._refused(journal, error)
         finally:
             journal.close()
 
@@ -120,18 +122,16 @@ class Backup:
         journal.remove()
         return Ending.RELEASED
 
-    def _guest(self, journal: Journal) -> Guest | None:
-        """The domain, waiting for libvirtd. None: told to stop, deleted before it was begun, or no such domain."""
-        record = journal.record
+    def _guest(self, record: Record) -> Guest | None:
+        """The domain, waiting for libvirtd. None: told not to wait. Raises RefusedError if there is no such domain."""
         while True:
             try:
                 return self._node.hypervisor.guest(record.domain_uuid or self._wish().spec.domain)
-            except RefusedError as error:
-                if record.disks:  # a transient domain that stopped: its files are what there is
-                    return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
-                refused = replace(record, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason)
-                journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
-                return None
+            except RefusedError:
+                if not record.disks:
+                    raise
+                # a transient domain that stopped: its files are what there is
+                return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
             except TransientError as error:
                 self._reporter.report(Report(message=str(error), start_time=record.started))
                 if not self._pause(record):
@@ -144,8 +144,9 @@ class Backup:
         return not self._awaited().stop
 
     def _queued(self, record: Record) -> bool:
-        message = "another backup of this domain is running"
-        self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
+        if record.snapshot is Snapshot.NONE:
+            message = "another backup of this domain is running"
+            self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True))
         return self._pause(record)
 
     def _pause(self, record: Record) -> bool:
@@ -158,15 +159,18 @@ class Backup:
         self._woken.clear()
         return self._wish()
 
-    def _not_begun(self, journal: Journal) -> Ending:
-        record, wish = journal.record, self._wish()
-        if wish.deleted and record.snapshot is Snapshot.NONE:
-            self._node.metrics.finished(Outcome.DELETED)
-            journal.remove()
-            return Ending.RELEASED
-        if not record.finished:
+    def _waited_in_vain(self, journal: Journal) -> Ending:
+        """Told to stop, or deleted before anything was begun."""
+        if self._wish().stop:
             return Ending.INTERRUPTED
-        report = narrate(record, None, None, Progress({}, {}))
+        self._node.metrics.finished(Outcome.DELETED)
+        journal.remove()
+        return Ending.RELEASED
+
+    def _refused(self, journal: Journal, error: RefusedError) -> Ending:
+        refused = replace(journal.record, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason)
+        journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
+        report = narrate(journal.record, None, None, Progress({}, {}))
         self._reporter.report(report)
         self._reporter.event(report.reason, report.message, warning=True)
         self._node.metrics.finished(Outcome.REFUSED)

@@ -142,6 +142,7 @@ class Driver:
             deleted=wish.deleted,
             guarded=wish.spec.switch_policy is SwitchPolicy.GUARDED,
             quiesce=wish.spec.snapshot.quiesce is not Quiesce.SKIP,
+            quiesce_required=wish.spec.snapshot.quiesce is Quiesce.REQUIRE,
             backoff_limit=wish.spec.commit.backoff_limit,
         )
         return decide(intent, self._record, view.seen)

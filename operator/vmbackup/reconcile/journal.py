@@ -38,7 +38,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -122,7 +122,8 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)  # it holds the domain's XML, which may hold passwords
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

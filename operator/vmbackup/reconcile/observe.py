@@ -33,7 +33,7 @@ class Observer:
     hypervisor: Hypervisor
     guest: Guest
     thaw_after: float = 0.0
-    config_failing: bool = False
+    config_failing_until: float = 0.0  # CLOCK_BOOTTIME, seconds
 
     def observe(self, record: Record, *, doubt: bool) -> View:
         """Look at everything that decide() needs. Raises TransientError while libvirtd is away, or all is in motion."""
@@ -71,14 +71,15 @@ class Observer:
                 overlay=_overlay(disk),
             )
             disks.append(_with_job(seen, live.get(disk.target), job))
+        now = boottime()
         observation = Observation(
             power=power,
             disks=tuple(disks),
             call_in_flight=self._call_in_flight(record, on=on),
             migrating=on and self.guest.migrating(),
-            config_failing=self.config_failing,
+            config_failing=now < self.config_failing_until,
             thaw_after=self.thaw_after,
-            now=boottime(),
+            now=now,
         )
         return View(observation, jobs)
 

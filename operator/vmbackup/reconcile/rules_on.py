@@ -90,7 +90,8 @@ def resume_guest(s: Situation) -> Action | None:
     """Suspended by us, and no switch of images is due: settle P=L (R2), then resume."""
     if s.record.guard is Guard.NONE or s.pivot_due:
         return None
-    if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED:
+    freeze_anew = s.record.freeze is Freeze.THAW_DUE and s.record.quiesced is None  # frozen by a run that is gone
+    if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED and not freeze_anew:
         return None
     if not s.suspended_by_us:
         return Action(Do.CLEAR_GUARD)
@@ -237,6 +238,8 @@ def take_snapshot(s: Situation) -> Action | None:
         return thaw_guest(s) or wait
     if s.intent.quiesce and s.record.freeze is Freeze.NONE and s.seen.power is Power.RUNNING:
         return Action(Do.FREEZE)
+    if s.intent.quiesce_required and s.record.freeze is not Freeze.FROZEN:
+        return Action(Do.REFUSE, reason="spec.snapshot.quiesce is Require, and a guest that is paused cannot be frozen")
     if s.record.snapshot is Snapshot.NONE or not _guarded(s):
         return Action(Do.INTEND_SNAPSHOT, guard=_guard(s))
     return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.SNAPSHOT)

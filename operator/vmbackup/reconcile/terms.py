@@ -73,6 +73,7 @@ class Intent:
     deleted: bool = False
     guarded: bool = True  # switchPolicy: Guarded
     quiesce: bool = False
+    quiesce_required: bool = False
     backoff_limit: int = 6
 
 
