@@ -79,6 +79,7 @@ class DomainFactory(Protocol):
         size: str = "64M",
         more_disks: tuple[DiskSpec, ...] = (),
         devices: str = "",
+        os_xml: str = "",
         extra: str = "",
     ) -> Domain: ...
 

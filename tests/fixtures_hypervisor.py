@@ -49,6 +49,7 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
         size: str = "64M",
         more_disks: tuple[DiskSpec, ...] = (),
         devices: str = "",
+        os_xml: str = "",
         extra: str = "",
     ) -> Domain:
         name = f"guest-{next(_numbers)}"
@@ -56,7 +57,7 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
         directory.mkdir()
         specs = [make_disk(directory, target, kind, size) for target, kind in (disks or {"vda": "raw"}).items()]
         xml = directory / "domain.xml"
-        xml.write_text(domain_xml(name, [*specs, *more_disks], devices=devices, extra=extra))
+        xml.write_text(domain_xml(name, [*specs, *more_disks], devices=devices, os_xml=os_xml, extra=extra))
         if persistent:
             libvirtd.virsh("define", str(xml))
         if start:

@@ -119,6 +119,23 @@ def test_a_template_is_recorded_once_and_the_folder_restores_anywhere(
     assert image_holds(elsewhere / disk["file"], 0x33)
 
 
+def test_the_uefi_variables_are_those_of_the_snapshot(
+    domain: DomainFactory, backup: BackupFactory, tmp_path: Path
+) -> None:
+    firmware, variables = tmp_path / "code.fd", tmp_path / "vars.fd"
+    firmware.write_bytes(bytes(64 << 10))
+    variables.write_bytes(b"before".ljust(64 << 10))
+    loader = f"<loader readonly='yes' type='pflash'>{firmware}</loader><nvram>{variables}</nvram>"
+    guest = domain(os_xml=loader)
+    guest.write("vda", 0x11, length="8M")
+    running = backup(guest.name, copy={"bandwidth": SLOW})
+    running.wait_for_copying()
+    variables.write_bytes(b"after".ljust(64 << 10))
+    running.edit("copy", bandwidth="10Gi")
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert (running.folder / "nvram.fd").read_bytes().startswith(b"before")
+
+
 def test_a_guest_that_its_user_had_paused_is_never_resumed(domain: DomainFactory, backup: BackupFactory) -> None:
     guest = domain()
     assert backup(guest.name).end().outcome is Outcome.SUCCEEDED

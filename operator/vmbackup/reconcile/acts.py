@@ -249,17 +249,16 @@ class Acts:
         }
 
     def _call(self, action: Action, wish: Wish) -> float:
-        facts: dict[str, object] = {"snapshot_time": time.time()} if action.do is Do.SNAPSHOT else {}
-        if action.do is Do.COMMIT:
-            disk = self.record.disk(action.target)
-            self.write(
-                self.record.with_disk(action.target, commit_started=time.time(), attempts=disk.attempts + 1),
-                durable=False,
-            )
+        try:
+            if (noted := self._noted(action)) is not self.record:
+                self.write(noted, durable=False)
+        except OSError as error:
+            why = f"the UEFI variables {self.record.nvram} cannot be kept ({error.strerror})"
+            return self._failed_call(action, wish, why)
         self._narration.calling(self.record, action)
         call = self._calls()[action.do]
         try:
-            send(self._journal, action, lambda: call(action, wish.spec), **facts)
+            send(self._journal, action, lambda: call(action, wish.spec))
         except UnknownOutcomeError:
             if action.do in (Do.COMMIT, Do.PIVOT):
                 self._narration.retried(RetryReason.UNKNOWN)
@@ -271,6 +270,16 @@ class Acts:
         self._failed.pop(action.do, None)
         self._narration.answered(self.record, action)
         return 0.0
+
+    def _noted(self, action: Action) -> Record:
+        """The record with what is to be known of this moment afterwards. Raises OSError."""
+        now = time.time()
+        if action.do is Do.SNAPSHOT:
+            return replace(self.record, snapshot_time=now, nvram=self._journal.keep_nvram())
+        if action.do is Do.COMMIT:
+            attempts = self.record.disk(action.target).attempts + 1
+            return self.record.with_disk(action.target, commit_started=now, attempts=attempts)
+        return self.record
 
     def _snapshot(self) -> None:
         overlays = {disk.target: disk.overlay for disk in self.record.disks}

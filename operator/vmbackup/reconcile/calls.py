@@ -13,14 +13,14 @@ from vmbackup.reconcile.terms import Action
 from vmbackup.reconcile.transition import answered, begun
 
 
-def send(journal: Journal, action: Action, call: Callable[[], object], **facts: object) -> None:
-    """Send the call of an action. `facts` are fields of the record that belong to its beginning.
+def send(journal: Journal, action: Action, call: Callable[[], object]) -> None:
+    """Send the call of an action.
 
     The marks need not survive a power cut, which ends the call, the guest and libvirtd alike; only this process's
     death. Raises UnknownOutcomeError with the call left marked as unanswered; any other error says it did not happen.
     """
     mark = Call(action.do, boot_id(), boottime())
-    journal.write(begun(replace(journal.record, call=mark, **facts), action), durable=False)
+    journal.write(begun(replace(journal.record, call=mark), action), durable=False)
     try:
         call()
     except UnknownOutcomeError:

@@ -18,6 +18,7 @@ from vmbackup.errors import PermanentError
 from vmbackup.reconcile.record import Record
 
 _SUFFIX = ".journal"
+_NVRAM_SUFFIX = ".nvram"
 
 
 class Journal:
@@ -71,7 +72,22 @@ class Journal:
 
     def remove(self) -> None:
         """The backup left nothing behind: forget it."""
-        self.path.unlink(missing_ok=True)
+        forget(self.path.parent, self.record.uid)
+
+    def keep_nvram(self) -> str:
+        """Keep the guest's UEFI variables as they are now beside the journal, durably: where; empty if it has none.
+
+        Raises OSError.
+        """
+        if not self.record.nvram:
+            return ""
+        kept = self.path.with_suffix(_NVRAM_SUFFIX)
+        if kept != Path(self.record.nvram):  # else they are kept already
+            with open(kept, "wb", opener=_private) as file:
+                file.write(Path(self.record.nvram).read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+        return str(kept)
 
 
 def record_of(directory: Path, uid: str) -> Record | None:
@@ -81,7 +97,8 @@ def record_of(directory: Path, uid: str) -> Record | None:
 
 def forget(directory: Path, uid: str) -> None:
     """Remove the journal of a backup that left nothing behind, if there is one."""
-    (directory / f"{uid}{_SUFFIX}").unlink(missing_ok=True)
+    for suffix in (_SUFFIX, _NVRAM_SUFFIX):
+        (directory / f"{uid}{suffix}").unlink(missing_ok=True)
 
 
 def records(directory: Path) -> Iterator[Record]:
