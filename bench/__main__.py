@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import copy, window
+from bench import copy, latency, window
 
-BENCHMARKS = {"copy": copy, "window": window}
+BENCHMARKS = {"copy": copy, "latency": latency, "window": window}
 
 
 def main() -> None:

@@ -85,6 +85,13 @@ class Agent:
         found = re.search(rf"^{re.escape(sample)} (.+)$", answer[1] if answer else "", re.MULTILINE)
         return float(found[1]) if found else None
 
+    def rss_mb(self) -> float:
+        """Its resident memory, in MB."""
+        status = Path(f"/proc/{self.program.pid}/status").read_text()
+        found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+        assert found
+        return int(found[1]) * 1024 / 1e6
+
     @property
     def log(self) -> str:
         return self.program.log.read_text()

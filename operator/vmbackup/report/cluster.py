@@ -1,21 +1,17 @@
-"""The calls to the API server that an agent makes: synchronous, bounded in time, safe from any thread."""
+"""The calls to the API server that an agent makes: synchronous, bounded in time, safe from any thread.
+
+The client's typed interfaces are not used: CoreV1Api alone takes 70 MB, and a custom resource has no types there.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kubernetes import config as kubernetes_config
-from kubernetes.client import (
-    ApiClient,
-    ApiException,
-    Configuration,
-    CoreV1Api,
-    CustomObjectsApi,
-    V1DeleteOptions,
-    V1Preconditions,
-)
+from kubernetes.client import ApiClient, ApiException, Configuration
 from urllib3.exceptions import HTTPError
 
 from vmbackup.api.spec import GROUP, VERSION, StoreSpec
@@ -23,6 +19,7 @@ from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBack
 
 BACKUPS = "vmbackups"
 STORES = "vmbackupstores"
+_JSON, _JSON_PATCH = "application/json", "application/json-patch+json"
 
 
 def load_client(kubeconfig: str | None = None) -> ApiClient:
@@ -53,51 +50,34 @@ class Cluster:
     """
 
     def __init__(self, client: ApiClient, *, timeout: tuple[float, float] = (3.0, 10.0)) -> None:
-        self._api = CustomObjectsApi(client)
-        self._core = CoreV1Api(client)
+        self._client: Any = client
         self._timeout = timeout
 
     def backup(self, namespace: str, name: str) -> dict[str, Any] | None:
         """The VMBackup as it is now; None if there is none."""
-        try:
-            return self._call(self._api.get_namespaced_custom_object, GROUP, VERSION, namespace, BACKUPS, name)
-        except PermanentError as error:
-            if error.reason == "NotFound":
-                return None
-            raise
+        return self._get(_path(namespace, name))
 
     def backups_of(self, node: str, *, page_size: int = 500) -> list[dict[str, Any]]:
         """All VMBackups of this node, in all namespaces, selected on the server."""
+        query = {"fieldSelector": f"spec.nodeName={node}", "limit": str(page_size)}
         found: list[dict[str, Any]] = []
-        page: dict[str, str] = {}
         while True:
-            answer = self._call(
-                self._api.list_cluster_custom_object,
-                GROUP,
-                VERSION,
-                BACKUPS,
-                field_selector=f"spec.nodeName={node}",
-                limit=page_size,
-                **page,
-            )
+            answer = self._call("GET", f"/apis/{GROUP}/{VERSION}/{BACKUPS}", query=query)
             found += answer["items"]
             following = answer["metadata"].get("continue")
             if not following:
                 return found
-            page = {"_continue": following}
+            query["continue"] = following
 
     def store(self, name: str) -> StoreSpec:
         """The spec of a VMBackupStore. Raises RefusedError if there is none (StoreNotFound) or it is wrong."""
-        try:
-            found = self._call(self._api.get_cluster_custom_object, GROUP, VERSION, STORES, name)
-        except PermanentError as error:
-            if error.reason != "NotFound":
-                raise
+        found = self._get(f"/apis/{GROUP}/{VERSION}/{STORES}/{name}")
+        if found is None:
             raise RefusedError(
                 f"spec.storeRef.name is {name!r}: there is no VMBackupStore of this name; "
                 "create it, or name one that `kubectl get vmbackupstores` lists",
                 reason="StoreNotFound",
-            ) from error
+            )
         return StoreSpec.parse(found.get("spec", {}))
 
     def put_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -110,10 +90,8 @@ class Cluster:
             {"op": "test", "path": "/metadata/uid", "value": uid},
             {"op": "add", "path": "/status", "value": dict(status)},
         ]
-        patch = self._api.patch_namespaced_custom_object_status
-        kind = "application/json-patch+json"
         try:
-            return self._call(patch, GROUP, VERSION, namespace, BACKUPS, name, operations, _content_type=kind)
+            return self._call("PATCH", f"{_path(namespace, name)}/status", operations, kind=_JSON_PATCH)
         except VMBackupError as error:
             # A failed test is answered like any other invalid patch: only a look tells.
             if error.reason in ("NotFound", "Invalid") and self._is_gone(namespace, name, uid):
@@ -122,50 +100,62 @@ class Cluster:
 
     def delete_backup(self, namespace: str, name: str, uid: str) -> None:
         """Delete this very object; nothing happens if it is gone, or another has its name."""
-        options = V1DeleteOptions(preconditions=V1Preconditions(uid=uid))
-        delete = self._api.delete_namespaced_custom_object
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
         try:
-            self._call(delete, GROUP, VERSION, namespace, BACKUPS, name, body=options)
+            self._call("DELETE", _path(namespace, name), options)
         except VMBackupError as error:
             if error.reason not in ("NotFound", "Conflict") or not self._is_gone(namespace, name, uid):
                 raise
 
     def namespace_terminating(self, name: str) -> bool:
         """Whether this whole namespace is being deleted, or is gone."""
-        try:
-            found: Any = self._call(self._core.read_namespace, name)
-        except PermanentError as error:
-            if error.reason == "NotFound":
-                return True
-            raise
-        return found.metadata.deletion_timestamp is not None
+        found = self._get(f"/api/v1/namespaces/{name}")
+        return found is None or "deletionTimestamp" in found["metadata"]
 
     def create_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an event of events.k8s.io/v1, which `kubectl describe` shows under its object."""
-        create = self._api.create_namespaced_custom_object
-        self._call(create, "events.k8s.io", "v1", namespace, "events", dict(event))
+        self._call("POST", f"/apis/events.k8s.io/v1/namespaces/{namespace}/events", dict(event))
 
     def _is_gone(self, namespace: str, name: str, uid: str) -> bool:
         found = self.backup(namespace, name)
         return found is None or found["metadata"]["uid"] != uid
 
-    def _call(self, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _get(self, path: str) -> dict[str, Any] | None:
         try:
-            return method(*args, **options, _request_timeout=self._timeout)
-        except ApiException as error:
-            raise _classified(error) from error
-        except HTTPError as error:
+            return self._call("GET", path)
+        except PermanentError as error:
+            if error.reason == "NotFound":
+                return None
+            raise
+
+    def _call(
+        self, method: str, path: str, body: object = None, *, query: Mapping[str, str] | None = None, kind: str = _JSON
+    ) -> Any:
+        headers = {"Accept": _JSON} | ({} if body is None else {"Content-Type": kind})
+        parameters = list((query or {}).items())
+        try:
+            request = self._client.param_serialize(
+                method, path, query_params=parameters, header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            answer = self._client.call_api(*request, _request_timeout=self._timeout)
+            text: bytes = answer.read()
+        except (ApiException, HTTPError) as error:  # the former where TLS fails
             raise TransientError(f"the API server does not answer: {error}", reason="ServerAway") from error
+        if not 200 <= answer.status <= 299:
+            raise _classified(answer.status, f"{answer.status} {answer.reason}: {text.decode(errors='replace')}")
+        return json.loads(text)
 
 
-def _classified(error: ApiException) -> VMBackupError:
+def _path(namespace: str, name: str) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{BACKUPS}/{name}"
+
+
+def _classified(status: int, answer: str) -> VMBackupError:
     """What an answer of the API server means (Kubernetes API conventions, "HTTP status codes")."""
-    answer: Any = error
-    status = int(answer.status or 0)
-    text = f"the API server answers {status} {answer.reason}: {str(answer.body or '').strip()[:500]}"
+    text = f"the API server answers {answer.strip()[:500]}"
     if status == 409:
         return TransientError(text, reason="Conflict")
-    if status in (0, 408, 429) or status >= 500:
+    if status in (408, 429) or status >= 500:
         return TransientError(text, reason="ServerAway")
     if status in (401, 403):
         return PermanentError(f"{text}; check the ClusterRole of the agent", reason="Forbidden")
