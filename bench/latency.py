@@ -46,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
             kube.apply(store("bench", directory={"path": str(directory / "store")}))
             _start_domain(libvirtd, directory)
             agent.start()
-            idle = agent.rss_mb()
+            idle = _settled_rss(agent)
             try:
                 rounds = _Rounds(kube)
                 for number in range(arguments.rounds):
                     rounds.one(f"bench-{number}")
-                return _show(rounds, idle, agent.rss_mb())
+                return _show(rounds, idle, _settled_rss(agent))
             finally:
                 agent.stop()
 
@@ -114,6 +114,16 @@ def _start_domain(libvirtd: Libvirtd, directory: Path) -> None:
     libvirtd.virsh("start", "bench", "--paused")
 
 
+def _settled_rss(agent: Agent) -> float:
+    """What it takes once it has looked around and given back what it does not need, in MB."""
+    deadline = time.monotonic() + 2 * float(agent.flags["relist-interval"])
+    least = agent.rss_mb()
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        least = min(least, agent.rss_mb())
+    return least
+
+
 def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -126,7 +136,8 @@ def _show(rounds: _Rounds, idle: float, after: float) -> int:
     for name, seconds, wanted in rows:
         median, longest = (f"{1000 * value:.0f} ms" for value in (statistics.median(seconds), max(seconds)))
         table.add_row(name, median, longest, f"below {wanted} ms")
-    table.add_row("RSS of the agent, idle", f"{idle:.0f} MB", f"{after:.0f} MB", f"below {RSS_MB} MB")
+    table.add_row("memory of an idle agent, at first", f"{idle:.0f} MB", "", f"below {RSS_MB} MB")
+    table.add_row("memory of an idle agent, afterwards", f"{after:.0f} MB", "", f"below {RSS_MB} MB")
     Console().print(table)
     good = all(1000 * statistics.median(seconds) < wanted for _, seconds, wanted in rows) and after < RSS_MB
     return 0 if good else 1

@@ -25,6 +25,7 @@ from kubernetes.client import ApiClient
 
 from vmbackup.api.spec import FINALIZER, GROUP, VERSION
 from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.node import memory
 from vmbackup.node.duty import Seen
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.premises import Premises
@@ -64,6 +65,7 @@ class AgentSettings:
 
 def run(settings: AgentSettings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError if there is no way to the API server."""
+    memory.one_heap()
     for noisy in ("kopf.objects", "kopf.activities"):  # a line for each event and handler
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     client = load_client(settings.kubeconfig)
@@ -158,6 +160,7 @@ class _Agent:
         settings.background.instant_exit_timeout = 2.0
         self._background = [asyncio.create_task(self.watchdog.beat())]
         await self._sweep.begin()
+        memory.give_back()
         self._background.append(asyncio.create_task(self._sweep.watch()))
 
     async def _stop(self, **_: Any) -> None:

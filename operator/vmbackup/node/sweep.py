@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import VMBackupError
+from vmbackup.node import memory
 from vmbackup.node.duty import Body, Seen, begun, done
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.premises import Premises
@@ -66,6 +67,7 @@ class Sweep:
                 await self.look()
             except VMBackupError as error:
                 _log.warning("could not compare VMBackups with journals, will look again: %s", error)
+            await self._premises.threads.call(memory.give_back)
             await asyncio.sleep(self._interval)
 
     async def look(self) -> None:
