@@ -159,7 +159,11 @@ class _Agent:
         settings.background.cancellation_polling = 0.5
         settings.background.instant_exit_timeout = 2.0
         self._background = [asyncio.create_task(self.watchdog.beat())]
-        await self._sweep.begin()
+        try:
+            await self._sweep.begin()
+        except asyncio.CancelledError:  # told to end already: kopf calls no _stop then
+            await self._stop()
+            raise
         memory.give_back()
         self._background.append(asyncio.create_task(self._sweep.watch()))
 

@@ -93,9 +93,9 @@ def test_while_a_deleted_backup_comes_home_nobody_writes_to_it_for_nothing(
 ) -> None:
     made, guest = committing(agent)
     made.delete("--wait=false")
-    wait_until(lambda: "deletionTimestamp" in made.get()["metadata"], "terminating")
-    found = made.get()["metadata"]
-    assert "annotations" not in found or not any("touch" in name for name in found["annotations"])
+    merged = made.status["progress"]["mergedBytes"]
+    wait_until(lambda: made.status["progress"]["mergedBytes"] > merged + (2 << 20), "2 s of commit", SECONDS)
+    assert "touch" not in json.dumps(made.get()["metadata"])
     made.patch({"commit": {"bandwidth": None}})
     made.wait_until_gone()
     assert_home(guest, 0x22)
