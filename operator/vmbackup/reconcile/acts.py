@@ -13,6 +13,7 @@ from vmbackup.api.status import Reason, RetryReason
 from vmbackup.errors import PermanentError, RefusedError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
+from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import same_content
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import boottime
@@ -23,7 +24,7 @@ from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
 from vmbackup.reconcile.record import Copy, Freeze, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Power
-from vmbackup.reconcile.transition import answered, failed, planned_anew, recorded
+from vmbackup.reconcile.transition import answered, failed, planned_anew, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
@@ -31,6 +32,7 @@ _CONFIG_ATTEMPTS = 5  # failures to settle P after which the guest does not wait
 _CONFIG_PAUSE = 20.0  # seconds for which the guest then goes on without
 _CONFIG_AGAIN = 5.0  # seconds between attempts of what cannot be done without
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
+_NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
 _THAW_ATTEMPTS = 20
 _THAW_PAUSE = 3.0  # seconds
 _AGAIN = 0.2  # seconds before a step inside a switch of images is tried again
@@ -76,6 +78,7 @@ class Acts:
         self._narration = narration
         self._backoff = backoff
         self._failed: dict[Do, int] = {}
+        self._failures_to_settle = 0  # to redefine P, or to find it so on disk
 
     @property
     def record(self) -> Record:
@@ -107,6 +110,10 @@ class Acts:
         self._narration.forget(self.record)
         if not self.record.orphan:
             self._journal.remove()
+
+    def release_guest(self) -> None:
+        """The journal cannot be written: no switch of images any more, only the way to a guest that runs."""
+        self._journal.give_up(without_switches(self.record))
 
     def let_go(self) -> None:
         """This run is over: nothing of it goes on."""
@@ -147,7 +154,9 @@ class Acts:
             case Do.FAIL_BACKUP:
                 return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else "")
             case Do.REFUSE:
-                return self._fail_backup(action.reason, "DomainNotRunning" if _is_off(view) else "GuestNotReady")
+                return self._fail_backup(
+                    action.reason, "DomainNotRunning" if view.seen.power is Power.OFF else "GuestNotReady"
+                )
             case _ if action.do in self._calls():
                 return self._call(action, wish)
             case _:
@@ -163,6 +172,7 @@ class Acts:
 
     def _finish(self, action: Action) -> float:
         if self.record.copy is Copy.FAILED and self.record.snapshot is Snapshot.DONE:
+            self._copying.cancel()  # a shipment of what is discarded must not publish the rest of it
             self._discard()
         self.write(replace(recorded(self.record, action), completed=time.time()))
         return 0.0
@@ -210,8 +220,9 @@ class Acts:
         disk = self.record.disk(action.target)
         overlay = Path(disk.overlay)
         merged = self._narration.merged(action.target, overlay)
-        overlay.unlink(missing_ok=True)
-        sync_directory(overlay.parent)  # else a power cut could bring it back, to be taken for one that was left
+        with errors_of(overlay):
+            overlay.unlink(missing_ok=True)
+            sync_directory(overlay.parent)  # else a power cut could bring it back, to be taken for one that was left
         seconds = None if disk.commit_started is None else time.time() - disk.commit_started
         self.write(
             self.record.with_disk(
@@ -298,7 +309,8 @@ class Acts:
         wanted: dict[str, str] = {}
         for target, image in action.images:
             disk = self.record.disk(target)
-            on_base = disk.persistent_disk_xml
+            on_base = disk.persistent_disk_xml  # empty: it was transient when the backup was planned
+            on_base = on_base or chain.without_overlay(self._guest.live_xml() or xml, target, disk.overlay)
             wanted[target] = on_base if image is Image.BASE else chain.on_overlay(on_base, disk.overlay)
         self._guest.define(chain.with_images(xml, wanted))
 
@@ -330,7 +342,7 @@ class Acts:
             case Do.FREEZE:
                 return self._freeze_failed(wish, why, reason)
             case Do.THAW:
-                return self._thaw_failed(count, why)
+                return self._thaw_failed(count, why, reason)
             case Do.SNAPSHOT:
                 return self._fail_backup(f"the snapshot failed: {why}", "SnapshotFailed")
             case Do.COMMIT:
@@ -357,7 +369,7 @@ class Acts:
 
     def _freeze_failed(self, wish: Wish, why: str, reason: str) -> float:
         """Not frozen, as far as is known; but a guest agent that was asked in vain may still freeze later: thaw."""
-        refused = reason in ("AgentNotConfigured", "Unsupported")
+        refused = reason in _NO_AGENT
         record = failed(replace(self.record, call=None), Action(Do.FREEZE), why, retry_at=0.0)
         self.write(replace(record, freeze=Freeze.TRIED) if refused else record)
         if wish.spec.snapshot.quiesce is Quiesce.REQUIRE:
@@ -365,7 +377,10 @@ class Acts:
         self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
         return 0.0
 
-    def _thaw_failed(self, count: int, why: str) -> float:
+    def _thaw_failed(self, count: int, why: str, reason: str) -> float:
+        if reason in _NO_AGENT:  # then nothing is frozen: a run that was killed while freezing could not know that
+            self.write(answered(replace(self.record, call=None), Action(Do.THAW)))
+            return 0.0
         self._observer.thaw_after = boottime() + _THAW_PAUSE
         if count >= _THAW_ATTEMPTS:
             self.write(replace(self.record, call=None, freeze=Freeze.TRIED))
@@ -376,7 +391,7 @@ class Acts:
 
     def _config_failed(self, why: str) -> float:
         """P cannot be settled. Before the snapshot that ends the backup; later the guest does not wait for ever."""
-        count = self._failed[Do.REDEFINE] = self._failed.get(Do.REDEFINE, 0) + 1
+        count = self._failures_to_settle = self._failures_to_settle + 1
         if count < _CONFIG_ATTEMPTS:
             return _AGAIN
         if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
@@ -388,9 +403,5 @@ class Acts:
         return 0.0
 
     def _config_settled(self) -> None:
-        self._failed.pop(Do.REDEFINE, None)
+        self._failures_to_settle = 0
         self._observer.config_failing_until = 0.0
-
-
-def _is_off(view: View) -> bool:
-    return view.seen.power is Power.OFF

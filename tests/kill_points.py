@@ -1,0 +1,314 @@
+"""Backups whose driver is a process of its own, and dies, or is held, at a chosen moment.
+
+The moments come from the code itself. All that a backup changes goes through three places: the journal, mutating calls
+of libvirt (Hypervisor.call), the removal of an overlay. In the driver's process these are watched, so a run without a
+chosen moment lists them all; what happens next is decided just before, or just after, any of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from functools import wraps
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+
+from tests.backups import Told
+from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
+from vmbackup.api.status import Report
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.reconcile.acts import Backoff
+from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.wish import Wish
+from vmbackup.report.metrics import Metrics
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey
+
+SLOT = 512  # bytes of a record of the guest
+FIRST_SLOT = 1 << 20  # bytes; the BIOS looks for something to boot before that
+SNAPSHOT = "taking the snapshot"
+
+_IN_FLIGHT_SECONDS = 0.003  # after which a call that was sent is under way, and seldom answered yet
+
+# A driver is forked from a process that has imported everything, and no threads.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload([__name__])
+
+
+class When(StrEnum):
+    BEFORE = "before"
+    DURING = "during"  # a call has been sent, and is not answered
+    AFTER = "after"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a run: `nth` tells events of the same name apart."""
+
+    when: When
+    event: str
+    nth: int = 1
+
+    @property
+    def in_call(self) -> bool:
+        """Whether the journal shows a call without an answer at this moment."""
+        if self.event.startswith("journal call=None"):
+            return self.when is When.BEFORE
+        if "call=" in self.event:
+            return self.when is When.AFTER
+        return not self.event.startswith(("journal", "start", "remove"))
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.event}" + (f" ({self.nth})" if self.nth > 1 else "")
+
+
+class Deed(StrEnum):
+    """What happens to the driver at its moment."""
+
+    KILL = "kill"
+    HOLD = "hold"  # it waits there until it is let go
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a driver is to do. `directory` is for everything that belongs to the domain's backups."""
+
+    uri: str
+    config_dir: Path
+    directory: Path
+    domain: str
+    targets: tuple[str, ...]
+    uid: str
+    spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    moment: Moment | None = None
+    deed: Deed = Deed.KILL
+
+    @property
+    def state_dir(self) -> Path:
+        return self.directory / f"state-{self.uid[:8]}"
+
+    @property
+    def diary(self) -> Diary:
+        return Diary(self.directory / "diary")
+
+
+class Driving:
+    """A driver that runs."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._line, other = _processes.Pipe()
+        self._process = _processes.Process(target=_drive, args=(task, other), daemon=True)
+        self._process.start()
+        other.close()
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it ends, or is held, within this time."""
+        return self._line.poll(seconds)
+
+    def wait_until_held(self, seconds: float = 60) -> bool:
+        """Wait for its moment. False if it has ended without."""
+        assert self.ended(seconds), f"{self.task.moment} did not come within {seconds} s"
+        return self._line.recv() is None
+
+    def let_go(self) -> None:
+        self._line.send(None)
+
+    def killed(self, seconds: float = 60) -> bool:
+        """Wait for its end. Whether it was by SIGKILL."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"no end within {seconds} s"
+        return self._process.exitcode == -signal.SIGKILL
+
+    def end(self, seconds: float = 120) -> tuple[Report, list[Moment], list[str]]:
+        """Wait for its end: the last report, every moment that it came by, and the reasons of its events."""
+        assert self.ended(seconds), f"still running after {seconds} s"
+        answer = self._line.recv()
+        self._process.join()
+        return answer
+
+
+@dataclass(frozen=True)
+class Diary:
+    """What a guest has written and seen acknowledged: record 0, 1, 2, … on each of its disks; and the snapshots."""
+
+    path: Path
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+    @property
+    def acknowledged(self) -> int:
+        """How many records each disk holds."""
+        return self._lines().count("record")
+
+    def snapshots(self, uid: str) -> set[int]:
+        """How many there were whenever this backup asked for its snapshot."""
+        lines = self._lines()
+        return {lines[:number].count("record") for number, line in enumerate(lines) if line == f"snapshot {uid}"}
+
+    def note(self, line: str) -> None:
+        with self.path.open("a") as file:
+            print(line, file=file)
+
+
+def pattern(number: int) -> int:
+    """The byte that a record is filled with: never 0, and another than its neighbours'."""
+    return number % 251 + 1
+
+
+def records_in(content: bytes) -> int:
+    """How many records there are: 0, 1, 2, … without a gap and without anything after them. Raises AssertionError."""
+    slots = [content[at : at + SLOT] for at in range(FIRST_SLOT, len(content), SLOT)]
+    count = next((n for n, slot in enumerate(slots) if slot != bytes([pattern(n)]) * SLOT), len(slots))
+    assert not any(any(slot) for slot in slots[count:]), f"something follows record {count - 1}, but not the next one"
+    return count
+
+
+# -- in the driver's process
+
+
+def _drive(task: Task, line: Connection) -> None:
+    hypervisor = Hypervisor(task.uri, config_dir=task.config_dir)
+    watch = _Watch(task, line, _Writer(task, hypervisor))
+    watch.install()
+    told = Told()
+    minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
+    wish = Wish(BackupSpec.parse(minimal | dict(task.spec)))
+    node = Node(
+        hypervisor,
+        state_dir=task.state_dir,
+        lock_dir=task.directory / "locks",
+        metrics=Metrics(),
+        backoff=Backoff(first=0.2, longest=1.0),
+    )
+    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
+    key = BackupKey("tests", "backup", task.uid)
+    Backup(node, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=told).run()
+    line.send((told.timeline[-1][1], watch.moments, told.reasons))
+
+
+class _Writer:
+    """The guest's program: it writes whenever it runs."""
+
+    def __init__(self, task: Task, hypervisor: Hypervisor) -> None:
+        self._task = task
+        self._call = hypervisor.call
+        self._guest: Guest = hypervisor.guest(task.domain)
+        self._number = task.diary.acknowledged
+
+    def write(self) -> None:
+        try:
+            if self._guest.state()[0] is not GuestState.RUNNING:
+                return
+            self._call("writing", self._write)
+        except Exception:  # libvirtd or the guest is gone: nothing is acknowledged
+            return
+        self._task.diary.note("record")
+        self._number += 1
+
+    def _write(self, connection: libvirt.virConnect) -> None:
+        domain = connection.lookupByName(self._task.domain)
+        where = f"{FIRST_SLOT + self._number * SLOT} {SLOT}"
+        for target in self._task.targets:
+            device = f"/machine/peripheral/virtio-disk{ord(target[-1]) - ord('a')}/virtio-backend"
+            for command in (f"write -P {pattern(self._number)} {where}", "flush"):
+                hmp = f'qemu-io -d {device} "{command}"'
+                libvirt_qemu.qemuMonitorCommand(domain, hmp, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
+
+
+class _Watch:
+    """Notes every moment, and does the deed at the chosen one."""
+
+    def __init__(self, task: Task, line: Connection, writer: _Writer) -> None:
+        self._task = task
+        self._line = line
+        self._writer = writer
+        self._came_by: Counter[str] = Counter()
+        self.moments: list[Moment] = []
+
+    def install(self) -> None:
+        around = self._around
+        Journal.__init__ = around(Journal.__init__, lambda *_: "start the journal")
+        Journal.write = around(Journal.write, lambda journal, record, **_: _changes(journal.record, record))
+        Hypervisor.call = around(
+            Hypervisor.call,
+            lambda _, doing, *__, mutating=False: doing.partition(": ")[2] if mutating else None,
+            is_call=True,
+        )
+        Path.unlink = around(Path.unlink, lambda path, **_: "remove an overlay" if ".vmb-" in path.name else None)
+
+    def _around(
+        self, function: Callable[..., Any], name: Callable[..., str | None], *, is_call: bool = False
+    ) -> Callable[..., Any]:
+        @wraps(function)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            event = name(*arguments, **options)
+            if event is None:
+                return function(*arguments, **options)
+            self._came_by[event] += 1
+            if event == SNAPSHOT:
+                self._task.diary.note(f"snapshot {self._task.uid}")
+            self._pass(When.BEFORE, event)
+            if is_call:
+                self._pass(When.DURING, event)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._writer.write()
+                self._pass(When.AFTER, event)
+
+        return watched
+
+    def _pass(self, when: When, event: str) -> None:
+        moment = Moment(when, event, self._came_by[event])
+        self.moments.append(moment)
+        if moment != self._task.moment:
+            return
+        if self._task.deed is Deed.HOLD:
+            self._line.send(None)
+            self._line.recv()
+        elif when is When.DURING:
+            threading.Thread(target=_die_soon, daemon=True).start()
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_soon() -> None:
+    time.sleep(_IN_FLIGHT_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _changes(old: Record, new: Record) -> str:
+    """What a write to the journal says, in the names of the fields that it changes."""
+    changed = [_name(each, new) for each in _changed(old, new) if each != "disks"]
+    if len(old.disks) != len(new.disks):
+        changed.append("disks")
+    else:
+        for before, after in zip(old.disks, new.disks, strict=True):
+            changed += [f"{after.target}.{each}" for each in _changed(before, after)]
+    return f"journal {', '.join(changed) or 'nothing'}"
+
+
+def _changed(old: Any, new: Any) -> list[str]:
+    return [each.name for each in fields(new) if getattr(old, each.name) != getattr(new, each.name)]
+
+
+def _name(changed: str, record: Record) -> str:
+    if changed == "call":
+        return f"call={record.call.name if record.call else None}"
+    return changed
