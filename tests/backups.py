@@ -56,8 +56,21 @@ class RunningBackup:
             open_store=lambda: open_store(StoreSpec(DirectoryStoreSpec(str(store)))),
             reporter=self.told,
         )
-        self._thread = threading.Thread(target=lambda: self._ending.append(self._backup.run()), daemon=True)
+        self._errors: list[Exception] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._ending.append(self._backup.run())
+        except Exception as error:
+            self._errors.append(error)
+
+    def raise_its_error(self, seconds: float = 60) -> None:
+        """Wait for its end and raise what it raised."""
+        self._thread.join(seconds)
+        for error in self._errors:
+            raise error
 
     def ask(self, **changes: Any) -> None:
         """Change the wish: deleted, retry, stop."""
@@ -104,7 +117,7 @@ class RunningBackup:
     def end(self, seconds: float = 90) -> Report:
         """Wait for its end and return the last report."""
         self._thread.join(seconds)
-        assert self._ending, f"still running after {seconds} s: {self.report}"
+        assert self._ending, f"not ended after {seconds} s: {self.report}, {self._errors}"
         return self.report
 
     @property

@@ -181,6 +181,13 @@ def on_base(disk_xml: str) -> str:
     return tostring(disk, encoding="unicode")
 
 
+def without_overlay(xml: str, target: str, overlay: str) -> str:
+    """The <disk> of a target on its base, from XML in which it may be on `overlay`. Raises PermanentError."""
+    found = disk_xml(xml, target)
+    on_it = any(disk.target == target and disk.source == overlay for disk in disks(xml))
+    return on_base(found) if on_it else found
+
+
 def with_images(persistent_xml: str, images: Mapping[str, str]) -> str:
     """The persistent XML with some disks on other images; all else, also of these disks, stays as the user has it.
 

@@ -275,6 +275,11 @@ def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:
         file = os.open(name, os.O_RDONLY, dir_fd=folder)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise PermanentError(
+            f"cannot read {name} in libvirt's configuration directory ({error.strerror}): let the agent read it",
+            reason="ConfigDirectoryMissing",
+        ) from error
     with os.fdopen(file, "rb") as reader:
         xml = reader.read()
         root = fromstring(xml)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,8 @@ class Backup:
 
     def _driver(self, journal: Journal, guest: Guest) -> Driver:
         node, record = self._node, journal.record
-        journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=False)
+        record = with_commits_of(record, self._earlier(guest.uuid))
+        journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
         copying = Copying(self._wish, self.wake, node.metrics)
         narration = Narration(self._reporter, node.metrics, copying, ended=record.finished)
         observer = Observer(node.hypervisor, guest)
@@ -220,3 +221,15 @@ class Backup:
             elif reporter := self._node.reporter_of(home):
                 reporter.report(narrate(home, None, None, Progress({}, {})))
                 reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
+
+
+def with_commits_of(record: Record, others: Iterable[Record]) -> Record:
+    """The record, knowing which of its overlays another backup has adopted and begun to commit (PROTOCOL R7).
+
+    Such a base is not the point in time any more: a copy of it would be of no moment at all.
+    """
+    begun = {disk.overlay for other in others for disk in other.disks if disk.commit_begun}
+    for disk in record.disks:
+        if disk.overlay in begun:
+            record = record.with_disk(disk.target, commit_begun=True)
+    return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmbackup.errors import UnknownOutcomeError
+from vmbackup.errors import PermanentError, UnknownOutcomeError
 from vmbackup.reconcile.clock import boot_id, boottime
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.record import Call, Record
@@ -26,9 +26,18 @@ def send(journal: Journal, action: Action, call: Callable[[], object]) -> None:
     except UnknownOutcomeError:
         raise
     except Exception:
-        journal.write(replace(journal.record, call=None), durable=False)
+        _close(journal, replace(journal.record, call=None))
         raise
-    journal.write(answered(replace(journal.record, call=None), action), durable=False)
+    _close(journal, answered(replace(journal.record, call=None), action))
+
+
+def _close(journal: Journal, record: Record) -> None:
+    """The call has its answer, whether or not that can be written down."""
+    try:
+        journal.write(record, durable=False)
+    except PermanentError:
+        journal.record = record
+        raise
 
 
 def forget_call(record: Record) -> Record:

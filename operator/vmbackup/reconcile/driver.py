@@ -59,6 +59,7 @@ class Driver:
         # A record that was begun comes from an earlier run: who knows what happened since.
         self._doubt = self._record.snapshot is not Snapshot.NONE
         self._hiccups = 0
+        self._journal_error: PermanentError | None = None
 
     @property
     def _record(self) -> Record:
@@ -77,6 +78,8 @@ class Driver:
                 wish = self._wish()
                 if wish.stop and self._may_stop():
                     return Ending.INTERRUPTED
+                if self._journal_error is not None and self._may_stop():
+                    raise self._journal_error
                 ending = self._step(wish)
                 if isinstance(ending, Ending):
                     return ending
@@ -100,8 +103,11 @@ class Driver:
             view = self._observe()
             action = self._decide(wish, view)
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
-            self._narration.tell(self._record, view.seen, action)
-            return self._perform(action, view, wish)
+            if self._journal_error is None:
+                self._narration.tell(self._record, view.seen, action)
+            pause = self._perform(action, view, wish)
+            self._hiccups = 0
+            return pause
         except RefusedError as error:
             self._acts.refuse(error)
             return 0.0
@@ -112,9 +118,13 @@ class Driver:
         except TransientError as error:
             return self._hiccup(error)
         except PermanentError as error:
-            if error.reason == "JournalUnwritable":
+            if error.reason != "JournalUnwritable":
+                return self._hiccup(error)
+            if self._may_stop():
                 raise
-            return self._hiccup(error)
+            self._journal_error = error  # the guest comes first
+            self._acts.release_guest()
+            return 0.0
 
     def _hiccup(self, error: VMBackupError) -> float:
         pause = _HICCUPS[min(self._hiccups, len(_HICCUPS) - 1)]
@@ -128,7 +138,6 @@ class Driver:
             self._doubt = True
             threading.Event().wait(_RECONNECT_PAUSE)
         view = self._observer.observe(self._record, doubt=self._doubt)
-        self._hiccups = 0
         if self._record.call is not None and not view.seen.call_in_flight:
             self._doubt = True
             self._acts.write(forget_call(self._record))

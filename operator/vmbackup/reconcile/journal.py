@@ -7,9 +7,11 @@ all it needs to: a power cut also ends every call in flight and every guest that
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +24,7 @@ _NVRAM_SUFFIX = ".nvram"
 
 
 class Journal:
-    """The record of one backup, and its file. `record` is what was written last."""
+    """The record of one backup, and its file. `record` is what was written last, or what is known in spite of it."""
 
     def __init__(self, path: Path, record: Record) -> None:
         """Start the journal of `record`, replacing whatever is at `path`; durable on return.
@@ -31,6 +33,7 @@ class Journal:
         """
         self.path = path
         self.record = record
+        self._given_up = False
         new = path.with_suffix(".new")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,6 +44,7 @@ class Journal:
             new.replace(path)
             sync_directory(path.parent)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._length = os.fstat(self._fd).st_size
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -58,12 +62,25 @@ class Journal:
 
     def write(self, record: Record, *, durable: bool) -> None:
         """Append the record. Raises PermanentError where that fails: then nothing may be done that relies on it."""
+        if self._given_up:
+            self.record = record
+            return
+        line = _line(record)
         try:
-            os.write(self._fd, _line(record))
+            if os.write(self._fd, line) < len(line):  # that is how a file system says that it has just become full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if durable:
                 os.fdatasync(self._fd)
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._fd, self._length)  # the next line must not be glued to a torn one
             raise _unwritable(self.path, error) from error
+        self._length += len(line)
+        self.record = record
+
+    def give_up(self, record: Record) -> None:
+        """From now on only remember: the guest is suspended by us, and must not wait for a disk that is full."""
+        self._given_up = True
         self.record = record
 
     def close(self) -> None:
@@ -127,7 +144,13 @@ def _last_record(path: Path) -> Record | None:
     for line in reversed(lines):
         checksum, _, text = line.partition(b" ")
         if checksum == b"%08x" % zlib.crc32(text):
-            return msgspec.json.decode(text, type=Record)
+            try:
+                return msgspec.json.decode(text, type=Record)
+            except msgspec.DecodeError as error:
+                raise PermanentError(
+                    f"the journal {path} is of another version ({error}): use the vmbackup that wrote it",
+                    reason="JournalGarbled",
+                ) from error
     raise PermanentError(
         f"the journal {path} has no whole line: look whether the domain is on an overlay (virsh domblklist), "
         "then move the file away",

@@ -24,7 +24,8 @@ def narrate(record: Record, seen: Observation | None, action: Action | None, pro
     home = chain_home(record, seen)
     phase = phase_of(record, home=home)
     outcome = outcome_of(record, home=home)
-    reason, message = _headline(record, seen, action, phase, outcome)
+    parked = not home and seen is not None and seen.power is Power.OFF
+    reason, message = _headline(record, seen, action, phase, outcome, parked=parked)
     complete = {Copy.STORED: True, Copy.FAILED: False}.get(record.copy)
     chain_reason, chain_message = _chain(record, home=home)
     return Report(
@@ -95,7 +96,13 @@ def copy_failure(record: Record) -> str:
 
 
 def _headline(
-    record: Record, seen: Observation | None, action: Action | None, phase: Phase, outcome: Outcome | None
+    record: Record,
+    seen: Observation | None,
+    action: Action | None,
+    phase: Phase,
+    outcome: Outcome | None,
+    *,
+    parked: bool,
 ) -> tuple[str, str]:
     if record.quarantined:
         return Reason.QUARANTINED, record.quarantined
@@ -107,7 +114,7 @@ def _headline(
         return copy_failure(record), record.copy_error
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
         return Reason.WAITING_FOR_CALLS, action.reason
-    if seen is not None and seen.power is Power.OFF and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
+    if parked and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
         return Reason.DOMAIN_OFF, "the guest is off on its overlay: the commit goes on when it starts"
     return _running(record, phase)
 

@@ -62,6 +62,8 @@ class Narration:
 
     def recorded(self, record: Record, action: Action) -> None:
         """A decision that changed the record alone."""
+        if action.do in (Do.CLEAR_GUARD, Do.FORGET_GUEST):
+            self._metrics.resumed(record.domain)
         if action.do is Do.QUARANTINE:
             self.event("Quarantined", action.reason, warning=True)
         elif action.do is Do.GIVE_UP:
@@ -70,8 +72,6 @@ class Narration:
         elif action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
             self.event(reason, message, warning=warning)
-        elif action.do is Do.CLEAR_GUARD:
-            self._metrics.resumed(record.domain)
 
     def calling(self, record: Record, action: Action) -> None:
         """A call is about to be sent."""

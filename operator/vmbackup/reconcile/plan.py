@@ -111,13 +111,14 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
 
 def _refuse_shared(guest: Guest, chosen: Sequence[chain.Disk], uses: Iterable[ImageUse]) -> None:
     """A base that anything else builds on or uses would be changed under it by the commit."""
-    bases = {disk.source: disk.target for disk in chosen}
+    bases = {os.path.realpath(disk.source or ""): disk.target for disk in chosen}
     for use in uses:
         mine = use.domain_uuid == guest.uuid
-        if use.path in bases and not (mine and bases[use.path] == use.target):
+        target = bases.get(os.path.realpath(use.path))  # one image has many names: links, and ../ in backing files
+        if target is not None and not (mine and target == use.target):
             user = f"disk {use.target} of this domain" if mine else f"disk {use.target} of domain {use.domain}"
             raise RefusedError(
-                f"disk {bases[use.path]}: {use.path} is used by {user} too: give each its own image",
+                f"disk {target}: {use.path} is used by {user} too: give each its own image",
                 reason="BaseInUse",
             )
 

@@ -7,6 +7,7 @@ A mutating call changes the record twice: `begun` before it is sent, `answered` 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Settled, Snapshot
 from vmbackup.reconcile.terms import Action, Do
@@ -122,6 +123,12 @@ def _unfrozen(record: Record, freeze: Freeze) -> Record:
     """Not frozen any more: a snapshot that is still to be taken would not be quiesced."""
     taken = record.snapshot is Snapshot.DONE
     return replace(record, freeze=freeze, quiesced=record.quiesced if taken or not record.quiesced else None)
+
+
+def without_switches(record: Record) -> Record:
+    """The record in which no switch of images is due: the guest is resumed and thawed. Never for the journal."""
+    copy = Copy.FAILED if record.copy is Copy.OPEN else record.copy
+    return replace(record.with_every_disk(retry_at=inf), copy=copy)
 
 
 def planned_anew(record: Record) -> Record:

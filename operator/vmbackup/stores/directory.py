@@ -103,8 +103,7 @@ class DirectoryStore:
                 places.partial.rename(places.final)
                 fsync_folder(places.namespace)
         found = _manifest_of(places.final, key.uid)
-        with errors_of(places.notes):
-            places.notes.unlink(missing_ok=True)
+        self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
     def discard(self, key: BackupKey) -> None:

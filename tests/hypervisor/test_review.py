@@ -1,0 +1,123 @@
+"""What a sceptical reading of the reconciler found: each of these once lost time, room or a verdict."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sandbox.libvirtd import Libvirtd
+from tests.backups import SLOW, BackupFactory
+from tests.domains import DomainFactory, wait_until
+from vmbackup.api.status import Outcome, Phase
+from vmbackup.errors import PermanentError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.record import Guard, Record, Snapshot
+
+
+def test_a_configuration_directory_that_is_not_libvirts_refuses_the_backup(
+    domain: DomainFactory,
+    backup: BackupFactory,
+    hypervisor: Hypervisor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a pod that mounts the wrong one: each definition succeeds, and is never to be found on disk."""
+    guest = domain()
+    monkeypatch.setattr(hypervisor, "config_dir", tmp_path)
+    report = backup(guest.name).end(seconds=30)
+    assert (report.outcome, report.reason) == (Outcome.REFUSED, "ConfigNotDurable")
+
+
+@pytest.mark.parametrize("window", ["snapshot", "pivot"])
+def test_a_journal_that_cannot_be_written_any_more_never_leaves_the_guest_suspended(
+    domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd, window: str
+) -> None:
+    guest = domain()
+    libvirtd.virsh("resume", guest.name)
+    guest.write("vda", 0x11)
+    write = Journal.write
+
+    def full(journal: Journal, record: Record, *, durable: bool) -> None:
+        suspended = journal.record.guard is Guard.OURS and guest.guest.state()[0] is GuestState.PAUSED
+        pivoting = record.snapshot is Snapshot.DONE and any(disk.pivot_intended for disk in record.disks)
+        if suspended and pivoting is (window == "pivot") and not journal._given_up:
+            raise PermanentError("no space left", reason="JournalUnwritable")
+        write(journal, record, durable=durable)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "write", full)
+        running = backup(guest.name)
+        with pytest.raises(PermanentError, match="no space left"):
+            running.raise_its_error()
+    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.persistent().source == guest.live().source
+
+    again = backup(guest.name, again=running)
+    assert again.end().outcome is Outcome.SUCCEEDED
+    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert not list(guest.directory.glob("*.vmb-*"))
+    assert guest.holds("vda", 0x11)
+
+
+def test_a_transient_domain_that_is_defined_in_the_middle_of_its_backup_comes_home(
+    domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    guest = domain(persistent=False)
+    guest.write("vda", 0x11, length="8M")
+    running = backup(guest.name, copy={"bandwidth": SLOW})
+    running.wait_for_copying()
+    xml = tmp_path / "live.xml"
+    xml.write_text(libvirtd.virsh("dumpxml", guest.name))
+    libvirtd.virsh("define", str(xml))
+    running.edit("copy", bandwidth="10Gi")
+    report = running.end()
+    assert report.outcome is Outcome.SUCCEEDED, report
+    assert guest.persistent().source == guest.bases["vda"]
+
+
+def test_a_base_that_another_domain_names_by_a_relative_path_is_refused(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    other, guest = domain({"vda": "qcow2"}, start=False), domain({"vda": "qcow2"})
+    relative = f"../{guest.directory.name}/{Path(guest.bases['vda']).name}"
+    over = ["-b", relative, "-F", "qcow2", other.bases["vda"]]
+    subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", *over, "64M"], check=True)
+    report = backup(guest.name).end()
+    assert (report.outcome, report.reason) == (Outcome.REFUSED, "BaseInUse")
+
+
+def test_a_base_into_which_another_backup_has_begun_to_commit_is_never_copied(
+    domain: DomainFactory, backup: BackupFactory, node: Node
+) -> None:
+    """The other one had adopted the overlay of this one, which did not run, and was stopped; the job has ended."""
+    guest = domain()
+    guest.write("vda", 0x11, length="8M")
+    running = backup(guest.name, copy={"bandwidth": SLOW})
+    running.wait_for_copying()
+    running.ask(stop=True)
+    running.end()
+    adopted = replace(running.record.with_disk("vda", commit_begun=True), uid="another", snapshot=Snapshot.ADOPTED)
+    Journal.start(node.state_dir, adopted).close()
+
+    report = backup(guest.name, again=running).end()
+    assert (report.phase, report.outcome, report.backup_complete) == (Phase.FAILED, Outcome.FAILED, False)
+    assert "commit had begun" in report.message
+    assert guest.holds("vda", 0x11, length="8M")
+
+
+def test_a_guest_that_stops_while_suspended_is_not_counted_as_suspended_for_ever(
+    domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = domain()
+    libvirtd.virsh("resume", guest.name)
+    monkeypatch.setattr(type(guest.guest), "snapshot", lambda *_: libvirtd.virsh("destroy", guest.name))
+    backup(guest.name).end()
+    wait_until(lambda: guest.guest.state()[0] is GuestState.OFF, "off")
+    samples = [sample for metric in node.metrics.registry.collect() for sample in metric.samples]
+    assert not [sample for sample in samples if sample.name == "vmbackup_guest_suspended_seconds"]
