@@ -15,6 +15,7 @@ from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.record import Guard, Record, Snapshot
@@ -121,3 +122,21 @@ def test_a_guest_that_stops_while_suspended_is_not_counted_as_suspended_for_ever
     wait_until(lambda: guest.guest.state()[0] is GuestState.OFF, "off")
     samples = [sample for metric in node.metrics.registry.collect() for sample in metric.samples]
     assert not [sample for sample in samples if sample.name == "vmbackup_guest_suspended_seconds"]
+
+
+def test_a_backup_that_succeeds_when_tried_again_counts_as_a_success(
+    domain: DomainFactory, backup: BackupFactory, node: Node
+) -> None:
+    guest = domain()
+    guest.write("vda", 0x11, length="8M")
+    running = backup(guest.name, copy={"bandwidth": "8Mi"}, commit={"backoffLimit": 0})
+    running.wait_for_phase(Phase.COPYING)
+    with Path(guest.bases["vda"]).open("rb") as reader:
+        hold_reader_lock(reader.fileno())  # as a reader that never ends: QEMU cannot write the base
+        assert running.end().reason == "CommitLimitReached"
+    again = backup(guest.name, again=running)
+    again.ask(retry="1")
+    assert again.end().outcome is Outcome.SUCCEEDED
+    registry = node.metrics.registry
+    assert registry.get_sample_value("vmbackup_backups_total", {"result": "succeeded"}) == 1
+    assert registry.get_sample_value("vmbackup_last_success_timestamp_seconds", {"domain": guest.name})

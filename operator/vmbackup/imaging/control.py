@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+
+from vmbackup.imaging.locks import hold_reader_lock, release_reader_lock
 
 
 class Cancelled(Exception):  # noqa: N818 - nothing went wrong
@@ -19,6 +22,30 @@ def _unwatched(_copied: int, _total: int) -> None:
     return
 
 
+class _Sources:
+    """The images that a copy holds as a reader."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._open: set[int] = set()
+
+    @contextmanager
+    def held(self, fd: int) -> Generator[None]:
+        with self._mutex:
+            hold_reader_lock(fd)
+            self._open.add(fd)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._open.remove(fd)
+
+    def let_go(self) -> None:
+        with self._mutex, suppress(OSError):
+            for fd in self._open:
+                release_reader_lock(fd)
+
+
 @dataclass(frozen=True)
 class CopyControl:
     """How a copy is steered while it runs.
@@ -31,6 +58,18 @@ class CopyControl:
     bandwidth: Callable[[], int | None] = _unlimited
     cancelled: threading.Event = field(default_factory=threading.Event)
     progress: Callable[[int, int], None] = _unwatched
+    _sources: _Sources = field(default_factory=_Sources)
+
+    @contextmanager
+    def reading(self, fd: int) -> Generator[None]:
+        """Hold QEMU's lock for readers on an image. Raises TransientError if it is in use, Cancelled if told to end."""
+        with self._sources.held(fd):
+            self.check()
+            yield
+
+    def abandon(self) -> None:
+        """Let go of every image though the copy, which was cancelled, is stuck: it reads no more when it goes on."""
+        self._sources.let_go()
 
     def check(self) -> None:
         """Raise Cancelled if told to end."""

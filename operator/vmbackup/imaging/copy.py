@@ -16,7 +16,6 @@ from vmbackup.errors import PermanentError
 from vmbackup.imaging.control import CopyControl
 from vmbackup.imaging.digest import CHUNK, Digester
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.imaging.throttle import TokenBucket
 
 FICLONE = 0x40049409  # linux/fs.h; in Python's fcntl since 3.14
@@ -70,13 +69,13 @@ def copy_file(source: Path, destination: Path, control: CopyControl) -> Copied:
     holes. The digest is that of the whole file, holes as zeros. Raises Cancelled, TransientError if somebody writes to
     the source, or PermanentError naming the file and the cure; what is left of the destination is then worthless.
     """
-    with _locked_pair(source, destination) as (source_fd, destination_fd):
+    with _locked_pair(source, destination, control) as (source_fd, destination_fd):
         return _copy(source, source_fd, destination, destination_fd, control)
 
 
 def clone_or_copy(source: Path, destination: Path, control: CopyControl) -> Copied:
     """As `copy_file`, but by a clone where the file system can: within milliseconds, and the digest stays empty."""
-    with _locked_pair(source, destination) as (source_fd, destination_fd):
+    with _locked_pair(source, destination, control) as (source_fd, destination_fd):
         with errors_of(destination):
             if clone(source_fd, destination_fd):
                 os.fsync(destination_fd)
@@ -85,11 +84,13 @@ def clone_or_copy(source: Path, destination: Path, control: CopyControl) -> Copi
 
 
 @contextmanager
-def _locked_pair(source: Path, destination: Path) -> Generator[tuple[int, int]]:
-    with opened_image(source) as source_fd:
-        hold_reader_lock(source_fd)
-        with created(destination) as destination_fd:
-            yield source_fd, destination_fd
+def _locked_pair(source: Path, destination: Path, control: CopyControl) -> Generator[tuple[int, int]]:
+    with (
+        opened_image(source) as source_fd,
+        control.reading(source_fd),
+        created(destination) as destination_fd,
+    ):
+        yield source_fd, destination_fd
 
 
 def _copy(source: Path, source_fd: int, destination: Path, destination_fd: int, control: CopyControl) -> Copied:

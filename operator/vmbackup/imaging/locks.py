@@ -39,6 +39,12 @@ def hold_reader_lock(fd: int) -> None:
                 raise TransientError(f"{path} is being written by another process: let it finish", reason="ImageBusy")
 
 
+def release_reader_lock(fd: int) -> None:
+    """Let go of what `hold_reader_lock` holds, in any thread, while `fd` is open. Raises OSError."""
+    first, length = _ALL_BYTES.start, len(_ALL_BYTES)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, first, length, 0))
+
+
 def is_locked(path: Path) -> bool:
     """Whether anybody, we too, has the image open through QEMU's locks, to read or to write.
 

@@ -133,7 +133,7 @@ class Backup:
                 # a transient domain that stopped: its files are what there is
                 return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
             except TransientError as error:
-                self._reporter.report(Report(message=str(error), start_time=record.started))
+                self._reporter.report(replace(narrate(record, None, None, Progress({}, {})), message=str(error)))
                 if not self._pause(record):
                     return None
 
@@ -181,7 +181,9 @@ class Backup:
         record = with_commits_of(record, self._earlier(guest.uuid))
         journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
         copying = Copying(self._wish, self.wake, node.metrics)
-        narration = Narration(self._reporter, node.metrics, copying, ended=record.finished)
+        wish = self._wish()
+        over = record.finished and (wish.deleted or wish.retry == record.handled_retry)
+        narration = Narration(self._reporter, node.metrics, copying, ended=over)
         observer = Observer(node.hypervisor, guest)
         acts = Acts(
             journal=journal,

@@ -84,6 +84,7 @@ class Copying:
         for disk in record.disks:
             watched = replace(control, progress=self._watch(disk.target))
             taken.append(store.take(key_of(record), source_of(disk), watched))
+        control.check()
         if all(image.digest for disk in taken for image in disk.images):
             return _publish(record, store, taken, control)
         return _Result(taken, None)

@@ -25,7 +25,7 @@ _EVENTS: dict[Do, tuple[str, str, bool]] = {
 
 
 class Narration:
-    """The voice of one backup. `ended`: its end was told by an earlier run."""
+    """The voice of one backup. `ended`: its end was told by an earlier run, and it is not tried again."""
 
     def __init__(self, reporter: Reporter, metrics: Metrics, copying: Copying, *, ended: bool = False) -> None:
         self._reporter = reporter

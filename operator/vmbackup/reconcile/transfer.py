@@ -11,6 +11,8 @@ from vmbackup.imaging import Cancelled, CopyControl
 
 Result = TypeVar("Result")
 
+_PATIENCE = 5.0  # seconds: a copy looks at least five times a second whether it is cancelled
+
 
 class Transfer(Generic[Result]):
     """One piece of work on images: started at once, watched, cancelled.
@@ -36,9 +38,11 @@ class Transfer(Generic[Result]):
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """End it, and wait until it has let go of every image."""
+        """End it, and wait until it has let go of every image: by force where it is stuck in a store that is dead."""
         self._control.cancelled.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            self._control.abandon()
 
     def result(self) -> Result:
         """What came of it, waiting for the end. Raises what it raised, and PermanentError if it was cancelled."""
