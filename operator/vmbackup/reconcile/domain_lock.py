@@ -18,26 +18,34 @@ DIRECTORY = Path("/run/vmbackup")
 def domain_lock(domain_uuid: str, wait: Callable[[], bool], directory: Path = DIRECTORY) -> Generator[bool]:
     """Hold the domain's lock. While another holds it, `wait` is called again and again, and waits a while.
 
-    Yields whether the lock is held: False when `wait` said so by returning False. It goes with the process.
+    Yields whether the lock is held: False when `wait` said so by returning False. It goes with the process; its file
+    goes with an orderly end. Raises PermanentError where the directory cannot be written.
     """
+    path = directory / f"{domain_uuid}.lock"
+    fd = _acquire(path)
+    while fd is None and wait():
+        fd = _acquire(path)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(directory / f"{domain_uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        yield fd is not None
+    finally:
+        if fd is not None:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _acquire(path: Path) -> int | None:
+    """The open and locked file, or None while another process has it."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        text = f"{directory} cannot be written ({error.strerror}): it holds the lock of each domain"
+        text = f"{path.parent} cannot be written ({error.strerror}): it holds the lock of each domain"
         raise PermanentError(text, reason="LockUnwritable") from error
     try:
-        held = _try(fd)
-        while not held and wait():
-            held = _try(fd)
-        yield held
-    finally:
-        os.close(fd)
-
-
-def _try(fd: int) -> bool:
-    try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        if os.path.samestat(os.fstat(fd), path.stat()):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)  # held by another, or the file of one that has just ended
+    return None
