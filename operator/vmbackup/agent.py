@@ -2,7 +2,8 @@
 
 The traps of kopf 1.45 that this goes around (measured; tests/cluster/test_agent_kopf.py has one test for each):
 
-- A daemon that returns is never started again: so ours ends only when kopf asks it to.
+- A daemon that returns is never started again: so ours ends only when kopf asks it to, or when its VMBackup is gone.
+- The daemon of a VMBackup that is gone without its finalizer is never asked to: so the keeper looks for that itself.
 - A daemon starts before its finalizer is stored: so the keeper waits until the API server shows it.
 - Of a VMBackup that is being deleted kopf removes the finalizer at once where no daemon runs, as after a restart, and
   else asks by a write to the object, each second or minute, whether the daemon has ended. So the watching handler,
@@ -206,4 +207,3 @@ class _Agent:
 
     async def _keep(self, body: kopf.Body, stopped: Any, **_: Any) -> None:
         await self._fleet.keep(dict(body), stopped)
-        await stopped.wait()

@@ -20,7 +20,7 @@ def test_killed_while_one_is_queued_both_become_ready(
 ) -> None:
     own_agent.start()
     first, guest = copying(own_agent)
-    second = own_agent.apply(guest.name)
+    second = own_agent.apply(guest.name, name=f"a-{own_agent.node}")  # the API server lists it first
     wait_until(lambda: second.condition("Ready")[1] == "Queued", "queued", SECONDS)
     own_agent.kill()
     first.patch({"copy": {"bandwidth": None}})

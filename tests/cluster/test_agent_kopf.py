@@ -113,16 +113,17 @@ def test_only_the_backups_of_its_node_are_touched(agent: Agent, domain: DomainFa
     assert foreign.status["observedGeneration"] == -1
 
 
-def test_stripped_of_its_finalizer_and_gone_it_is_as_good_as_deleted(agent: Agent, copying: CatchBackup) -> None:
-    made, guest = copying(agent)
+def test_stripped_of_its_finalizer_and_gone_it_is_as_good_as_deleted(own_agent: Agent, copying: CatchBackup) -> None:
+    own_agent.start(relist_interval="300")
+    made, guest = copying(own_agent)
     uid = made.uid
     made.strip_finalizers()
     made.delete()
-    made = agent.apply(guest.name, name=made.name)
+    made = own_agent.apply(guest.name, name=made.name)
     assert_stored(made.wait())
     assert made.uid != uid
     assert_home(guest)
-    assert uid not in [record.uid for record in agent.records()]
+    assert uid not in [record.uid for record in own_agent.records()]
 
 
 def test_a_watch_that_has_died_in_silence_is_noticed_by_healthz(
