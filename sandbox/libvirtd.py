@@ -124,7 +124,8 @@ class Libvirtd:
         while time.monotonic() < deadline:
             if supervisor.poll() is not None:
                 raise RuntimeError(f"libvirtd has ended: see {self.log_file}")
-            with suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            # RuntimeError: the one that was just killed may still have had its socket
+            with suppress(OSError, RuntimeError), socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(self.socket))
                 self.virsh("uri")
                 return

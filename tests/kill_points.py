@@ -226,9 +226,8 @@ class _Writer:
         where = f"{FIRST_SLOT + self._number * SLOT} {SLOT}"
         for target in self._task.targets:
             device = f"/machine/peripheral/virtio-disk{ord(target[-1]) - ord('a')}/virtio-backend"
-            for command in (f"write -P {pattern(self._number)} {where}", "flush"):
-                hmp = f'qemu-io -d {device} "{command}"'
-                libvirt_qemu.qemuMonitorCommand(domain, hmp, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
+            hmp = f'qemu-io -d {device} "write -f -P {pattern(self._number)} {where}"'  # -f: and flush it
+            libvirt_qemu.qemuMonitorCommand(domain, hmp, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
 
 
 class _Watch:
