@@ -71,6 +71,7 @@ class Death:
 
     spec: Mapping[str, Any]
     moment: Moment
+    outcome: Outcome = Outcome.SUCCEEDED
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,10 @@ def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests:
     started = time.monotonic()
     several = guests(WAITING + QUICK)
     guarded, live = {"switchPolicy": "Guarded"}, {"switchPolicy": "Live"}
-    deaths = [Death(guarded, moment) for moment in distinct(moments_of(several[0], guarded))]
+    moments = distinct(moments_of(several[0], guarded))
+    deaths = [Death(guarded, moment) for moment in moments]
+    required = {"snapshot": {"quiesce": "Require"}}  # of guests without an agent
+    deaths += [Death(required, moment, Outcome.REFUSED) for moment in moments if "freez" in moment.event]
     deaths += [Death(live, moment) for moment in distinct(moments_of(several[0], live))[::6]]
     ready = time.monotonic()
     survivals = survive_all(several, deaths)
@@ -241,7 +245,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     seconds = time.monotonic() - started
 
     wrong = list(what_is_wrong(guest, task, report))
-    if report.outcome is not Outcome.SUCCEEDED:
+    if report.outcome is not death.outcome:
         wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}; {reasons}")
     limit = SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS
     if suspended > limit:
