@@ -11,8 +11,8 @@ import pytest
 
 from tests.backups import BackupFactory, RunningBackup
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.acts import Backoff
 from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.clock import Backoff
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey
 

@@ -29,8 +29,8 @@ from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
-from vmbackup.reconcile.acts import Backoff
 from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish

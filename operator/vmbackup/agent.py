@@ -25,6 +25,7 @@ import kopf
 from kubernetes.client import ApiClient
 
 from vmbackup.api.spec import FINALIZER, GROUP, VERSION
+from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.node import memory
 from vmbackup.node.duty import Seen
@@ -34,8 +35,8 @@ from vmbackup.node.queue import Queue
 from vmbackup.node.sweep import Sweep
 from vmbackup.node.threads import Threads
 from vmbackup.node.watchdog import Watchdog
-from vmbackup.reconcile.acts import Backoff
 from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.clock import Backoff
 from vmbackup.report.cluster import BACKUPS, Cluster, load_client
 from vmbackup.report.health import HealthServer
 from vmbackup.report.metrics import Metrics
@@ -77,8 +78,10 @@ def run(settings: AgentSettings) -> int:
             agent.metrics.registry, agent.watchdog.checks, host=settings.metrics_host, port=settings.metrics_port
         ) as health:
             _say_what_it_does(settings, hypervisor, health.port)
-            kopf.run(registry=agent.registry, clusterwide=True)
-            agent.end()
+            try:
+                kopf.run(registry=agent.registry, clusterwide=True)
+            finally:
+                agent.end()
     finally:
         hypervisor.close()
     return 0
@@ -197,7 +200,7 @@ class _Agent:
         self._fleet.see(body, gone=gone)
         seen = Seen(body)
         if gone:
-            with suppress(Exception):
+            with suppress(VMBackupError, OSError):  # the next sweep sees it too
                 await self._sweep.forget(seen.uid)
         elif seen.terminating and seen.held:
             await self._fleet.let_go(body)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from vmbackup.api.spec import BackupSpec, Quiesce
 from vmbackup.api.status import Reason, RetryReason
-from vmbackup.errors import PermanentError, RefusedError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import same_content
 from vmbackup.reconcile.calls import send
-from vmbackup.reconcile.clock import boottime
+from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.journal import Journal, sync_directory
 from vmbackup.reconcile.narration import Narration
@@ -33,21 +33,11 @@ _CONFIG_PAUSE = 20.0  # seconds for which the guest then goes on without
 _CONFIG_AGAIN = 5.0  # seconds between attempts of what cannot be done without
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
 _NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
+_SHIP_ATTEMPTS = 10
+_SHIP_PAUSE = 5.0  # seconds
 _THAW_ATTEMPTS = 20
 _THAW_PAUSE = 3.0  # seconds
 _AGAIN = 0.2  # seconds before a step inside a switch of images is tried again
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """How long to wait after a failed commit: capped exponential, in seconds."""
-
-    first: float = 5.0
-    longest: float = 300.0
-
-    def after(self, failures: int) -> float:
-        """The pause after so many failures, 1 or more."""
-        return min(self.longest, self.first * 2 ** (failures - 1))
 
 
 class Acts:
@@ -208,6 +198,9 @@ class Acts:
         try:
             record = self._copying.ship(self.record, self._open_store)
         except VMBackupError as error:
+            count = self._failed[Do.SHIP] = self._failed.get(Do.SHIP, 0) + 1
+            if isinstance(error, TransientError) and count < _SHIP_ATTEMPTS:  # no guest is kept waiting for it
+                return _SHIP_PAUSE
             return self._fail_backup(f"the copy could not be completed in the store: {error}", Reason.SHIPPING_FAILED)
         if record is None:
             return 1.0

@@ -14,7 +14,8 @@ from vmbackup.errors import RefusedError, TransientError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
-from vmbackup.reconcile.acts import Acts, Backoff
+from vmbackup.reconcile.acts import Acts
+from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
 from vmbackup.reconcile.driver import Driver, Ending
@@ -86,15 +87,19 @@ class Backup:
         try:
             if journal.record.finished and not self._open_again(journal.record):
                 return self._after_the_end(journal)
-            guest = self._guest(journal.record)
-            if guest is None:
-                return self._waited_in_vain(journal)
-            with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
-                return self._driver(journal, guest).run() if held else self._waited_in_vain(journal)
-        except RefusedError as error:
-            return self._refused(journal, error)
+            return self._drive(journal)
         finally:
             journal.close()
+
+    def _drive(self, journal: Journal) -> Ending:
+        try:
+            guest = self._guest(journal.record)
+        except RefusedError as error:
+            return self._refused(journal, error)
+        if guest is None:
+            return self._waited_in_vain(journal)
+        with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
+            return self._driver(journal, guest).run() if held else self._waited_in_vain(journal)
 
     def _journal(self) -> Journal:
         journal = Journal.of(self._node.state_dir, self._key.uid)
@@ -178,6 +183,8 @@ class Backup:
 
     def _driver(self, journal: Journal, guest: Guest) -> Driver:
         node, record = self._node, journal.record
+        if record.snapshot is Snapshot.NONE:
+            record = replace(record, disks=())  # an earlier run's plan: the domain may have changed since
         record = with_commits_of(record, self._earlier(guest.uuid))
         journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
         copying = Copying(self._wish, self.wake, node.metrics)
@@ -215,14 +222,22 @@ class Backup:
         for record in self._earlier(domain_uuid):
             if not (record.gave_up or record.orphan or record.quarantined):
                 continue
-            home = replace(record, gave_up=False, quarantined="", finished=True, orphan=False)
-            journal = Journal.start(self._node.state_dir, home)
-            journal.close()
-            if record.orphan:
-                journal.remove()
-            elif reporter := self._node.reporter_of(home):
-                reporter.report(narrate(home, None, None, Progress({}, {})))
-                reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
+            reporter = None if record.orphan else self._node.reporter_of(record)
+            with domain_lock(record.uid, lambda: False, self._node.lock_dir) as held:
+                if held:
+                    self._note_home(record, reporter)
+
+    def _note_home(self, record: Record, reporter: Reporter | None) -> None:
+        home = replace(record, gave_up=False, quarantined="", finished=True, orphan=False)
+        if home.copy in (Copy.OPEN, Copy.TAKEN):
+            home = replace(home, copy=Copy.FAILED, copy_error="the backup ended before its copy was complete")
+        journal = Journal.start(self._node.state_dir, home)
+        journal.close()
+        if record.orphan:
+            journal.remove()
+        if reporter is not None:
+            reporter.report(narrate(home, None, None, Progress({}, {})))
+            reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
 
 
 def with_commits_of(record: Record, others: Iterable[Record]) -> Record:

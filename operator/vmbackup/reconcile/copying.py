@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vmbackup.errors import PermanentError
 from vmbackup.imaging import CopyControl
 from vmbackup.reconcile.plan import key_of, source_of
 from vmbackup.reconcile.record import Copy, Record
@@ -101,6 +102,9 @@ class Copying:
 
 
 def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
+    missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
+    if missing:
+        raise PermanentError(f"the store has lost what was taken of {', '.join(sorted(missing))}: back up again")
     facts = GuestFacts(
         domain=record.domain,
         domain_uuid=record.domain_uuid,

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds; events wake it earlier
 _POLL_PARKED = 5.0
 _RECONNECT_PAUSE = 1.0  # libvirtd takes up its running guests again after it has begun to answer
+_WORTH_TELLING = 3  # hiccups in a row
 _HICCUPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between looks while looking fails
 
 
@@ -129,7 +130,9 @@ class Driver:
     def _hiccup(self, error: VMBackupError) -> float:
         pause = _HICCUPS[min(self._hiccups, len(_HICCUPS) - 1)]
         self._hiccups += 1
-        _log.log(logging.WARNING if self._hiccups == 3 else logging.INFO, "%s: %s", self._record.name, error)
+        _log.info("%s: %s", self._record.name, error)
+        if self._hiccups == _WORTH_TELLING:
+            self._narration.event(error.reason, str(error), warning=True)
         return pause
 
     def _observe(self) -> View:

@@ -65,7 +65,7 @@ def chain_home(record: Record, seen: Observation | None) -> bool:
 
 def phase_of(record: Record, *, home: bool) -> Phase:
     """The phase, for human eyes."""
-    if record.quarantined or record.gave_up or (record.finished and record.copy is not Copy.STORED):
+    if record.quarantined or (record.finished and (record.gave_up or record.copy is not Copy.STORED)):
         return Phase.FAILED
     if record.snapshot in (Snapshot.NONE, Snapshot.ADOPTED):
         return Phase.FAILED if record.copy is Copy.FAILED else Phase.PENDING

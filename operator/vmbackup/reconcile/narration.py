@@ -11,7 +11,7 @@ from vmbackup.api.status import Outcome, Phase, Report, RetryReason
 from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.narrate import Progress, narrate
-from vmbackup.reconcile.record import Image, Record, Snapshot
+from vmbackup.reconcile.record import Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Observation
 from vmbackup.reconcile.wish import Reporter
 from vmbackup.report.metrics import Metrics
@@ -49,6 +49,8 @@ class Narration:
         progress = Progress(self._copying.copied, self._merged, self._progressed())
         report = narrate(record, seen, action, progress)
         self._reporter.report(report)
+        if self._phase is None and record.guard is Guard.OURS:
+            self._metrics.suspended(record.domain, time.time())  # by an earlier run
         if report.phase is not self._phase:
             self._enter(report)
         if seen is not None:
@@ -164,6 +166,8 @@ class Narration:
             return
         for disk in seen.disks:
             here = disk.persistent if disk.live is None else disk.live
-            if here is Image.OVERLAY:
+            if disk.overlay is None:
+                self._metrics.overlay_gone(record.domain, disk.target)
+            elif here is Image.OVERLAY:
                 since = record.snapshot_time or record.started or time.time()
                 self._metrics.overlay(record.domain, disk.target, Path(record.disk(disk.target).overlay), since)

@@ -124,7 +124,10 @@ def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
 
 
 def _overlay(disk: DiskRecord) -> OverlayFile | None:
-    file = overlay_file(Path(disk.overlay))
+    try:
+        file = overlay_file(Path(disk.overlay))
+    except VMBackupError:  # it is there and cannot be looked at: the worst is assumed, and nothing is unlinked
+        return OverlayFile(locked=True, empty=False)
     return None if file is None else OverlayFile(locked=file.locked, empty=bool(file.empty))
 
 
