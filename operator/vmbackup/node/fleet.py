@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Iterable
 
 from vmbackup.node.duty import Body, Seen
@@ -11,6 +13,10 @@ from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Reporter
 from vmbackup.report.reporter import ClusterReporter
 from vmbackup.report.writer import BackupRef, StatusWriter
+
+_log = logging.getLogger(__name__)
+
+_AGAIN = 5.0  # seconds after something unexpected
 
 
 class Fleet:
@@ -43,12 +49,15 @@ class Fleet:
             self._dismiss(keeper, body)
 
     async def let_go(self, body: Body) -> None:
-        """Return once this deleted VMBackup may vanish."""
+        """Return once this deleted VMBackup may vanish. Raises nothing: whoever calls takes that for a yes."""
         keeper = self._keeper(body)
-        try:
-            await keeper.let_go()
-        finally:
-            self._dismiss(keeper, body)
+        while not keeper.released:
+            try:
+                await keeper.let_go()
+            except Exception:
+                _log.exception("%s cannot be let go yet, will try again", keeper.name)
+                await asyncio.sleep(_AGAIN)
+        self._dismiss(keeper, body)
 
     def unattended(self, bodies: Iterable[Body]) -> set[str]:
         """The uids of those that are not over and that nobody keeps."""

@@ -12,19 +12,16 @@ from typing import Any, Protocol, TypeVar
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
-from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
-from vmbackup.node.queue import Ticket
+from vmbackup.node.turn import Turn
 from vmbackup.reconcile import journal as journals
-from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.reporter import ClusterReporter
 from vmbackup.report.status import with_generation
 from vmbackup.report.writer import BackupRef, StatusWriter
-from vmbackup.stores import open_store
-from vmbackup.stores.base import BackupKey, Store
 
 Result = TypeVar("Result")
 
@@ -72,9 +69,7 @@ class Keeper:
         self._doomed: bool | None = None  # deleted; and then, whether its stored data goes too
         self._dooming: asyncio.Task[None] | None = None
         self._wish: Wish | None = None
-        self._backup: Backup | None = None
-        self._ticket: Ticket | None = None
-        self._store: Store | None = None
+        self._turn = Turn(premises, lambda: self._seen, self._current_wish, self.reporter)
         self._released = asyncio.Event()
         self._changed = asyncio.Event()
         self._at_work = asyncio.Lock()
@@ -91,6 +86,11 @@ class Keeper:
     def attended(self) -> bool:
         """Somebody does what is due."""
         return self._loops > 0
+
+    @property
+    def released(self) -> bool:
+        """It was deleted, and may vanish."""
+        return self._released.is_set()
 
     @property
     def name(self) -> str:
@@ -144,6 +144,8 @@ class Keeper:
                     work = asyncio.create_task(self._work())
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._released.wait(), self._pause() or _FIRST_PAUSE)
+                if work is not None and work.done():
+                    work.result()
                 if time.monotonic() - looked > _LOOK:
                     looked = time.monotonic()
                     await self._look()
@@ -173,12 +175,8 @@ class Keeper:
                 retry=self._seen.retry,
                 stop=self._stopped,
             )
+            self._turn.wake()
         self._changed.set()
-        if self._backup is not None:
-            self._backup.wake()
-        ticket = self._ticket
-        if ticket is not None and (self._stopped or (self._doomed is not None and not ticket.begun)):
-            self._premises.queue.abandon(ticket)
 
     def _current_wish(self) -> Wish:
         """Asked by the threads of the backup."""
@@ -275,7 +273,7 @@ class Keeper:
         if record is None and self._handled is not None:
             await self._note()  # it is over, and what could be taken up again is not known here any more
             return
-        ending = await self._run_backup(self._spec, record)
+        ending = await self._turn.run(record)
         if ending is Ending.RELEASED:
             self._released.set()
         elif ending is Ending.FINISHED:
@@ -289,7 +287,7 @@ class Keeper:
             await self._delete_data()
             ending = Ending.RELEASED
         else:
-            ending = await self._run_backup(self._spec, record)
+            ending = await self._turn.run(record)
         if ending is Ending.RELEASED:
             self._released.set()
             self._changed.set()
@@ -297,7 +295,7 @@ class Keeper:
     async def _delete_data(self) -> None:
         location = str(self._seen.status.get("location") or "")
         if self._wish is not None and self._wish.delete_data and location:
-            store = await self._call(self._open_store)
+            store = await self._call(self._turn.open_store)
             await self._call(store.delete, location, self._ref.uid)
 
     async def _note(self) -> None:
@@ -332,88 +330,13 @@ class Keeper:
                 )
             )
 
-    # -- a run
-
-    async def _run_backup(self, spec: BackupSpec, record: Record | None) -> Ending:
-        premises = self._premises
-        try:
-            if not await self._admitted(spec, record):
-                return Ending.INTERRUPTED
-            await self._find_store()
-            self._backup = Backup(
-                premises.node,
-                BackupKey(self._ref.namespace, self._ref.name, self._ref.uid),
-                wish=self._current_wish,
-                open_store=self._open_store,
-                reporter=self.reporter,
-                spec=self._seen.spec,
-            )
-            return await premises.threads.run(self._backup.run, f"backup-{self._ref.name}")
-        finally:
-            self._backup = None
-            if self._ticket is not None:
-                premises.queue.leave(self._ticket)
-                self._ticket = None
-            premises.queue.unreserve(self._ref.uid)
-
-    async def _admitted(self, spec: BackupSpec, record: Record | None) -> bool:
-        """Wait for its turn, where it needs one. False: it need not run any more."""
-        if record is not None and done(record):
-            return True
-        has_begun = record is not None and begun(record)
-        if self._doomed is not None and not has_begun:
-            return True  # it is let go at once, without touching its domain
-        domain = record.domain_uuid if record is not None and record.domain_uuid else await self._domain_uuid(spec)
-        since = str(self._seen.metadata.get("creationTimestamp"))
-        self._ticket = ticket = Ticket(self._ref.uid, self.name, domain, has_begun, since)
-        self._wake()
-        return await self._premises.queue.enter(ticket, self._say_nothing if has_begun else self._say_queued)
-
-    def _say_queued(self, why: str) -> None:
-        message = f"waiting: {why}"
-        handled = self._seen.handled_retry
-        self.reporter.report(
-            Report(Phase.PENDING, Reason.QUEUED, message, chain_clean=True, last_handled_retry=handled)
-        )
-
-    def _say_nothing(self, why: str) -> None:
-        """Its status tells more than that it waits."""
-        _log.info("%s waits: %s", self.name, why)
-
-    async def _domain_uuid(self, spec: BackupSpec) -> str:
-        """The domain's UUID; '' if it cannot be had: then the backup itself will say why."""
-        try:
-            return (await self._call(self._premises.node.hypervisor.guest, spec.domain)).uuid
-        except VMBackupError:
-            return ""
-
-    async def _find_store(self) -> None:
-        """Look the store up beforehand, for a backup that has begun must not fail because the API server is away."""
-        try:
-            await self._call(self._open_store)
-        except TransientError:
-            if self._doomed is None:
-                raise
-        except VMBackupError:
-            return  # the backup says so
-
-    def _open_store(self) -> Store:
-        """Called by the threads of the backup."""
-        if self._store is None:
-            self._store = open_store(self._premises.cluster.store(self._current_wish().spec.store))
-        return self._store
-
     def _heard(self, report: Report) -> None:
         """What the backup reports, in any thread."""
         self._unfinished = report.outcome is None or report.reason == Reason.QUARANTINED
         if self._writer.gone:
             self._loop.call_soon_threadsafe(self.vanish)
         if report.reason in _PARKED and report.phase is not Phase.COPYING:
-            self._loop.call_soon_threadsafe(self._park)
-
-    def _park(self) -> None:
-        if self._ticket is not None:
-            self._premises.queue.park(self._ticket)
+            self._loop.call_soon_threadsafe(self._turn.park)
 
     async def _record(self) -> Record | None:
         return await self._call(journals.record_of, self._premises.node.state_dir, self._ref.uid)

@@ -65,8 +65,8 @@ class Sweep:
         while True:
             try:
                 await self.look()
-            except VMBackupError as error:
-                _log.warning("could not compare VMBackups with journals, will look again: %s", error)
+            except Exception:
+                _log.exception("could not compare VMBackups with journals, will look again")
             await self._premises.threads.call(memory.give_back)
             await asyncio.sleep(self._interval)
 
@@ -141,8 +141,8 @@ class Sweep:
             premises.queue.park(ticket)
             _log.info("%s is gone, its journal is not: bringing the chain home", name)
             await premises.threads.run(backup.run, f"stray-{record.name}")
-        except VMBackupError as error:
-            _log.warning("%s, which is gone: %s", name, error)
+        except Exception:
+            _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
         finally:
             premises.queue.leave(ticket)
             premises.queue.unreserve(record.uid)

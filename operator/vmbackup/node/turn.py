@@ -1,0 +1,121 @@
+"""A run of one VMBackup: its place in the queue, its store, and the thread that it runs in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vmbackup.api.status import Phase, Reason, Report
+from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.premises import Premises
+from vmbackup.node.queue import Ticket
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.wish import Reporter, Wish
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey, Store
+
+_log = logging.getLogger(__name__)
+
+
+class Turn:
+    """Runs a VMBackup, one time after the other. Belongs to the event loop, except where a method says otherwise.
+
+    `seen` and `wish` are asked anew all the time, `wish` by the threads of the backup.
+    """
+
+    def __init__(
+        self, premises: Premises, seen: Callable[[], Seen], wish: Callable[[], Wish], reporter: Reporter
+    ) -> None:
+        self._premises = premises
+        self._seen = seen
+        self._wish = wish
+        self._reporter = reporter
+        self._backup: Backup | None = None
+        self._ticket: Ticket | None = None
+        self._store: Store | None = None
+
+    async def run(self, record: Record | None) -> Ending:
+        """Run it from wherever its record stands, once it may. Raises VMBackupError if it cannot even begin."""
+        premises, seen = self._premises, self._seen()
+        try:
+            if not await self._admitted(seen, record):
+                return Ending.INTERRUPTED
+            await self._find_store()
+            self._backup = Backup(
+                premises.node,
+                BackupKey(seen.metadata["namespace"], seen.metadata["name"], seen.uid),
+                wish=self._wish,
+                open_store=self.open_store,
+                reporter=self._reporter,
+                spec=seen.spec,
+            )
+            return await premises.threads.run(self._backup.run, f"backup-{seen.name}")
+        finally:
+            self._backup = None
+            if self._ticket is not None:
+                premises.queue.leave(self._ticket)
+                self._ticket = None
+            premises.queue.unreserve(seen.uid)
+
+    def wake(self) -> None:
+        """The wish has changed: whoever runs looks at once, and who needs no turn any more waits no longer."""
+        if self._backup is not None:
+            self._backup.wake()
+        ticket = self._ticket
+        if ticket is not None and (self._wish().stop or (self._wish().deleted and not ticket.begun)):
+            self._premises.queue.abandon(ticket)
+
+    def park(self) -> None:
+        """It waits for its guest or a human: others may run meanwhile."""
+        if self._ticket is not None:
+            self._premises.queue.park(self._ticket)
+
+    def open_store(self) -> Store:
+        """Its store. Blocks, and is called by the threads of the backup."""
+        if self._store is None:
+            self._store = open_store(self._premises.cluster.store(self._wish().spec.store))
+        return self._store
+
+    async def _admitted(self, seen: Seen, record: Record | None) -> bool:
+        """Wait for its turn, where it needs one. False: it need not run any more."""
+        if record is not None and done(record):
+            return True
+        has_begun = record is not None and begun(record)
+        if self._wish().deleted and not has_begun:
+            return True  # it is let go at once, without touching its domain
+        domain = record.domain_uuid if record is not None else ""
+        since = str(seen.metadata.get("creationTimestamp"))
+        self._ticket = Ticket(seen.uid, seen.name, domain or await self._domain_uuid(), has_begun, since)
+        self.wake()
+        return await self._premises.queue.enter(self._ticket, self._log_waiting if has_begun else self._show_queued)
+
+    def _show_queued(self, why: str) -> None:
+        handled = self._seen().handled_retry
+        self._reporter.report(
+            Report(Phase.PENDING, Reason.QUEUED, f"waiting: {why}", chain_clean=True, last_handled_retry=handled)
+        )
+
+    def _log_waiting(self, why: str) -> None:
+        """Of one that has begun, the status tells more than that it waits."""
+        _log.info("%s waits: %s", self._seen().name, why)
+
+    async def _domain_uuid(self) -> str:
+        """The domain's UUID; '' if it cannot be had: then the backup itself will say why."""
+        try:
+            guest = await self._premises.threads.call(self._premises.node.hypervisor.guest, self._wish().spec.domain)
+        except VMBackupError:
+            return ""
+        return guest.uuid
+
+    async def _find_store(self) -> None:
+        """Look the store up beforehand: a backup that has begun must not fail because the API server is away."""
+        try:
+            await self._premises.threads.call(self.open_store)
+        except TransientError:
+            if not self._wish().deleted:
+                raise
+        except VMBackupError:
+            return  # the backup says so
