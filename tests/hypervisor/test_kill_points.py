@@ -31,8 +31,8 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.journal import record_of
 
-WAITING, QUICK = 36, 4  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
-AT_ONCE = 3  # drivers on their way to their death
+WAITING, QUICK = 32, 8  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
+AT_ONCE = 6  # drivers on their way to their death
 SUSPENDED_SECONDS = 5.0  # at most, after the driver is started again
 SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
 
