@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kubernetes import watch
 from kubernetes.client import CustomObjectsApi
 from rich.console import Console
 from rich.table import Table
+from urllib3.exceptions import HTTPError
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd, domain_xml
@@ -87,12 +89,16 @@ class _Rounds:
 
     def _watch(self) -> None:
         stream: Callable[..., Any] = watch.Watch().stream
-        for event in stream(self._api.list_namespaced_custom_object, *_RESOURCE):
-            now = time.monotonic()
-            with self._news:
-                for what in _happenings(event):
-                    self._seen.setdefault((event["object"]["metadata"]["name"], what), now)
-                self._news.notify_all()
+        with suppress(HTTPError):  # the API server ends before this does
+            for event in stream(self._api.list_namespaced_custom_object, *_RESOURCE):
+                self._take_in(event)
+
+    def _take_in(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        with self._news:
+            for what in _happenings(event):
+                self._seen.setdefault((event["object"]["metadata"]["name"], what), now)
+            self._news.notify_all()
 
 
 def _happenings(event: dict[str, Any]) -> list[str]:
