@@ -50,7 +50,8 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.CLEAR_ORPHAN:
             return replace(record, orphan=False)
         case Do.FINISH:
-            return replace(record.with_every_disk(commit_begun=False, pivot_intended=False), finished=True)
+            home = record.with_every_disk(commit_begun=False, pivot_intended=False)
+            return replace(record if record.gave_up else home, finished=True)
         case _:
             raise ValueError(f"{action.do} does more than change the record")
 
