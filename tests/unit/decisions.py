@@ -1,6 +1,6 @@
 """Records and observations for the tests of decide(), and the rows of their tables.
 
-L, P, T, B, O as in PROTOCOL.md: an image is given as "B", "O", "X" (somebody else's) or None.
+L, P, T, B, O as in docs/protocol.md: an image is given as "B", "O", "X" (somebody else's) or None.
 """
 
 from __future__ import annotations

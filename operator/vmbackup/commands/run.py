@@ -31,7 +31,7 @@ from vmbackup.stores.base import BackupKey
 
 _log = logging.getLogger(__name__)
 
-READY, FAILED_HOME, REFUSED, ON_OVERLAY, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes (DESIGN.md)
+READY, FAILED_HOME, REFUSED, ON_OVERLAY, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes (README.md)
 
 _OFF_GRACE = 15.0  # seconds: a guest that is off on its overlay may be about to start again
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -1,6 +1,6 @@
 """What an error of libvirt means for us: the table, tested row by row.
 
-Sources: FACTS.md (measured on libvirt 9.0) and PROTOCOL.md. The texts of libvirt change and are translated, so only
+Measured on libvirt 9.0; see also docs/protocol.md, R4. The texts of libvirt change and are translated, so only
 its numbers count.
 """
 

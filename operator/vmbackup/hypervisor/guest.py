@@ -31,7 +31,7 @@ _SNAPSHOT_FLAGS = (
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
     | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
 )
-# Never DELETE: it unlinks the overlay before the configuration is saved (FACTS.md).
+# Never DELETE: it unlinks the overlay before the configuration is saved (measured on 9.0).
 _COMMIT_FLAGS = (
     libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
     | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
@@ -217,8 +217,8 @@ class Guest:
     def sync_config(self, images: Mapping[str, str]) -> bool:
         """Whether the persistent XML *on disk* names these images (target to path), having made it durable.
 
-        libvirt neither fsyncs the directory nor reports a failed save (FACTS.md), so the file itself is read back
-        and fsynced with its directory. Raises PermanentError if libvirt's configuration directory is not here.
+        libvirt neither fsyncs the directory nor reports a failed save (measured on 9.0), so the file itself is read
+        back and fsynced with its directory. Raises PermanentError if libvirt's configuration directory is not here.
         """
         name = self._read("asking for the name", lambda domain: domain.name())
         directory = self._hypervisor.config_dir

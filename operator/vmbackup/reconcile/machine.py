@@ -1,8 +1,8 @@
 """What to do next with one domain's chain: `decide(intent, record, seen) -> Action`. Pure: no I/O, no clock.
 
-This is the decision table of shared PROTOCOL.md. A model checker drives this very function through every interleaving
+This is the decision table of docs/protocol.md. A model checker drives this very function through every interleaving
 of libvirt's steps, guest writes and faults (tests/model), and finds no way to lose a write; it does find one as soon as
-any of the repairs R1–R7 named below is taken out. So: read PROTOCOL.md before changing a rule or the order of two.
+any of the repairs R1–R7 named below is taken out. So: read it before changing a rule or the order of two.
 
 Shorthand, for each disk: L = its source in the live XML, P = in the persistent XML, T = what QEMU itself says it
 writes, B = base, O = our overlay. The key invariant: while the guest can write, P, durable on disk, names the image

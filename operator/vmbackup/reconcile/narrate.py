@@ -1,4 +1,4 @@
-"""What people see of a backup: its record and what was decided last, told as a Report (CONVENTIONS.md, section 2)."""
+"""What people see of a backup: its record and what was decided last, told as a Report (docs/concepts.md)."""
 
 from __future__ import annotations
 

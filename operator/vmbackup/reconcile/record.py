@@ -1,6 +1,7 @@
 """The record of one backup: what its journal holds, and what each decision changes in it. Pure: no I/O.
 
-Only what libvirt and the disks cannot show is in here (DESIGN.md, principle 3), and what status needs after a restart.
+Only what libvirt and the disks cannot show is in here (the chain is the truth, see docs/concepts.md), and what status
+needs after a restart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of one agent (DESIGN.md, "What outsiders rely on")."""
+"""The Prometheus metrics of one agent (README.md)."""
 
 from __future__ import annotations
 
