@@ -1,4 +1,4 @@
-"""Breadth-first search through every state, the invariants of docs/protocol.md, and the shortest trace to a violation."""
+"""Breadth-first search of every state, the invariants of docs/protocol.md, and the shortest trace to a violation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Guest, user and misfortune: what happens without being asked for.
 
-Assumption A (docs/protocol.md): a guest that stopped is not booted again between the agent's observation and its act, nor
-before its configuration is durable; and nobody resumes a guest during the switch of its images.
+Assumption A (docs/protocol.md): a guest that stopped is not booted again between the agent's observation and its act,
+nor before its configuration is durable; and nobody resumes a guest during the switch of its images.
 
 `Live` accepts that a host or QEMU that dies in the middle of a switch of images loses writes (V1–V4), and nothing helps
 where libvirt's configuration cannot be saved. So in these settings they die only while P, durable on disk, names the

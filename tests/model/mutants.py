@@ -1,4 +1,4 @@
-"""decide() with one of docs/protocol.md's repairs R1–R7, or another safeguard, taken out: each must show a violation."""
+"""decide() with one of the repairs R1–R7 (docs/protocol.md), or a safeguard, taken out: each must show a violation."""
 
 from __future__ import annotations
 
