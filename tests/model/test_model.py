@@ -1,4 +1,4 @@
-"""The real decide() in the model world: no violation with all repairs (docs/protocol.md), one as soon as any is gone."""
+"""The real decide() in the model world: no violation with all repairs (docs/protocol.md), one once any is gone."""
 
 from __future__ import annotations
 
