@@ -57,11 +57,14 @@ def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
     before = acknowledged(guest)
     after: dict[str, int] = {}
     during = ""
-    name = world.apply_backup()
+    name = world.next_name()
+    watching = statuses(world.kube, name, alive=lambda: world.agent.running)
+    next(watching)  # the first phases pass in a blink: watch before there is anything to see
+    world.apply_backup(name)
     view.step(f"kubectl apply: VMBackup {name}")
     story = Story(name)
     with view:
-        for status in statuses(world.kube, name, alive=lambda: world.agent.running):
+        for status in watching:
             new_phase = story.take(status) if status else False
             if not after and "snapshotTime" in story.status:
                 after = acknowledged(guest)

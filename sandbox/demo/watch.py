@@ -27,7 +27,7 @@ def statuses(kube: KubeApi, name: str, *, alive: Callable[[], bool], seconds: fl
         f"--kubeconfig={kube.kubeconfig}",
         "get",
         "vmbackup",
-        name,
+        f"--field-selector=metadata.name={name}",  # it need not be there yet
         "--watch",
         "-o",
         "json",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -28,7 +27,6 @@ _SAMPLE_STORE_PATH = "/var/lib/vmbackup/store"
 _SAMPLE_NAME = "web-01-1"
 _LONGEST = 37  # bytes of the state directory: the sockets of libvirt are far below it, and their paths limited
 _METRICS_PORT = 9777
-_LOCKS = Path("/run/vmbackup")  # one for each domain and each backup, wherever the agent keeps its state
 
 
 class World:
@@ -109,14 +107,16 @@ class World:
         """Of the agent, without a path."""
         return f"http://127.0.0.1:{(self.state / 'metrics-port').read_text()}"
 
-    def apply_backup(self) -> str:
-        """Apply the sample VMBackup, under the next free name; that name."""
+    def next_name(self) -> str:
+        """A name that no VMBackup has yet."""
         taken = self.kube.kubectl("get", "vmbackups", "-o", "name").split()
         numbers = [int(match[1]) for name in taken if (match := re.fullmatch(rf".*/{DOMAIN}-(\d+)", name))]
-        name = f"{DOMAIN}-{max(numbers, default=0) + 1}"
+        return f"{DOMAIN}-{max(numbers, default=0) + 1}"
+
+    def apply_backup(self, name: str) -> None:
+        """Apply the sample VMBackup under this name."""
         sample = (_SAMPLES / "vmbackup.yaml").read_text()
         self.kube.kubectl("apply", "-f", "-", stdin=sample.replace(_SAMPLE_NAME, name))
-        return name
 
     def backup_folder(self, name: str) -> Path:
         """Where the directory store keeps a backup of the namespace `default`."""
@@ -128,22 +128,11 @@ class World:
         return "\n".join(line.strip() for line in self.libvirtd.virsh("domblklist", DOMAIN).splitlines())
 
     def remove(self) -> None:
-        """End everything, and remove the directory and what the agent left outside it."""
+        """End everything, and remove the directory."""
         self.agent.stop()
-        for uuid in self._uuids():
-            (_LOCKS / f"{uuid}.lock").unlink(missing_ok=True)
         self.libvirtd.stop()
         self.kube.stop()
         shutil.rmtree(self.state)
-
-    def _uuids(self) -> list[str]:
-        """Of the domain and of all its backups; of what does not answer any more there are none."""
-        uuids: list[str] = []
-        with contextlib.suppress(RuntimeError):
-            uuids.append(self.libvirtd.virsh("domuuid", DOMAIN))
-        with contextlib.suppress(SandboxError):
-            uuids += self.kube.kubectl("get", "vmbackups", "-o", "jsonpath={.items[*].metadata.uid}").split()
-        return uuids
 
     def _write_env(self) -> None:
         programs = {str(Path(sys.executable).parent), str(Path(binaries.path("kubectl")).parent)}
