@@ -35,6 +35,7 @@ class Agent:
         self.kube, self.node, self.state_dir = kube, node, directory / "state"
         self.url = f"http://127.0.0.1:{port}"
         self.program = Program("agent", directory)
+        self.environment: dict[str, str] = {}
         self.flags = {
             "node-name": node,
             "kubeconfig": str(kube.kubeconfig),
@@ -50,7 +51,8 @@ class Agent:
         """Start it, and return when it serves."""
         wanted = self.flags | {name.replace("_", "-"): value for name, value in flags.items()}
         vmbackup = Path(sys.executable).with_name("vmbackup")
-        self.program.start([vmbackup, "agent", *(f"--{name}={value}" for name, value in wanted.items())])
+        command = [vmbackup, "agent", *(f"--{name}={value}" for name, value in wanted.items())]
+        self.program.start(command, env=self.environment)
         self.program.wait_until(lambda: self.healthz() is not None, seconds=SECONDS)
 
     def apply(self, domain: str, *, name: str = "", namespace: str = "default", **spec: Any) -> VMBackup:

@@ -22,17 +22,18 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import Domain, DomainFactory, qemu_img
+from tests.domains import Domain, DomainFactory, qemu_img, wait_until
 from tests.kill_points import Deed, Driving, Moment, Task, When, records_in
 from tests.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.journal import record_of, records
 
 WAITING, QUICK = 32, 8  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
 AT_ONCE = 6  # drivers on their way to their death
+MISSED = 5  # moments that may not come by: when a job is READY decides the order of some steps
 SUSPENDED_SECONDS = 5.0  # at most, after the driver is started again
 SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
 
@@ -82,6 +83,7 @@ class Survival:
     in_doubt: bool = False  # a call was left unanswered
     suspended: float = 0.0
     wrong: tuple[str, ...] = ()
+    came_by: bool = True  # the moment was there in one of three backups
 
     def __str__(self) -> str:
         return f"{self.death.spec}, killed {self.death.moment}: {'; '.join(self.wrong)}"
@@ -106,7 +108,9 @@ def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests:
         f"{len(deaths)} moments in {time.monotonic() - started:.0f} s, {ready - started:.0f} s of it to begin with; "
         f"suspended for at most {max(certain):.1f} s, in doubt {max(doubtful):.1f} s"
     )
+    missed = [survival for survival in survivals if not survival.came_by]
     assert len(survivals) == len(deaths)
+    assert len(missed) <= MISSED, "\n".join(str(survival.death) for survival in missed)
     assert doubtful
     assert certain
     wrong = [str(survival) for survival in survivals if survival.wrong]
@@ -235,7 +239,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
         if killed:
             break
     else:
-        return Survival(death, wrong=("it never came by",))
+        return Survival(death, came_by=False)
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
     started = time.monotonic()
@@ -294,8 +298,10 @@ def longest_suspension(guest: Domain, driving: Driving, tend: Callable[[], objec
 
 def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
     """All that is not as it must be once a backup has ended with its chain home."""
-    if (state := guest.guest.state()[0]) is not GuestState.RUNNING:
-        yield f"the guest is {state}"
+    if not runs(guest):
+        why = guest.libvirtd.virsh("domstate", "--reason", guest.name).strip()
+        guards = [record.guard for record in records(task.state_dir)]
+        yield f"the guest does not run: {why}; guards in the journals: {guards}"
     if left := [path.name for path in guest.directory.glob("*.vmb-*")]:
         yield f"overlays are left: {left}"
     on_disk = (guest.libvirtd.config_dir / f"{guest.name}.xml").read_text()
@@ -309,6 +315,15 @@ def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
             yield f"{target}: of {acknowledged} records it holds {count}"
     if report.outcome is Outcome.SUCCEEDED:
         yield from what_is_wrong_with_the_copy(task, Path(report.location))
+
+
+def runs(guest: Domain) -> bool:
+    """Whether the guest runs; libvirt may show an event of QEMU late on a busy machine."""
+    try:
+        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", seconds=5)
+    except TimeoutError:
+        return False
+    return True
 
 
 def what_is_wrong_with_the_copy(task: Task, folder: Path) -> Iterator[str]:
