@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.guest import Guest as WritingGuest
+from sandbox.guest import make_disk as make_ext4
 from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
 from tests.domains import Domain, DomainFactory, make_disk
 from vmbackup.hypervisor.connection import Hypervisor
@@ -73,3 +75,23 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
             libvirtd.kill_guest(each.name)
         with suppress(RuntimeError):
             libvirtd.virsh("undefine", each.guest.uuid)
+
+
+@pytest.fixture
+def writer(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[WritingGuest]:
+    """A Linux guest with a guest agent that has begun to write numbered records to a raw and a qcow2 disk."""
+    disks = [
+        make_ext4("vda", tmp_path / "vda.raw", size_mib=64),
+        make_ext4("vdb", tmp_path / "vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
+    ]
+    guest = WritingGuest(libvirtd.virsh, "writer", tmp_path, disks, agent=True, dirty_kib_per_second=256)
+    guest.define()
+    guest.start()
+    try:
+        guest.wait_for(3)
+        guest.wait_for_agent()
+        yield guest
+    finally:
+        if "writer" in libvirtd.guest_pids():
+            guest.destroy()
+        libvirtd.virsh("undefine", "writer")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from sandbox.guest import Guest as WritingGuest
-from sandbox.guest import make_disk
 from sandbox.libvirtd import Libvirtd
 from sandbox.oracle import prove, prove_one_moment
 from tests.backups import SLOW, BackupFactory, RunningBackup
@@ -21,24 +19,6 @@ from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.driver import Ending
-
-
-@pytest.fixture
-def writer(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[WritingGuest]:
-    """A Linux guest that writes numbered records to a raw and a qcow2 disk, with a guest agent."""
-    disks = [
-        make_disk("vda", tmp_path / "vda.raw", size_mib=64),
-        make_disk("vdb", tmp_path / "vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
-    ]
-    guest = WritingGuest(libvirtd.virsh, "writer", tmp_path, disks, agent=True, dirty_kib_per_second=256)
-    guest.define()
-    guest.start()
-    guest.wait_for(3)
-    guest.wait_for_agent()
-    yield guest
-    if "writer" in libvirtd.guest_pids():
-        guest.destroy()
-    libvirtd.virsh("undefine", "writer")
 
 
 def no_overlay_is_left(domain: Domain) -> bool:

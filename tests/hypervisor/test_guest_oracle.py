@@ -23,22 +23,9 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 
 @pytest.fixture
-def guest(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Guest]:
+def guest(writer: Guest) -> Guest:
     """A guest on a raw disk and a qcow2 disk that has begun to write."""
-    disks = [
-        make_disk("vda", tmp_path / "vda.raw", size_mib=64),
-        make_disk("vdb", tmp_path / "vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
-    ]
-    guest = Guest(libvirtd.virsh, "writer", tmp_path, disks, agent=True, dirty_kib_per_second=256)
-    guest.define()
-    guest.start()
-    try:
-        guest.wait_for(3)
-        yield guest
-    finally:
-        if "writer" in libvirtd.guest_pids():
-            guest.destroy()
-        libvirtd.virsh("undefine", "writer")
+    return writer
 
 
 def acknowledged(guest: Guest) -> dict[str, int]:
