@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmbackup.api.spec import BackupSpec, Quiesce
 from vmbackup.api.status import Reason, RetryReason
-from vmbackup.errors import PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
@@ -22,15 +22,13 @@ from vmbackup.reconcile.journal import Journal, sync_directory
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
-from vmbackup.reconcile.record import Copy, Freeze, Image, Record, Snapshot
+from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
+from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
 from vmbackup.reconcile.transition import answered, failed, planned_anew, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
-_CONFIG_ATTEMPTS = 5  # failures to settle P after which the guest does not wait for it any longer
-_CONFIG_PAUSE = 20.0  # seconds for which the guest then goes on without
-_CONFIG_AGAIN = 5.0  # seconds between attempts of what cannot be done without
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
 _NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
 _SHIP_ATTEMPTS = 10
@@ -68,7 +66,7 @@ class Acts:
         self._narration = narration
         self._backoff = backoff
         self._failed: dict[Do, int] = {}
-        self._failures_to_settle = 0  # to redefine P, or to find it so on disk
+        self._settling = Settling(journal, guest, observer, narration)
 
     @property
     def record(self) -> Record:
@@ -140,7 +138,7 @@ class Acts:
             case Do.RECORD_FAILURE:
                 return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
             case Do.SYNC_CONFIG:
-                return self._sync_config(action)
+                return 0.0 if (why := self._settling.sync(action)) is None else self._config_failed(why)
             case Do.FAIL_BACKUP:
                 return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else "")
             case Do.REFUSE:
@@ -247,7 +245,7 @@ class Acts:
             Do.SUSPEND: lambda action, spec: self._guest.suspend(),
             Do.RESUME: lambda action, spec: self._guest.resume(),
             Do.SNAPSHOT: lambda action, spec: self._snapshot(),
-            Do.REDEFINE: lambda action, spec: self._redefine(action),
+            Do.REDEFINE: lambda action, spec: self._settling.redefine(action),
             Do.COMMIT: lambda action, spec: self._commit(action.target, spec),
             Do.PIVOT: lambda action, spec: self._guest.pivot(action.target),
         }
@@ -294,38 +292,6 @@ class Acts:
     def _commit(self, target: str, spec: BackupSpec) -> None:
         disk = self.record.disk(target)
         self._guest.commit(target, disk.base, bandwidth=spec.commit.bandwidth)
-
-    def _redefine(self, action: Action) -> None:
-        xml = self._guest.persistent_xml()
-        if xml is None:  # undefined meanwhile: there is nothing to settle any more
-            return
-        wanted: dict[str, str] = {}
-        for target, image in action.images:
-            disk = self.record.disk(target)
-            on_base = disk.persistent_disk_xml  # empty: it was transient when the backup was planned
-            on_base = on_base or chain.without_overlay(self._guest.live_xml() or xml, target, disk.overlay)
-            wanted[target] = on_base if image is Image.BASE else chain.on_overlay(on_base, disk.overlay)
-        self._guest.define(chain.with_images(xml, wanted))
-
-    def _sync_config(self, action: Action) -> float:
-        paths = {target: self._path(target, image) for target, image in action.images}
-        try:
-            durable = self._guest.sync_config(paths)
-        except PermanentError as error:
-            if error.reason != "ConfigDirectoryMissing":
-                raise
-            self._narration.config_unproven(str(error))
-            durable = True
-        if not durable:
-            self.write(failed(self.record, action, "", retry_at=0.0), durable=False)
-            return self._config_failed(f"libvirt's configuration on disk does not name {', '.join(paths.values())}")
-        self._config_settled()
-        self.write(answered(self.record, action), durable=False)
-        return 0.0
-
-    def _path(self, target: str, image: Image) -> str:
-        disk = self.record.disk(target)
-        return disk.base if image is Image.BASE else disk.overlay
 
     # -- calls that failed
 
@@ -384,17 +350,8 @@ class Acts:
 
     def _config_failed(self, why: str) -> float:
         """P cannot be settled. Before the snapshot that ends the backup; later the guest does not wait for ever."""
-        count = self._failures_to_settle = self._failures_to_settle + 1
-        if count < _CONFIG_ATTEMPTS:
+        if self._settling.may_try_again():
             return _AGAIN
         if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
             return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
-        self._observer.config_failing_until = boottime() + _CONFIG_PAUSE
-        if count > _CONFIG_ATTEMPTS:
-            return _CONFIG_AGAIN
-        self._narration.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
-        return 0.0
-
-    def _config_settled(self) -> None:
-        self._failures_to_settle = 0
-        self._observer.config_failing_until = 0.0
+        return self._settling.go_on_without(why)
