@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down test unit lint format model bench lock clean
+.PHONY: help install demo demo-down test unit chaos soak lint format model bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,13 @@ test: install lint ## everything: linters, types, layers, and every test on real
 
 unit: install ## the fast tests: seconds, nothing real
 	@$(BIN)/pytest tests/unit
+
+chaos: install ## every failure that takes long to make, then ten minutes of random ones
+	@$(BIN)/pytest -m chaos --timeout 1800
+	@$(MAKE) --no-print-directory soak
+
+soak: install ## random backups under random faults: MINUTES=n SEED=s
+	@$(BIN)/python -m tests.chaos.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 lint: install ## style, types, layers
 	@$(BIN)/ruff check
