@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -98,6 +99,7 @@ class Guest:
         self._acknowledged: dict[str, list[int]] = {target: [] for target in self.disks}
         self._starts: dict[str, list[int]] = {target: [] for target in self.disks}
         self._failures: list[str] = []
+        self._reading = threading.Lock()
 
     # The domain
 
@@ -197,6 +199,12 @@ class Guest:
 
     def _read_serial_log(self) -> None:
         """Take in what the guest has said since the last time. Raises ProofError if it complains."""
+        with self._reading:  # by a test and by the backup that it watches
+            self._take_in_what_is_new()
+        if self._failures:
+            raise ProofError(f"{self.name}: the guest says: {'; '.join(self._failures)}")
+
+    def _take_in_what_is_new(self) -> None:
         if not self.serial_log.exists():
             return
         with self.serial_log.open("rb") as log:
@@ -208,8 +216,6 @@ class Guest:
                 (self._starts if number[2] else self._acknowledged)[number[1]].append(int(number[3]))
             elif _FAILURE.fullmatch(line):
                 self._failures.append(line)
-        if self._failures:
-            raise ProofError(f"{self.name}: the guest says: {'; '.join(self._failures)}")
 
     def _wait_until(self, reached: Callable[[], bool], state: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do, Observation, Power
+from vmbackup.reconcile.terms import Action, DiskSeen, Do, Observation, Power
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def narrate(record: Record, seen: Observation | None, action: Action | None, pro
     parked = not home and seen is not None and seen.power is Power.OFF
     reason, message = _headline(record, seen, action, phase, outcome, parked=parked)
     complete = {Copy.STORED: True, Copy.FAILED: False}.get(record.copy)
-    chain_reason, chain_message = _chain(record, home=home)
+    chain_reason, chain_message = _chain(record, seen, home=home)
     return Report(
         phase=phase,
         reason=reason,
@@ -55,12 +55,12 @@ def narrate(record: Record, seen: Observation | None, action: Action | None, pro
 
 
 def chain_home(record: Record, seen: Observation | None) -> bool:
-    """Every disk is on its base, and no overlay is left. Before anything was begun it is so."""
+    """Every disk is on its base, and no overlay is left. Before anything was begun it is so; in quarantine never."""
+    if record.quarantined:
+        return False
     if seen is None:
         return record.snapshot is Snapshot.NONE or (record.finished and not record.gave_up)
-    off = seen.power is Power.OFF
-    where = [disk.persistent if off else disk.live for disk in seen.disks]
-    return all(image in (Image.BASE, None) for image in where) and all(disk.overlay is None for disk in seen.disks)
+    return all(_is_home(disk) for disk in seen.disks)
 
 
 def phase_of(record: Record, *, home: bool) -> Phase:
@@ -115,7 +115,8 @@ def _headline(
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
         return Reason.WAITING_FOR_CALLS, action.reason
     if parked and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
-        return Reason.DOMAIN_OFF, "the guest is off on its overlay: the commit goes on when it starts"
+        left = ", ".join(overlays_left(record, seen))
+        return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
     return _running(record, phase)
 
 
@@ -142,14 +143,29 @@ def _running(record: Record, phase: Phase) -> tuple[str, str]:
             return Reason.COMMITTING, "the overlay is being merged into its base"
 
 
-def _chain(record: Record, *, home: bool) -> tuple[str, str]:
+def overlays_left(record: Record, seen: Observation | None) -> list[str]:
+    """Each disk that is away from its base or has left something behind, with its overlay, in words."""
+    away = (
+        [disk.target for disk in seen.disks if not _is_home(disk)] if seen else [disk.target for disk in record.disks]
+    )
+    return [f"disk {target}: {record.disk(target).overlay}" for target in away]
+
+
+def _is_home(disk: DiskSeen) -> bool:
+    here = disk.persistent if disk.live is None else disk.live
+    return here in (Image.BASE, None) and disk.overlay is None
+
+
+def _chain(record: Record, seen: Observation | None, *, home: bool) -> tuple[str, str]:
     if home:
         return "", ""
+    left = overlays_left(record, seen)
+    where = f"not home: {', '.join(left)}" if left else ""
     if record.quarantined:
-        return Reason.QUARANTINED, record.quarantined
+        return Reason.QUARANTINED, "; ".join(filter(None, (record.quarantined, where)))
     if record.gave_up or any(disk.failures for disk in record.disks):
-        return Reason.COMMIT_FAILED, _last_error(record)
-    return Reason.OVERLAY_ACTIVE, ""
+        return Reason.COMMIT_FAILED, "; ".join(filter(None, (_last_error(record), where)))
+    return Reason.OVERLAY_ACTIVE, where
 
 
 def _last_error(record: Record) -> str:

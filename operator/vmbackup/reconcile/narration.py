@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vmbackup.api.spec import CommitSpec, StallPolicy
-from vmbackup.api.status import Outcome, Phase, Report, RetryReason
+from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.narrate import Progress, narrate
@@ -21,6 +21,14 @@ _EVENTS: dict[Do, tuple[str, str, bool]] = {
     Do.LIFT_QUARANTINE: ("QuarantineLifted", "libvirt and QEMU agree again", False),
     Do.RECORD_ORPHAN: ("OrphanRecorded", "deleted before its overlay could go home: recorded on the node", True),
     Do.CLEAR_ORPHAN: ("OrphanHome", "the overlay that was left is home", False),
+}
+
+# Where a guest stays on its overlay until somebody does something: what, besides what the message says.
+_LEFT = {
+    Reason.QUARANTINED: "",
+    Reason.DOMAIN_OFF: "; start the guest, and the commit goes on",
+    Reason.COMMIT_LIMIT_REACHED: "; spec.commit.backoffLimit is reached: the guest stays on its overlay; "
+    "mend the cause, then set the annotation vmbackup.dev/retry",
 }
 
 
@@ -39,6 +47,7 @@ class Narration:
         self._frozen_since: float | None = None
         self._late: set[tuple[str, int]] = set()
         self._unproven = False
+        self._left = ""
 
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
         """One event."""
@@ -53,6 +62,10 @@ class Narration:
             self._metrics.suspended(record.domain, time.time())  # by an earlier run
         if report.phase is not self._phase:
             self._enter(report)
+        left = report.reason if report.chain_clean is False and report.reason in _LEFT else ""
+        if left and left != self._left:
+            self.event(left, report.chain_message + _LEFT[Reason(left)], warning=True)
+        self._left = left
         if seen is not None:
             self._tell_overlays(record, seen)
         if record.finished and report.outcome is not None and not self._ended:
@@ -66,12 +79,7 @@ class Narration:
         """A decision that changed the record alone."""
         if action.do in (Do.CLEAR_GUARD, Do.FORGET_GUEST):
             self._metrics.resumed(record.domain)
-        if action.do is Do.QUARANTINE:
-            self.event("Quarantined", action.reason, warning=True)
-        elif action.do is Do.GIVE_UP:
-            self.event("CommitLimitReached", "spec.commit.backoffLimit is reached: the guest stays on its overlay; "
-                       "mend the cause, then set the annotation vmbackup.dev/retry", warning=True)  # fmt: skip
-        elif action.do in _EVENTS:
+        if action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
             self.event(reason, message, warning=warning)
 
