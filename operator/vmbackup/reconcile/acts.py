@@ -174,9 +174,9 @@ class Acts:
     # -- copying
 
     def _copy(self, wish: Wish) -> float:
-        since = self.record.snapshot_time or time.time()
-        late = since + wish.spec.copy.deadline_seconds - time.time()
-        if late <= 0:
+        now = boottime()
+        left = wish.spec.copy.deadline_seconds - (now - (self.record.snapshot_at or now))
+        if left <= 0:
             self._copying.cancel()
             return self._fail_backup(
                 f"the copy was not complete {wish.spec.copy.deadline_seconds} s after the snapshot "
@@ -188,7 +188,7 @@ class Acts:
         except VMBackupError as error:
             return self._fail_backup(f"the copy failed: {error}", Reason.COPY_FAILED)
         if record is None:
-            return min(1.0, late)
+            return min(1.0, left)
         self.write(record)
         return 0.0
 
@@ -214,7 +214,7 @@ class Acts:
         with errors_of(overlay):
             overlay.unlink(missing_ok=True)
             sync_directory(overlay.parent)  # else a power cut could bring it back, to be taken for one that was left
-        seconds = None if disk.commit_started is None else time.time() - disk.commit_started
+        seconds = None if disk.commit_started is None else boottime() - disk.commit_started
         self.write(
             self.record.with_disk(
                 action.target, commit_running=False, commit_started=None, commit_seconds=seconds, merged_bytes=merged
@@ -275,12 +275,12 @@ class Acts:
 
     def _noted(self, action: Action) -> Record:
         """The record with what is to be known of this moment afterwards. Raises OSError."""
-        now = time.time()
         if action.do is Do.SNAPSHOT:
-            return replace(self.record, snapshot_time=now, nvram=self._journal.keep_nvram())
+            nvram = self._journal.keep_nvram()
+            return replace(self.record, snapshot_time=time.time(), snapshot_at=boottime(), nvram=nvram)
         if action.do is Do.COMMIT:
             attempts = self.record.disk(action.target).attempts + 1
-            return self.record.with_disk(action.target, commit_started=now, attempts=attempts)
+            return self.record.with_disk(action.target, commit_started=boottime(), attempts=attempts)
         return self.record
 
     def _snapshot(self) -> None:

@@ -15,7 +15,7 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.acts import Acts
-from vmbackup.reconcile.clock import Backoff
+from vmbackup.reconcile.clock import Backoff, boot_id, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
 from vmbackup.reconcile.driver import Driver, Ending
@@ -25,7 +25,7 @@ from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.plan import Planner
 from vmbackup.reconcile.record import Copy, Record, Snapshot
-from vmbackup.reconcile.transition import resumed_after_crash
+from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash
 from vmbackup.reconcile.wish import Reporter, Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey, Store
@@ -105,9 +105,10 @@ class Backup:
         journal = Journal.of(self._node.state_dir, self._key.uid)
         if journal is None:
             key = self._key
-            record = Record(key.uid, key.namespace, key.name, spec=self._spec, started=time.time())
+            record = Record(key.uid, key.namespace, key.name, spec=self._spec, started=time.time(), boot_id=boot_id())
             return Journal.start(self._node.state_dir, replace(record, handled_retry=self._wish().retry))
-        journal.write(resumed_after_crash(journal.record), durable=False)
+        taken_up = resumed_after_crash(of_this_boot(journal.record, boot_id(), boottime()))
+        journal.write(taken_up, durable=False)
         return journal
 
     def _open_again(self, record: Record) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from vmbackup.api.spec import CommitSpec, StallPolicy
 from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.hypervisor.guest import BlockJob
+from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.narrate import Progress, narrate
 from vmbackup.reconcile.record import Guard, Image, Record, Snapshot
@@ -121,7 +122,7 @@ class Narration:
             self._merged[target] = job.current
             disk = record.disk(target)
             started, attempt = disk.commit_started, (target, disk.attempts)
-            if started is None or attempt in self._late or time.time() - started < spec.deadline_seconds:
+            if started is None or attempt in self._late or boottime() - started < spec.deadline_seconds:
                 continue
             self._late.add(attempt)
             cure = "raise spec.commit.bandwidth, or let the guest write less"

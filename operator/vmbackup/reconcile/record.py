@@ -85,7 +85,7 @@ class DiskRecord:
     persistent_disk_xml: str = ""  # the <disk> of the persistent XML while on base, to go back to
     commit_begun: bool = False  # ever: from here on base is no longer the point in time
     commit_running: bool = False  # an attempt whose end was not seen yet
-    commit_started: float | None = None  # seconds since the epoch
+    commit_started: float | None = None  # CLOCK_BOOTTIME, seconds
     commit_seconds: float | None = None
     pivot_intended: bool = False
     settled: Settled | None = None
@@ -102,7 +102,10 @@ class DiskRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """One backup of one domain. `disks` holds the disks that are backed up, by target, in the domain's order."""
+    """One backup of one domain. `disks` holds the disks that are backed up, by target, in the domain's order.
+
+    What is in CLOCK_BOOTTIME is of the boot `boot_id` (transition.of_this_boot).
+    """
 
     uid: str
     namespace: str
@@ -127,6 +130,8 @@ class Record:
     started: float | None = None  # seconds since the epoch
     completed: float | None = None
     snapshot_time: float | None = None
+    snapshot_at: float | None = None  # the same in CLOCK_BOOTTIME, seconds
+    boot_id: str = ""
     quiesced: bool | None = None
     location: str = ""
     domain_xml: str = ""

@@ -120,6 +120,18 @@ def resumed_after_crash(record: Record) -> Record:
     return _unfrozen(record, Freeze.THAW_DUE)
 
 
+def of_this_boot(record: Record, boot_id: str, now: float) -> Record:
+    """The record as it can be read after a reboot, with which CLOCK_BOOTTIME has begun anew, and every QEMU.
+
+    A copy that goes on has its deadline counted from `now` (CLOCK_BOOTTIME, seconds); nothing waits for its next
+    attempt any more.
+    """
+    if record.boot_id == boot_id:
+        return record
+    anew = record.with_every_disk(commit_started=None, retry_at=0.0)
+    return replace(anew, boot_id=boot_id, snapshot_at=None if record.snapshot_at is None else now)
+
+
 def _unfrozen(record: Record, freeze: Freeze) -> Record:
     """Not frozen any more: a snapshot that is still to be taken would not be quiesced."""
     taken = record.snapshot is Snapshot.DONE
