@@ -185,7 +185,7 @@ def records_in(content: bytes) -> int:
 def _drive(task: Task, line: Connection) -> None:
     hypervisor = Hypervisor(task.uri, config_dir=task.config_dir)
     watch = _Watch(task, line, _Writer(task, hypervisor))
-    watch.install()
+    watch_all(watch.passed)
     told = Told()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
     wish = Wish(BackupSpec.parse(minimal | dict(task.spec)))
@@ -230,6 +230,35 @@ class _Writer:
             libvirt_qemu.qemuMonitorCommand(domain, hmp, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
 
 
+def watch_all(passed: Callable[[When, str], None]) -> None:
+    """From now on call `passed` at every moment of the backups that this process runs."""
+
+    def around(function: Callable[..., Any], name: Callable[..., str | None], *, is_call: bool = False) -> Any:
+        @wraps(function)
+        def watched(*arguments: Any, **options: Any) -> Any:
+            event = name(*arguments, **options)
+            if event is None:
+                return function(*arguments, **options)
+            passed(When.BEFORE, event)
+            if is_call:
+                passed(When.DURING, event)
+            try:
+                return function(*arguments, **options)
+            finally:
+                passed(When.AFTER, event)
+
+        return watched
+
+    Journal.__init__ = around(Journal.__init__, lambda *_: "start the journal")
+    Journal.write = around(Journal.write, lambda journal, record, **_: _changes(journal.record, record))
+    Hypervisor.call = around(
+        Hypervisor.call,
+        lambda _, doing, *__, mutating=False: doing.partition(": ")[2] if mutating else None,
+        is_call=True,
+    )
+    Path.unlink = around(Path.unlink, lambda path, **_: "remove an overlay" if ".vmb-" in path.name else None)
+
+
 class _Watch:
     """Notes every moment, and does the deed at the chosen one."""
 
@@ -240,40 +269,14 @@ class _Watch:
         self._came_by: Counter[str] = Counter()
         self.moments: list[Moment] = []
 
-    def install(self) -> None:
-        around = self._around
-        Journal.__init__ = around(Journal.__init__, lambda *_: "start the journal")
-        Journal.write = around(Journal.write, lambda journal, record, **_: _changes(journal.record, record))
-        Hypervisor.call = around(
-            Hypervisor.call,
-            lambda _, doing, *__, mutating=False: doing.partition(": ")[2] if mutating else None,
-            is_call=True,
-        )
-        Path.unlink = around(Path.unlink, lambda path, **_: "remove an overlay" if ".vmb-" in path.name else None)
-
-    def _around(
-        self, function: Callable[..., Any], name: Callable[..., str | None], *, is_call: bool = False
-    ) -> Callable[..., Any]:
-        @wraps(function)
-        def watched(*arguments: Any, **options: Any) -> Any:
-            event = name(*arguments, **options)
-            if event is None:
-                return function(*arguments, **options)
+    def passed(self, when: When, event: str) -> None:
+        """A moment has come."""
+        if when is When.BEFORE:
             self._came_by[event] += 1
             if event == SNAPSHOT:
                 self._task.diary.note(f"snapshot {self._task.uid}")
-            self._pass(When.BEFORE, event)
-            if is_call:
-                self._pass(When.DURING, event)
-            try:
-                return function(*arguments, **options)
-            finally:
-                self._writer.write()
-                self._pass(When.AFTER, event)
-
-        return watched
-
-    def _pass(self, when: When, event: str) -> None:
+        elif when is When.AFTER:
+            self._writer.write()
         moment = Moment(when, event, self._came_by[event])
         self.moments.append(moment)
         if moment != self._task.moment:
