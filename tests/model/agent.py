@@ -10,8 +10,9 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, Step, index_of, lagging
-from tests.model.world import Disk, Held, Setting, World, named, put, put_all, saved
+from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of, lagging
+from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
+from tests.model.world import Disk, Held, Kind, Setting, Step, World, named, put, put_all, saved
 from vmbackup.reconcile import machine, transition
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
@@ -59,11 +60,11 @@ class Agent:
         if any(disk.retry_at for disk in world.record.it.disks):
             over = self._record("back-off", world.record, _back_off_over)
             kept = self._record("back-off", world.kept, _back_off_over)
-            yield Step("the back-off is over", world._replace(record=over, kept=kept))
+            yield Step("time passes: the back-off is over", world._replace(record=over, kept=kept))
         if world.deaf:
-            yield Step("thawing may be tried again", world._replace(deaf=False))
+            yield Step("time passes: thawing may be tried again", world._replace(deaf=False))
         if world.config_failing:
-            yield Step("settling P may be tried again", world._replace(config_failing=False))
+            yield Step("time passes: settling P may be tried again", world._replace(config_failing=False))
         if world.copying:
             yield from self._copy(world)
         if world.plan is None:
@@ -78,10 +79,14 @@ class Agent:
         """Failures of the agent's own work."""
         if world.copying and world.plan is None:
             reason = Action(Do.FAIL_BACKUP, reason="copy")
-            yield Step("copy FAILS", self._decided(world, self._recorded(world.record, self.hold(reason))))
+            yield Step(
+                "FAULT: the copy fails",
+                self._decided(world, self._recorded(world.record, self.hold(reason))),
+                Kind.FAULT,
+            )
         if world.plan and world.plan[0] == "do" and world.plan[1].it.do is Do.SHIP:
             failed = self._record("unshipped", world.record, lambda r: replace(r, copy=Copy.FAILED))
-            yield Step("shipping FAILS", world._replace(plan=None, record=failed, kept=failed))
+            yield Step("FAULT: shipping fails", world._replace(plan=None, record=failed, kept=failed), Kind.FAULT)
 
     # ------------------------------------------------------------------------------------------ observe, decide
     def _decide(self, world: World) -> Iterator[Step]:
@@ -90,9 +95,9 @@ class Agent:
         nothing = do in (Do.WAIT, Do.DONE) or (do is Do.COPY and world.copying and not _copied(world))
         nothing = nothing or (do is Do.RELEASE and world.vmbackup == "released")
         if not nothing:
-            yield Step(f"decide {do}", world._replace(plan=("do", action), doubt=doubt))
+            yield Step(DECIDES + do, world._replace(plan=("do", action), doubt=doubt))
         elif doubt != world.doubt:
-            yield Step("the doubt is gone", world._replace(doubt=doubt))
+            yield Step(AGENT + "the doubt is gone", world._replace(doubt=doubt))
 
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
@@ -129,35 +134,35 @@ class Agent:
         match do:
             case Do.COPY:
                 if not (world.copying and _copied(world)):
-                    return Step("copy begins", done._replace(copying=True))
+                    return Step(AGENT + "begin to copy", done._replace(copying=True))
                 taken = self._record("taken", world.record, lambda r: replace(r, copy=Copy.TAKEN))
-                return Step("the copy is COMPLETE", self._decided(done, taken))
+                return Step(AGENT + "the copy is COMPLETE", self._decided(done, taken))
             case Do.SHIP:
                 record = self._record("shipped", world.record, lambda r: replace(r, copy=Copy.STORED))
-                return Step("copy is stored", done._replace(record=record, kept=record))
+                return Step(AGENT + "store the copy", done._replace(record=record, kept=record))
             case Do.PLAN:
                 record = self._record("anew", world.record, transition.planned_anew)
-                return Step("plan anew", done._replace(record=record, kept=record))
+                return Step(AGENT + "plan anew", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
                 after = put(done, index, overlay=None)._replace(full=False, kept=world.record)
-                return Step(named("UNLINK overlay", world, index), after)
+                return Step(named(AGENT + "UNLINK the overlay", world, index), after)
             case Do.RECORD_FAILURE:
                 record = self._failed(world.record, action)
-                return Step("journal record-failure", done._replace(record=record, kept=record))
+                return Step(AGENT + "record-failure", done._replace(record=record, kept=record))
             case Do.RELEASE:
-                return Step("RELEASE the finalizer", done._replace(vmbackup="released"))
+                return Step(AGENT + "RELEASE the finalizer", done._replace(vmbackup="released"))
             case Do.SYNC_CONFIG:
                 return self._sync_config(done, action)
             case Do.COMPARE:
                 return self._compare(done, action)
             case _:
                 record = self._recorded(world.record, action)
-                return Step(named(f"journal {do}", world, index), self._decided(done, record))
+                return Step(named(AGENT + do, world, index), self._decided(done, record))
 
     def _send(self, world: World, action: Held[Action]) -> Step:
         """Journal, then send. The call waits for its turn; with libvirtd gone, the outcome is unknown."""
         record = self._record(("begun", action), world.record, lambda r: transition.begun(r, action.it))
-        label = named(f"send {action.it.do}", world, index_of(action.it))
+        label = named(ASKS + action.it.do, world, index_of(action.it))
         if not world.libvirtd:
             return Step(label + ": no libvirtd", world._replace(record=record, plan=None, doubt=True))
         if world.call:  # an older one still has libvirt's job (only without the barrier)
@@ -166,7 +171,7 @@ class Agent:
 
     def _take_answer(self, world: World, outcome: str, action: Held[Action]) -> Step:
         record = self._answered(world.record, action) if outcome == "ok" else self._failed(world.record, action)
-        label = f"journal {action.it.do}: {outcome}"
+        label = f"{TOLD}{action.it.do}: {outcome}"
         deaf = world.deaf or (outcome == "error" and action.it.do is Do.THAW)
         failing = world.config_failing or (world.config_full and outcome == "error" and action.it.do is Do.REDEFINE)
         after = world._replace(record=record, plan=None, deaf=deaf, config_failing=failing)
@@ -181,18 +186,18 @@ class Agent:
         disks = {"abcd"[n]: disk.durable for n, disk in enumerate(world.disks)}
         if all(disks[target] == LETTER[image] for target, image in action.it.images):
             settled = world._replace(record=self._answered(world.record, action), config_failing=False)
-            return Step("fsync config", settled)
-        return Step("fsync config: it names others", world._replace(record=self._failed(world.record, action)))
+            return Step(AGENT + "sync", settled)
+        return Step(AGENT + "sync: it names others", world._replace(record=self._failed(world.record, action)))
 
     def _compare(self, world: World, action: Held[Action]) -> Step:
         """Live only. Overlay over base against base."""
         disk = world.disks[index_of(action.it)]
         if world.guest != "off" or disk.overlay is None:
-            return Step("compare: locked", world)
+            return Step(AGENT + "compare: locked", world)
         same = all(o in (None, b) for o, b in zip(disk.overlay, disk.base, strict=True))
         do = Do.CLEAR_PIVOT if same else Do.QUARANTINE
         record = self._recorded(world.record, self.hold(replace(action.it, do=do)))
-        label = f"compare: {'identical' if same else 'different'}"
+        label = f"{AGENT}compare: {'identical' if same else 'different'}"
         return Step(label, world._replace(record=record, kept=record))
 
     # ------------------------------------------------------------------------------------------ copy
@@ -204,7 +209,7 @@ class Agent:
                     if world.guest != "off" and (disk.writes == "B" or disk.job != "-"):
                         return  # refused
                     copied = (*disk.copied[:n], disk.base[n], *disk.copied[n + 1 :])
-                    yield Step(named(f"copy block {n}", world, index), put(world, index, copied=copied))
+                    yield Step(named(f"{AGENT}copy block {n}", world, index), put(world, index, copied=copied))
                     return
 
     def _decided(self, world: World, record: Held[Record]) -> World:
@@ -254,7 +259,15 @@ def _copied(world: World) -> bool:
 
 def _visible(disk: Disk) -> Eyes:
     """What an agent could see of a disk, QEMU's own word included. A locked overlay is not looked into."""
-    file = "-" if disk.overlay is None else "locked" if disk.locked else "data" if any(disk.overlay) else "empty"
+    file = (
+        "-"
+        if disk.overlay is None
+        else "locked"
+        if disk.locked
+        else "data"
+        if disk.overlay.count(None) < len(disk.overlay)
+        else "empty"
+    )
     at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
     return disk.live, disk.persistent, file, disk.mirror, disk.known, at_end, disk.writes
 

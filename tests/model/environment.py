@@ -12,38 +12,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.libvirt import Step, libvirtd_gone, no_answer, qemu_gone
-from tests.model.world import Setting, World, content, named, put, saved
+from tests.model.libvirt import libvirtd_gone, no_answer, qemu_gone
+from tests.model.world import Kind, Setting, Step, World, content, named, put, saved
 
-BOOT_FAILS = "BOOT FAILS"
+BOOT_FAILS = "user boots the guest: it cannot open its image"
+NEWEST = 9  # newer than every version (see world.ranked)
 
 
-def free_steps(world: World, setting: Setting) -> Iterator[Step]:
+def free_steps(world: World) -> Iterator[Step]:
     """What guest and user may do at any time, or never."""
-    if world.guest == "running" and not world.frozen and world.written < setting.writes:
-        yield from _guest_writes(world)
     idle = world.plan is None and world.call is None and all(d.durable == d.writes for d in world.disks)
     if world.guest == "paused" and idle:
-        yield Step("the user resumes the guest", world._replace(guest="running"))
+        yield Step("user resumes the guest", world._replace(guest="running"))
     observed = world.plan is not None and world.plan[0] == "do"
     if world.guest == "off" and world.libvirtd and not world.call and world.config == "saved" and not observed:
         yield from _boot(world)
 
 
-def _guest_writes(world: World) -> Iterator[Step]:
-    version = world.written + 1
+def guest_writes(world: World) -> Iterator[Step]:
+    """One write, to any location of any disk."""
+    if world.guest != "running" or world.frozen:
+        return
     for index, disk in enumerate(world.disks):
         for n in range(len(disk.base)):
             if disk.writes == "O" and disk.overlay is not None:
                 if world.full and disk.overlay[n] is None:
-                    yield Step("the guest pauses: no space", world._replace(guest="io-error"))
+                    yield Step("QEMU pauses the guest: no space for its overlay", world._replace(guest="io-error"))
                     continue
-                written = {"overlay": (*disk.overlay[:n], version, *disk.overlay[n + 1 :])}
+                written = {"overlay": (*disk.overlay[:n], NEWEST, *disk.overlay[n + 1 :])}
             else:
-                written = {"base": (*disk.base[:n], version, *disk.base[n + 1 :])}
-            acked = (*disk.acked[:n], version, *disk.acked[n + 1 :])
-            after = put(world._replace(written=version), index, acked=acked, **written)
-            yield Step(named(f"the guest writes {version} to {disk.writes}", world, index), after)
+                written = {"base": (*disk.base[:n], NEWEST, *disk.base[n + 1 :])}
+            acked = (*disk.acked[:n], NEWEST, *disk.acked[n + 1 :])
+            after = put(world, index, acked=acked, **written)
+            image = "overlay" if disk.writes == "O" else "base"
+            yield Step(named(f"guest writes to its {image}", world, index), after, Kind.WRITE)
 
 
 def _boot(world: World) -> Iterator[Step]:
@@ -57,15 +59,15 @@ def _boot(world: World) -> Iterator[Step]:
         for d, c in zip(world.disks, contents, strict=True)
     )
     names = "".join(d.persistent for d in world.disks)
-    yield Step(f"boot from {names}", world._replace(guest="running", full=False, disks=disks))
+    yield Step(f"user boots the guest, P={names}", world._replace(guest="running", full=False, disks=disks))
 
 
 def background_steps(world: World) -> Iterator[Step]:
     """What comes about by itself."""
     if world.config_full:
-        yield Step("space for the configuration is freed", world._replace(config_full=False))
+        yield Step("user frees space for the configuration", world._replace(config_full=False))
     if world.libvirtd and world.config == "cached":
-        yield Step("config becomes durable", saved(world))
+        yield Step("time passes: the configuration becomes durable", saved(world))
 
 
 def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
@@ -74,26 +76,30 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
         dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
-        yield Step("KILL agent", dead)
+        yield _fault("the agent is killed", dead)
         if waiting and world.call and world.call[1] == 0:
-            yield Step("KILL agent, its call never sent", dead._replace(call=None))
+            yield _fault("the agent is killed before its call is sent", dead._replace(call=None))
     if world.libvirtd:
-        yield Step("KILL libvirtd", libvirtd_gone(world))
+        yield _fault("libvirtd is killed", libvirtd_gone(world))
     if world.guest != "off" and not spared:
-        yield Step("QEMU DIES", qemu_gone(world))
+        yield _fault("QEMU dies (or the guest powers off)", qemu_gone(world))
     if world.guest == "off" or not spared:
-        yield Step("POWER CUT", _power_cut(world))
+        yield _fault("power cut", _power_cut(world))
     if waiting:
-        yield Step("the call TIMES OUT (still in flight)", no_answer(world))
+        yield _fault("the call times out, and is still in flight", no_answer(world))
     if not world.full and any(d.overlay is not None for d in world.disks):
-        yield Step("overlay file system FULL", world._replace(full=True))
+        yield _fault("the overlays' file system is full", world._replace(full=True))
     if setting.config_full and not world.config_full:
-        yield Step("configuration file system FULL", world._replace(config_full=True))
+        yield _fault("the configuration's file system is full", world._replace(config_full=True))
     for index, disk in enumerate(world.disks):
         if disk.job in ("copying", "ready") and world.libvirtd and not world.call:
-            yield Step(named("job FAILS", world, index), put(world, index, job="-", mirror="-", known=False))
+            yield _fault(named("QEMU's job fails", world, index), put(world, index, job="-", mirror="-", known=False))
     if world.vmbackup == "wanted":
-        yield Step("VMBackup DELETED", world._replace(vmbackup="deleted"))
+        yield _fault("the user deletes the VMBackup", world._replace(vmbackup="deleted"))
+
+
+def _fault(label: str, world: World) -> Step:
+    return Step("FAULT: " + label, world, Kind.FAULT)
 
 
 def _power_cut(world: World) -> World:

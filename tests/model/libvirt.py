@@ -8,9 +8,8 @@ between its steps, and a call whose client has given up goes on all the same (re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from tests.model.world import Disk, World, content, named, put, put_all
+from tests.model.world import Disk, Kind, Step, World, content, named, put, put_all
 from vmbackup.reconcile.record import Image
 from vmbackup.reconcile.terms import Action, Do
 
@@ -20,24 +19,14 @@ SAVES_CONFIG = 3
 GUEST_AGENT_CALLS = (Do.FREEZE, Do.THAW)  # an unknown outcome is a failure: nothing of the chain hangs on it
 
 
-class Step(NamedTuple):
-    """One step: what happens, and the world after it."""
-
-    label: str
-    world: World
-    fault: bool = False
-
-
 def call_steps(world: World) -> Iterator[Step]:
-    """The next step of the call in flight, in every way that it may turn out."""
+    """The next step of the call in flight."""
     assert world.call
     action, step = world.call[0].it, world.call[1]
-    if step == 0:
-        yield Step(f"{action.do} fails, nothing done", answer(world, "error"), fault=True)
     if step == SAVES_CONFIG:
-        yield from _save_config(world, action)
+        yield _save_config(world, action)
     elif action.do is Do.REDEFINE and world.config_full:
-        yield Step("redefine fails: no space for the configuration", answer(world, "error"))
+        yield Step("libvirt cannot redefine: no space for the configuration", answer(world, "error"))
     elif action.do is Do.SNAPSHOT:
         yield _snapshot(world, step)
     elif action.do is Do.COMMIT:
@@ -48,6 +37,16 @@ def call_steps(world: World) -> Iterator[Step]:
         yield _redefine(world, action)
     else:
         yield _guest_call(world, action.do)
+
+
+def call_fails(world: World) -> Iterator[Step]:
+    """The call in flight fails before it has done anything, or in its last step: it cannot save the configuration."""
+    assert world.call
+    action, step = world.call[0].it, world.call[1]
+    if step == 0:
+        yield Step(f"FAULT: libvirt fails to {action.do}, nothing is done", answer(world, "error"), Kind.FAULT)
+    if step == SAVES_CONFIG and not world.config_full:
+        yield _saving_fails(world, action)._replace(kind=Kind.FAULT)
 
 
 def answer(world: World, outcome: str) -> World:
@@ -72,14 +71,14 @@ def _guest_call(world: World, do: Do) -> Step:
     """Suspend, resume: one QMP command. Freeze, thaw: the guest agent, which is deaf while the guest is paused."""
     if do is Do.SUSPEND:
         guest = "suspended" if world.guest == "running" else world.guest
-        return Step("QEMU suspends", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+        return Step("QEMU suspends the guest", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
     if do is Do.RESUME:
         guest = "off" if world.guest == "off" else "running"
-        return Step("QEMU resumes", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+        return Step("QEMU resumes the guest", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
     assert do in GUEST_AGENT_CALLS
     if world.guest != "running":
-        return Step(f"{do} fails: the guest agent is deaf", answer(world, "error"))
-    return Step(f"the guest agent does {do}", answer(world._replace(frozen=do is Do.FREEZE), "ok"))
+        return Step(f"libvirt cannot {do}: the guest agent is deaf", answer(world, "error"))
+    return Step(f"libvirt lets the guest agent {do}", answer(world._replace(frozen=do is Do.FREEZE), "ok"))
 
 
 def _redefine(world: World, action: Action) -> Step:
@@ -89,7 +88,7 @@ def _redefine(world: World, action: Action) -> Step:
         after = put(after, "abcd".index(target), persistent=LETTER[image])
     changed = after.config != "saved" or any(d.persistent != d.durable for d in after.disks)
     names = "".join(d.persistent for d in after.disks)
-    return Step(f"P:={names}", answer(after._replace(config="cached" if changed else "saved"), "ok"))
+    return Step(f"libvirt redefines: P={names}", answer(after._replace(config="cached" if changed else "saved"), "ok"))
 
 
 def _snapshot(world: World, step: int) -> Step:
@@ -98,17 +97,19 @@ def _snapshot(world: World, step: int) -> Step:
         taken = any(d.overlay is not None or d.persistent != "B" for d in world.disks)
         busy = any(d.live != "B" or d.writes != "B" or d.known or d.mirror != "-" for d in world.disks)
         if taken or (world.guest != "off" and busy):
-            return Step("snapshot refused", answer(world, "error"))
+            return Step("libvirt refuses the snapshot", answer(world, "error"))
         if world.guest == "off":  # it succeeds, silently (replayed)
             disks = tuple(_fresh_overlay(d)._replace(persistent="O", snapshot=d.base) for d in world.disks)
-            return Step("OFFLINE snapshot", answer(world._replace(disks=disks, config="cached"), "ok"))
+            return Step(
+                "libvirt takes the snapshot OFFLINE", answer(world._replace(disks=disks, config="cached"), "ok")
+            )
         disks = tuple(_fresh_overlay(d) for d in world.disks)
         return Step("libvirt creates the overlays", _next(world._replace(disks=disks), 1))
     if step == 1:
         disks = tuple(d._replace(writes="O", locked=True, snapshot=d.base) for d in world.disks)
         return Step("QEMU switches to the overlays", _next(world._replace(disks=disks), 2))
     saved = put_all(world, live="O", persistent="O")._replace(config="unsaved")
-    return Step("libvirt saves status L=O", _next(saved, SAVES_CONFIG))
+    return Step("libvirt saves its status: L=O", _next(saved, SAVES_CONFIG))
 
 
 def _fresh_overlay(disk: Disk) -> Disk:
@@ -122,7 +123,7 @@ def _commit(world: World, index: int, step: int) -> Step:
     if step == 0:
         idle = not disk.known and disk.mirror == "-" and disk.job == "-"
         if world.guest == "off" or disk.live != "O" or disk.writes != "O" or not idle:
-            return Step(named("commit refused", world, index), answer(world, "error"))
+            return Step(named("libvirt refuses the commit", world, index), answer(world, "error"))
         return Step(named("libvirt registers the job", world, index), _next(put(world, index, known=True), 1))
     if step == 1:
         return Step(named("QEMU starts the job", world, index), _next(put(world, index, job="copying"), 2))
@@ -134,12 +135,12 @@ def _pivot(world: World, index: int, step: int) -> Step:
     disk = world.disks[index]
     if step == 0:
         if world.guest == "off" or not disk.known or disk.job != "ready":
-            return Step(named("pivot refused", world, index), answer(world, "error"))
+            return Step(named("libvirt refuses the pivot", world, index), answer(world, "error"))
         after = put(world, index, base=content(disk, "O"), writes="B", job="concluded")
         return Step(named("QEMU pivots to base", world, index), _next(after, 1))
     if step == 1:
         return Step(named("libvirt dismisses the job", world, index), _next(put(world, index, job="-"), 2))
-    return Step(named("libvirt saves status L=B", world, index), _next(_pivoted(world, index), SAVES_CONFIG))
+    return Step(named("libvirt saves its status: L=B", world, index), _next(_pivoted(world, index), SAVES_CONFIG))
 
 
 def _pivoted(world: World, index: int) -> World:
@@ -148,13 +149,17 @@ def _pivoted(world: World, index: int) -> World:
     return after._replace(config=config)
 
 
-def _save_config(world: World, action: Action) -> Iterator[Step]:
-    """The last step of snapshot and pivot. A failed save: an error of the first, success of the other (replayed)."""
+def _save_config(world: World, action: Action) -> Step:
+    """The last step of snapshot and pivot."""
+    if world.config_full:
+        return _saving_fails(world, action)
+    return Step("libvirt saves the configuration", answer(world._replace(config="cached"), "ok"))
+
+
+def _saving_fails(world: World, action: Action) -> Step:
+    """An error of the snapshot, success of the pivot (replayed)."""
     outcome = "error" if action.do is Do.SNAPSHOT else "ok"
-    if not world.config_full:
-        yield Step("libvirt saves config", answer(world._replace(config="cached"), "ok"))
-    label = f"saving config fails, {action.do} says {outcome}"
-    yield Step(label, answer(world, outcome), fault=not world.config_full)
+    return Step(f"libvirt FAILS to save the configuration, the answer is: {outcome}", answer(world, outcome))
 
 
 def qemu_gone(world: World) -> World:
@@ -207,16 +212,18 @@ def libvirtd_starts(world: World) -> World:
 def block_job_steps(world: World) -> Iterator[Step]:
     """The active commit: copies what base lacks, in the background; READY when nothing is left."""
     for index, disk in enumerate(world.disks):
-        if disk.job in ("copying", "ready") and disk.writes == "O":
+        if disk.job == "-":
+            continue
+        if disk.job != "concluded" and disk.writes == "O":
             lag = lagging(disk)
             if lag is not None:
                 assert disk.overlay
                 base = (*disk.base[:lag], disk.overlay[lag], *disk.base[lag + 1 :])
-                yield Step(named(f"job copies block {lag}", world, index), put(world, index, base=base))
+                yield Step(named(f"QEMU's job copies block {lag} to base", world, index), put(world, index, base=base))
             elif disk.job == "copying":
                 seen = world.libvirtd and disk.mirror == "pending"
                 after = put(world, index, job="ready", mirror="ready" if seen else disk.mirror)
-                yield Step(named("job is READY", world, index), after)
+                yield Step(named("QEMU's job is READY", world, index), after)
         if world.libvirtd and disk.job == "ready" and disk.mirror == "pending":
             yield Step(named("libvirt sees READY", world, index), put(world, index, mirror="ready"))
 

@@ -9,7 +9,7 @@ from tests.model.mutants import MUTANTS, Mutant
 from tests.model.world import Setting
 
 SETTINGS = (
-    Setting(disks=1, faults=2, writes=2),
+    Setting(disks=1, faults=3, writes=3),
     Setting(disks=1, faults=2, writes=2, orphan=True),
     Setting(disks=2, faults=1, writes=1),
     Setting(disks=1, faults=1, writes=2, quiesce=True),
@@ -33,6 +33,25 @@ def test_a_violation_is_found_without(mutant: Mutant):
         result = Checker(mutant.setting).run(stop_at_first=True)
     print(result)
     assert not result.sound, f"{mutant.repair} taken out ({mutant.without}), and {result.states} states show nothing"
+
+
+def test_a_violation_is_told_in_a_few_lines():
+    mutant = next(mutant for mutant in MUTANTS if mutant.repair == "R3")
+    with mutant.applied():
+        result = Checker(mutant.setting).run(stop_at_first=True)
+    assert next(iter(result.violations.values())).splitlines() == [
+        "  KEY the guest can write, and P on disk names another image  [1 disk, 1 fault, 1 write]",
+        "    1. agent: settle P, intend-snapshot, suspend",
+        "    2. agent asks libvirt: snapshot",
+        "    3. libvirt creates the overlays",
+        "    4. QEMU switches to the overlays",
+        "    5. FAULT: libvirtd is killed",
+        "    6. libvirtd starts",
+        "    7. agent asks libvirt: resume",
+        "    8. QEMU resumes the guest",
+        "   => guest running; journal: snapshot intended, guard ours, copy open; the agent would decide: wait",
+        "      disk a: QEMU writes overlay, L=base, P=base (durable: base); the overlay holds nothing new",
+    ]
 
 
 def test_every_repair_has_a_mutant():

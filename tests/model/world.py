@@ -1,13 +1,14 @@
 """The state of the model world: one guest, its disks, libvirtd, the agent.
 
 An image is a tuple: the version that each location holds; a location of an overlay is None until it is written, and
-then falls through to base. All guest writes are taken as flushed and acknowledged. Images are named by a letter:
-B (base), O (our overlay), - (none).
+then falls through to base. Only which version of a location is newer matters: they are kept as ranks (`ranked`). All
+guest writes are taken as flushed and acknowledged. Images are named by a letter: B (base), O (our overlay), - (none).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from vmbackup.reconcile.record import Record
@@ -56,7 +57,6 @@ class World(NamedTuple):
     config: str = "saved"  # saved: P is durable; cached: written, not yet durable; unsaved: P is libvirt's word only
     full: bool = False  # the overlays' file system
     config_full: bool = False  # the file system of libvirt's configuration
-    written: int = 0  # guest writes so far
     call: tuple[Held[Action], int] | None = None  # the libvirt call in flight, and its next step
     vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
     agent: bool = True
@@ -65,7 +65,22 @@ class World(NamedTuple):
     copying: bool = False  # in the background
     deaf: bool = False  # thawing has just failed, and is not tried again yet
     config_failing: bool = False  # settling P has failed so often that the guest does not wait for it
-    faults: int = 0
+
+
+class Kind(Enum):
+    """What a step takes from the limits of the setting."""
+
+    FREE = 0
+    WRITE = 1
+    FAULT = 2
+
+
+class Step(NamedTuple):
+    """One step: what happens, and the world after it."""
+
+    label: str
+    world: World
+    kind: Kind = Kind.FREE
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,8 @@ class Setting:
     def __str__(self) -> str:
         extras = [name for name in ("orphan", "live", "quiesce", "paused", "config_full") if getattr(self, name)]
         extras += [] if self.limit is None else [f"limit {self.limit}"]
-        return ", ".join([f"{self.disks} disks", f"{self.faults} faults", f"{self.writes} writes", *extras])
+        sizes = {"disk": self.disks, "fault": self.faults, "write": self.writes}
+        return ", ".join([*(f"{n} {what}{'s' * (n != 1)}" for what, n in sizes.items()), *extras])
 
 
 def start(setting: Setting, record: Held[Record]) -> World:
@@ -128,6 +144,26 @@ def needed(disk: Disk) -> bool:
     """The overlay holds data newer than base."""
     return disk.overlay is not None and any(
         o is not None and o > (b or 0) for o, b in zip(disk.overlay, disk.base, strict=True)
+    )
+
+
+def ranked(disk: Disk) -> Disk:
+    """The disk with the versions of each location counted from 0 without gaps: equal worlds look equal."""
+    images = (disk.base, disk.overlay, disk.acked, disk.snapshot, disk.copied)
+    ranks = [
+        {version: rank for rank, version in enumerate(sorted({v for v in versions if v is not None}))}
+        for versions in zip(*(image for image in images if image), strict=True)
+    ]
+
+    def rank(image: Versions) -> Versions:
+        return tuple(None if v is None else ranks[n][v] for n, v in enumerate(image))
+
+    return disk._replace(
+        base=rank(disk.base),
+        overlay=disk.overlay and rank(disk.overlay),
+        acked=rank(disk.acked),
+        snapshot=disk.snapshot and rank(disk.snapshot),
+        copied=rank(disk.copied),
     )
 
 
