@@ -16,6 +16,7 @@ from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
 from vmbackup.node.turn import Turn
 from vmbackup.reconcile import journal as journals
+from vmbackup.reconcile.domain_lock import is_locked
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
@@ -270,6 +271,9 @@ class Keeper:
             self._refuse()
             return
         record = await self._record()
+        if record is None and self._handled is None and self._seen.over:  # another process has run it
+            self._handled = self._seen.handled_retry
+            return
         if record is None and self._handled is not None:
             await self._note()  # it is over, and what could be taken up again is not known here any more
             return
@@ -278,11 +282,17 @@ class Keeper:
             self._released.set()
         elif ending is Ending.FINISHED:
             self._handled = str(self._writer.latest.get("lastHandledRetry") or "")
+        elif not self._stopped and self._doomed is None:
+            raise TransientError(
+                "another process has run it: its VMBackup will say how that ended", reason="RunElsewhere"
+            )
         self._changed.set()
 
     async def _release(self) -> None:
         """It was deleted: bring the chain home, or record the orphan, and delete the data if that is asked for."""
         record = await self._record()
+        if record is None and await self._call(is_locked, self._ref.uid, self._premises.node.lock_dir):
+            return  # another process runs it: the chain is that one's to bring home
         if record is None or self._spec is None:
             await self._delete_data()
             ending = Ending.RELEASED

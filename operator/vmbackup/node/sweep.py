@@ -12,6 +12,7 @@ from pathlib import Path
 from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.node import memory
+from vmbackup.node.alone import Alone
 from vmbackup.node.duty import Body, Seen, begun, done
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.premises import Premises
@@ -27,6 +28,8 @@ from vmbackup.stores import open_store
 from vmbackup.stores.base import Store
 
 _log = logging.getLogger(__name__)
+
+_LIST_AGAIN = 2.0  # seconds
 
 
 class Sweep:
@@ -47,16 +50,18 @@ class Sweep:
         self._stopped = False
 
     async def begin(self) -> None:
-        """Before anything runs: what had begun keeps its domain, and metrics are what they were. Waits for the API."""
+        """Before anything runs: what had begun keeps its domain, and metrics are what they were.
+
+        Waits for the API server; what had begun is carried on meanwhile.
+        """
         records = await self._records()
         for record in records:
             if begun(record) and not record.finished:
                 self._premises.queue.reserve(record.domain_uuid, record.uid)
             self._tell_overlays(record)
         bodies = await self._list()
-        while bodies is None:
-            await asyncio.sleep(2.0)
-            bodies = await self._list()
+        if bodies is None:
+            bodies = await self._list_at_last(records)
         self._tell_successes(bodies, records)
         self._count_orphans(records, {Seen(body).uid for body in bodies})
 
@@ -115,6 +120,17 @@ class Sweep:
             _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
             return None
         return list(bodies)
+
+    async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
+        alone = Alone(self._premises)
+        alone.carry_on(record for record in records if begun(record) and record.store and not record.finished)
+        try:
+            while (bodies := await self._list()) is None:
+                await asyncio.sleep(_LIST_AGAIN)
+        finally:
+            alone.stop()
+        await alone.ended()
+        return bodies
 
     # -- journals whose VMBackup is gone
 

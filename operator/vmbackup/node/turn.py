@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import msgspec
+
+from vmbackup.api.spec import StoreSpec
 from vmbackup.api.status import Phase, Reason, Report
 from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.node.duty import Seen, begun, done
@@ -35,7 +38,7 @@ class Turn:
         self._reporter = reporter
         self._backup: Backup | None = None
         self._ticket: Ticket | None = None
-        self._store: Store | None = None
+        self._store: StoreSpec | None = None
 
     async def run(self, record: Record | None) -> Ending:
         """Run it from wherever its record stands, once it may. Raises VMBackupError if it cannot even begin."""
@@ -43,7 +46,7 @@ class Turn:
         try:
             if not await self._admitted(seen, record):
                 return Ending.INTERRUPTED
-            await self._find_store()
+            await self._find_store(record)
             self._backup = Backup(
                 premises.node,
                 BackupKey(seen.metadata["namespace"], seen.metadata["name"], seen.uid),
@@ -51,6 +54,7 @@ class Turn:
                 open_store=self.open_store,
                 reporter=self._reporter,
                 spec=seen.spec,
+                store=None if self._store is None else msgspec.to_builtins(self._store),
             )
             return await premises.threads.run(self._backup.run, f"backup-{seen.name}")
         finally:
@@ -76,8 +80,8 @@ class Turn:
     def open_store(self) -> Store:
         """Its store. Blocks, and is called by the threads of the backup."""
         if self._store is None:
-            self._store = open_store(self._premises.cluster.store(self._wish().spec.store))
-        return self._store
+            self._store = self._premises.cluster.store(self._wish().spec.store)
+        return open_store(self._store)
 
     async def _admitted(self, seen: Seen, record: Record | None) -> bool:
         """Wait for its turn, where it needs one. False: it need not run any more."""
@@ -110,12 +114,14 @@ class Turn:
             return ""
         return guest.uuid
 
-    async def _find_store(self) -> None:
+    async def _find_store(self, record: Record | None) -> None:
         """Look the store up beforehand: a backup that has begun must not fail because the API server is away."""
         try:
             await self._premises.threads.call(self.open_store)
         except TransientError:
-            if not self._wish().deleted:
+            if record is not None and record.store:
+                self._store = StoreSpec.parse(record.store)
+            elif not self._wish().deleted:
                 raise
         except VMBackupError:
             return  # the backup says so

@@ -62,25 +62,36 @@ class Backup:
         open_store: Callable[[], Store],
         reporter: Reporter,
         spec: Mapping[str, Any] | None = None,
+        store: Mapping[str, Any] | None = None,
     ) -> None:
-        """`spec`: that of the VMBackup on an API server, for the journal: it outlives the VMBackup."""
+        """`spec`, `store`: the specs of VMBackup and VMBackupStore on an API server, for the journal.
+
+        It outlives the VMBackup, and is what there is while the API server is away.
+        """
         self._node = node
         self._key = key
         self._spec = spec or {}
+        self._store = store or {}
         self._wish = wish
         self._open_store = open_store
         self._reporter = reporter
         self._woken = threading.Event()
+        self._waited = False  # for another process that has this very backup
 
     def wake(self) -> None:
         """Look at once: the wish has changed. From any thread."""
         self._woken.set()
 
     def run(self) -> Ending:
-        """Run it to its end. Raises PermanentError where the journal or a lock cannot be written."""
+        """Run it to its end. Raises PermanentError where the journal or a lock cannot be written.
+
+        Where another process has run it and this node's state knows nothing of that, it is not run again: INTERRUPTED.
+        """
         # One process for each journal: else a second `vmbackup run` would replace it under the first.
         with domain_lock(self._key.uid, self._already_run, self._node.lock_dir) as held:
-            return self._run() if held else Ending.INTERRUPTED
+            if not held or (self._waited and journals.record_of(self._node.state_dir, self._key.uid) is None):
+                return Ending.INTERRUPTED
+            return self._run()
 
     def _run(self) -> Ending:
         journal = self._journal()
@@ -105,8 +116,17 @@ class Backup:
         journal = Journal.of(self._node.state_dir, self._key.uid)
         if journal is None:
             key = self._key
-            record = Record(key.uid, key.namespace, key.name, spec=self._spec, started=time.time(), boot_id=boot_id())
-            return Journal.start(self._node.state_dir, replace(record, handled_retry=self._wish().retry))
+            record = Record(
+                key.uid,
+                key.namespace,
+                key.name,
+                spec=self._spec,
+                store=self._store,
+                handled_retry=self._wish().retry,
+                started=time.time(),
+                boot_id=boot_id(),
+            )
+            return Journal.start(self._node.state_dir, record)
         taken_up = resumed_after_crash(of_this_boot(journal.record, boot_id(), boottime()))
         journal.write(taken_up, durable=False)
         return journal
@@ -144,9 +164,11 @@ class Backup:
                     return None
 
     def _already_run(self) -> bool:
-        """Another process has this very backup: wait for its end, unless told to stop."""
-        message = "another process runs this very backup"
-        self._reporter.report(Report(Phase.PENDING, Reason.QUEUED, message))
+        """Another process has this very backup: wait for its end, unless told to stop. Its status is that one's."""
+        if not self._waited:
+            self._waited = True
+            message = "another process runs this very backup: is a second agent started for this node?"
+            self._reporter.event("AlreadyRunning", message, warning=True)
         return not self._awaited().stop
 
     def _queued(self, record: Record) -> bool:

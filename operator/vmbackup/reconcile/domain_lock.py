@@ -33,6 +33,12 @@ def domain_lock(domain_uuid: str, wait: Callable[[], bool], directory: Path = DI
             os.close(fd)
 
 
+def is_locked(name: str, directory: Path = DIRECTORY) -> bool:
+    """Whether a process, this one included, holds this lock now. Raises as `domain_lock` does."""
+    with domain_lock(name, lambda: False, directory) as held:
+        return not held
+
+
 def _acquire(path: Path) -> int | None:
     """The open and locked file, or None while another process has it."""
     try:

@@ -113,6 +113,7 @@ class Record:
     domain: str = ""
     domain_uuid: str = ""
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the VMBackup; empty for `vmbackup run`
+    store: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the VMBackupStore; as `spec`
     disks: tuple[DiskRecord, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # target, why it is left out
     snapshot: Snapshot = Snapshot.NONE
