@@ -7,6 +7,7 @@ which it copies the images, and proves on the copies. `Witness.prove` is the end
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Generator, Mapping
@@ -146,9 +147,10 @@ class Witness:
         state = self.state()
         assert state in _RESTED, f"{self.name} was left {state}"
         with tempfile.TemporaryDirectory(prefix="vmbackup-proof-") as scratch:
+            tops = {target: self._top(target) for target in self.bases}
             with self._standing_still(state):
                 acknowledged = self.acknowledged()
-                copies = {target: _copied(self._top(target), Path(scratch)) for target in self.bases}
+                copies = {target: _copied(top, Path(scratch)) for target, top in tops.items()}
             for target, copy in copies.items():
                 self._prove_image(target, copy, acknowledged[target])
         self.guest.assert_only_rising()
@@ -204,8 +206,17 @@ class Witness:
         assert_restorable(backup.folder, self._bounds[uid])
 
     def _top(self, target: str) -> Path:
-        """The image that the guest writes, or would start on."""
-        return Path(self.source(target))
+        """The image that the guest writes, by QEMU's own word, or would start on."""
+        return Path(self.written()[target] if self.state() == "running" else self.source(target))
+
+    def written(self) -> dict[str, str]:
+        """The image that QEMU writes, by target: libvirt may be wrong about it."""
+        answer = self.libvirtd.virsh("qemu-monitor-command", self.name, '{"execute": "query-block"}')
+        found: dict[str, str] = {}
+        for device in json.loads(answer)["return"]:
+            if number := re.search(r"virtio-disk(\d+)", device.get("qdev") or ""):
+                found[f"vd{chr(ord('a') + int(number[1]))}"] = device["inserted"]["file"]
+        return found
 
     def _sources(self, *options: str) -> dict[str, str]:
         lines = self.libvirtd.virsh("domblklist", self.name, *options).splitlines()

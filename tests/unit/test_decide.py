@@ -135,6 +135,12 @@ LOST_PIVOT = on("O", "O", LOCKED, mirror=Mirror.READY, written="B")
         Do.RESUME,
     ),
     Row(
+        "resumed: whoever pauses it from now on is not us",
+        fresh({"settled": ON_OVERLAY}, snapshot=Snapshot.INTENDED, guard=Guard.OURS),
+        on("B", "O", LOCKED, written="O"),
+        Do.CLEAR_GUARD,
+    ),
+    Row(
         "settled, frozen by us: thaw",
         fresh({"settled": ON_OVERLAY}, snapshot=Snapshot.INTENDED, freeze=Freeze.FROZEN),
         on("B", "O", LOCKED, written="O"),

@@ -175,8 +175,8 @@ class Narration:
             return
         for disk in seen.disks:
             here = disk.persistent if disk.live is None else disk.live
-            if disk.overlay is None:
+            if disk.overlay is None and here is not Image.OVERLAY:
                 self._metrics.overlay_gone(record.domain, disk.target)
-            elif here is Image.OVERLAY:
+            else:
                 since = record.snapshot_time or record.started or time.time()
                 self._metrics.overlay(record.domain, disk.target, Path(record.disk(disk.target).overlay), since)

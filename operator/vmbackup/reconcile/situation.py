@@ -140,6 +140,8 @@ def quarantine(situation: Situation, reason: str) -> Action:
     """Never with the guest suspended or frozen by us. Say so once; then let a deleted VMBackup go, or wait."""
     if situation.suspended_by_us:
         return settle_if_possible(situation) or Action(Do.RESUME)
+    if situation.record.guard is not Guard.NONE:  # whoever pauses the guest from now on is not us
+        return Action(Do.CLEAR_GUARD)
     if action := thaw_guest(situation):
         return action
     if not situation.record.quarantined:

@@ -1,0 +1,111 @@
+"""A libvirtd that dies inside a call: QEMU has done its part, libvirt has not saved it.
+
+No kill hits these windows of milliseconds, so they are acted while libvirtd is dead: through QEMU's own monitor, or in
+the status that libvirtd has saved of a running domain.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from sandbox.libvirtd import Libvirtd
+from tests.domains import wait_until
+from vmbackup.errors import UnknownOutcomeError
+from vmbackup.hypervisor.guest import Guest
+
+_SECONDS = 60
+
+
+class LostCall:
+    """The next call of a method of Guest, whose answer gets lost; `sent`: what of it is carried out.
+
+    The backup is held in it from `wait` until `lose`.
+    """
+
+    def __init__(
+        self, patch: pytest.MonkeyPatch, method: str, sent: Callable[..., object] = lambda *_, **__: None
+    ) -> None:
+        real = getattr(Guest, method)
+        begun, over = threading.Event(), threading.Event()
+        self._begun, self._over = begun, over
+
+        def held(guest: Guest, *arguments: object, **options: object) -> None:
+            patch.setattr(Guest, method, real)
+            sent(guest, *arguments, **options)
+            begun.set()
+            over.wait(_SECONDS)
+            raise UnknownOutcomeError(f"{guest.name}: {method}: the answer was lost", reason="ConnectionLost")
+
+        patch.setattr(Guest, method, held)
+
+    def wait(self) -> None:
+        """Wait for the call."""
+        assert self._begun.wait(_SECONDS), "there was no such call"
+
+    def lose(self) -> None:
+        """Let the backup see that there will be no answer."""
+        self._over.set()
+
+
+def dies_having_switched(libvirtd: Libvirtd, domain: str, overlays: Mapping[str, str]) -> None:
+    """In the snapshot: QEMU writes the overlays, every XML names the bases."""
+    libvirtd.kill()
+    ((*devices,),) = libvirtd.qmp(domain, ("query-block", {}))
+    nodes = {_target(device): device["inserted"]["node-name"] for device in devices if "inserted" in device}
+    switches = [
+        {
+            "type": "blockdev-snapshot-sync",
+            "data": {
+                "node-name": nodes[target],
+                "snapshot-file": overlay,
+                "format": "qcow2",
+                "snapshot-node-name": f"switched-{target}",
+            },
+        }
+        for target, overlay in overlays.items()
+    ]
+    libvirtd.qmp(domain, ("transaction", {"actions": switches}))
+    libvirtd.start()
+
+
+def dies_having_pivoted(libvirtd: Libvirtd, domain: str, target: str) -> None:
+    """In the pivot, the job being dismissed: QEMU writes the base, every XML names the overlay, the mirror is ready."""
+    libvirtd.kill()
+    job = next(job["id"] for job in _jobs(libvirtd, domain) if target in job["id"].split("-"))
+    libvirtd.qmp(domain, ("job-complete", {"id": job}))
+    wait_until(lambda: _status(libvirtd, domain, job) == "concluded", "QEMU is on the base")
+    libvirtd.qmp(domain, ("job-dismiss", {"id": job}))
+    libvirtd.start()
+
+
+def dies_before_the_mirror(libvirtd: Libvirtd, domain: str, target: str) -> None:
+    """In the start of a commit: the job runs, and the XML has no <mirror>. Call it with the job begun."""
+    libvirtd.kill()
+    status = libvirtd.runtime_dir / f"libvirt/qemu/run/{domain}.xml"  # what it has saved of a running domain
+    before = status.read_text()
+    disk = re.search(rf"<disk type(?:(?!</disk>).)*<target dev='{target}'.*?</disk>", before, re.DOTALL)
+    assert disk is not None
+    assert "<mirror" in disk[0]
+    status.write_text(before.replace(disk[0], re.sub(r"<mirror.*</mirror>", "", disk[0], flags=re.DOTALL)))
+    libvirtd.start()
+
+
+def _target(device: Mapping[str, Any]) -> str:
+    """vda for the device path of virtio-disk0, and so on."""
+    number = re.search(r"virtio-disk(\d+)", str(device["qdev"]))
+    assert number is not None
+    return f"vd{chr(ord('a') + int(number[1]))}"
+
+
+def _jobs(libvirtd: Libvirtd, domain: str) -> list[dict[str, Any]]:
+    (jobs,) = libvirtd.qmp(domain, ("query-jobs", {}))
+    return jobs
+
+
+def _status(libvirtd: Libvirtd, domain: str, job: str) -> str:
+    return next(each["status"] for each in _jobs(libvirtd, domain) if each["id"] == job)
