@@ -7,17 +7,20 @@ import json
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
+from vmbackup.imaging.control import Cancelled, CopyControl
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.imaging.locks import is_locked
 
 QEMU_IMG_SECONDS = 60.0
 COMPARE_SECONDS = 6 * 3600.0
+_LOOK = 0.1  # seconds between looks whether qemu-img is to end
 
 # Start of a qcow2 header, version 2 and 3 (QEMU, docs/interop/qcow2.txt): magic, version, backing file offset and
 # length, cluster bits, size, encryption, number of L1 entries, their offset, refcount table (2), number of snapshots.
@@ -35,12 +38,13 @@ class OverlayFile:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """An image as `qemu-img info` shows it, sizes in bytes. `backing` and `data_file` as the image names them."""
+    """An image as `qemu-img info` shows it, sizes in bytes. `backing…` and `data_file` as the image names them."""
 
     format: str
     virtual_bytes: int
     allocated_bytes: int
     backing: str | None
+    backing_format: str | None
     data_file: str | None
     encrypted: bool
 
@@ -81,7 +85,7 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
     given = ("-f", image_format) if image_format else ()
     result = qemu_img("info", "--output=json", "-U", *given, str(path))
     if result.returncode != 0:
-        raise _failed(result, path)
+        raise failure_of(result, path)
     found: Mapping[str, Any] = json.loads(result.stdout)
     specific = cast("Mapping[str, Any]", found.get("format-specific", {}).get("data", {}))
     return ImageInfo(
@@ -89,6 +93,7 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
         virtual_bytes=found["virtual-size"],
         allocated_bytes=found.get("actual-size", 0),
         backing=found.get("backing-filename"),
+        backing_format=found.get("backing-filename-format"),
         data_file=specific.get("data-file"),
         encrypted=bool(found.get("encrypted", False)),
     )
@@ -126,7 +131,7 @@ def same_content(first: Path, first_format: str, second: Path, second_format: st
         "compare", "-f", first_format, "-F", second_format, str(first), str(second), timeout=COMPARE_SECONDS
     )
     if result.returncode not in (0, 1):
-        raise _failed(result, first)
+        raise failure_of(result, first)
     return result.returncode == 0
 
 
@@ -134,23 +139,29 @@ def rebase(path: Path, backing: str, backing_format: str) -> None:
     """Write another backing file into a qcow2's header, data untouched. `backing` is relative to the image's folder."""
     result = qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, str(path))
     if result.returncode != 0:
-        raise _failed(result, path)
+        raise failure_of(result, path)
 
 
-def qemu_img(*arguments: str, timeout: float = QEMU_IMG_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Run qemu-img. Raises PermanentError if it is not installed, TransientError after `timeout` seconds."""
+def qemu_img(
+    *arguments: str, timeout: float = QEMU_IMG_SECONDS, control: CopyControl | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run qemu-img. Raises PermanentError if it is not installed, TransientError after `timeout` seconds.
+
+    With a control it is killed, and Cancelled raised, as soon as that says so.
+    """
     environment = {**os.environ, "LC_ALL": "C"}
+    pipe, ends = subprocess.PIPE, time.monotonic() + timeout
+    command = ["qemu-img", *arguments]
     try:
-        return subprocess.run(
-            ["qemu-img", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace", env=environment
+        ) as process:
+            try:
+                output, errors = _until_it_ends(process, ends, control)
+            except BaseException:
+                process.kill()
+                raise
+            return subprocess.CompletedProcess(command, process.returncode, output, errors)
     except FileNotFoundError:
         raise PermanentError("qemu-img is not installed: install qemu-utils (Debian) or qemu-img") from None
     except subprocess.TimeoutExpired:
@@ -159,7 +170,19 @@ def qemu_img(*arguments: str, timeout: float = QEMU_IMG_SECONDS) -> subprocess.C
         raise classified(error, "qemu-img") from error
 
 
-def _failed(result: subprocess.CompletedProcess[str], path: Path) -> VMBackupError:
+def _until_it_ends(process: subprocess.Popen[str], ends: float, control: CopyControl | None) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(timeout=_LOOK)
+        except subprocess.TimeoutExpired:
+            if control is not None and control.cancelled.is_set():
+                raise Cancelled from None
+            if time.monotonic() > ends:
+                raise
+
+
+def failure_of(result: subprocess.CompletedProcess[str], path: Path) -> VMBackupError:
+    """What a qemu-img that has failed says of an image, as one of our kinds."""
     text = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
     if " lock" in text:
         return TransientError(f"{path} is in use: {text}", reason="ImageBusy")

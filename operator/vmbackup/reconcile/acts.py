@@ -19,13 +19,21 @@ from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.journal import Journal, sync_directory
+from vmbackup.reconcile.merging import Merging
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
 from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
 from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
-from vmbackup.reconcile.transition import answered, failed, planned_anew, recorded, without_switches
+from vmbackup.reconcile.transition import (
+    answered,
+    failed,
+    merged_offline,
+    planned_anew,
+    recorded,
+    without_switches,
+)
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
@@ -52,6 +60,7 @@ class Acts:
         earlier: Callable[[], Iterable[Record]],
         adopted_home: Callable[[], None],
         copying: Copying,
+        merging: Merging,
         narration: Narration,
         backoff: Backoff,
     ) -> None:
@@ -63,6 +72,7 @@ class Acts:
         self._earlier = earlier
         self._adopted_home = adopted_home
         self._copying = copying
+        self._merging = merging
         self._narration = narration
         self._backoff = backoff
         self._failed: dict[Do, int] = {}
@@ -106,10 +116,15 @@ class Acts:
     def let_go(self) -> None:
         """This run is over: nothing of it goes on."""
         self._copying.cancel()
+        self._merging.let_go()
 
     def cancel_copy(self) -> None:
         """Something else comes first: no reader may be left on the base when a commit begins."""
         self._copying.cancel_copy()
+
+    def stop_merging(self) -> None:
+        """Something else comes first: a guest may start on its overlay again."""
+        self._merging.let_go()
 
     def tend(self, view: View, wish: Wish) -> None:
         """While waiting: let a changed bandwidth take effect, and say it once when a commit passes its deadline."""
@@ -129,6 +144,8 @@ class Acts:
                 return self._copy(wish)
             case Do.SHIP:
                 return self._ship(wish)
+            case Do.MERGE_OFFLINE:
+                return self._merge_offline(action, wish)
             case Do.REMOVE_OVERLAY:
                 return self._remove_overlay(action)
             case Do.COMPARE:
@@ -207,6 +224,21 @@ class Acts:
 
     # -- the way home
 
+    def _merge_offline(self, action: Action, wish: Wish) -> float:
+        if not self._merging.target:
+            attempts = self.record.disk(action.target).attempts + 1
+            self.write(self.record.with_disk(action.target, commit_started=time.time(), attempts=attempts))
+        target = self._merging.target or action.target
+        try:
+            stamp = self._merging.merge(self.record.disk(target), wish.spec.commit.bandwidth)
+        except VMBackupError as error:
+            reason = RetryReason.BUSY if isinstance(error, TransientError) else RetryReason.JOB_FAILED
+            return self._commit_failed(Action(action.do, target), str(error), reason)
+        if stamp is None:
+            return 1.0
+        self.write(merged_offline(self.record, target, stamp))
+        return 0.0
+
     def _remove_overlay(self, action: Action) -> float:
         disk = self.record.disk(action.target)
         overlay = Path(disk.overlay)
@@ -217,7 +249,12 @@ class Acts:
         seconds = None if disk.commit_started is None else boottime() - disk.commit_started
         self.write(
             self.record.with_disk(
-                action.target, commit_running=False, commit_started=None, commit_seconds=seconds, merged_bytes=merged
+                action.target,
+                commit_running=False,
+                commit_started=None,
+                commit_seconds=seconds,
+                merged="",
+                merged_bytes=merged,
             )
         )
         self._narration.disk_home(self.record, action.target)

@@ -20,6 +20,7 @@ from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
 from vmbackup.reconcile.driver import Driver, Ending
 from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.merging import Merging
 from vmbackup.reconcile.narrate import Progress, narrate
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
@@ -224,6 +225,7 @@ class Backup:
             earlier=lambda: self._earlier(guest.uuid),
             adopted_home=lambda: self._adopted_home(guest.uuid),
             copying=copying,
+            merging=Merging(observer, self.wake),
             narration=narration,
             backoff=node.backoff,
         )

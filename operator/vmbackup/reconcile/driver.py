@@ -14,6 +14,7 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.acts import Acts
 from vmbackup.reconcile.calls import forget_call
 from vmbackup.reconcile.machine import decide
+from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
@@ -156,12 +157,15 @@ class Driver:
             quiesce=wish.spec.snapshot.quiesce is not Quiesce.SKIP,
             quiesce_required=wish.spec.snapshot.quiesce is Quiesce.REQUIRE,
             backoff_limit=wish.spec.commit.backoff_limit,
+            offline=wish.spec.commit.offline,
         )
         return decide(intent, self._record, view.seen)
 
     def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
         if action.do not in (Do.COPY, Do.WAIT):
             self._acts.cancel_copy()
+        if action.do not in HOLDING and not view.seen.call_in_flight:
+            self._acts.stop_merging()
         match action.do:
             case Do.WAIT:
                 self._acts.tend(view, wish)

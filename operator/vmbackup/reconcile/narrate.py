@@ -115,9 +115,21 @@ def _headline(
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
         return Reason.WAITING_FOR_CALLS, action.reason
     if parked and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
-        left = ", ".join(overlays_left(record, seen))
-        return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
+        return _while_off(record, seen, action)
     return _running(record, phase)
+
+
+def _while_off(record: Record, seen: Observation | None, action: Action | None) -> tuple[str, str]:
+    held = seen is not None and any(disk.overlay is not None and disk.overlay.held for disk in seen.disks)
+    if action is not None and (held or action.do in (Do.BEGIN_COMMIT, Do.MERGE_OFFLINE)):
+        return (
+            Reason.COMMITTING,
+            "the guest is off: its overlay is being merged, and it cannot start until that is done",
+        )
+    if action is not None and action.do is Do.WAIT and not action.parked:  # commit.offline
+        return Reason.COMMIT_RETRYING, _last_error(record) or action.reason
+    left = ", ".join(overlays_left(record, seen))
+    return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
 
 
 def _running(record: Record, phase: Phase) -> tuple[str, str]:

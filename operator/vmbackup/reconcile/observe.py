@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vmbackup.errors import TransientError, VMBackupError
@@ -10,6 +10,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
 from vmbackup.imaging.image import overlay_file
+from vmbackup.imaging.merge import is_unwritten
 from vmbackup.reconcile.clock import boot_id, boottime, may_be_in_flight
 from vmbackup.reconcile.machine import needs_truth
 from vmbackup.reconcile.record import DiskRecord, Image, Record
@@ -28,12 +29,14 @@ class View:
 
 @dataclass
 class Observer:
-    """Observes one domain."""
+    """Observes one domain. `merging`, `held`: the targets whose overlays reconcile.merging works on, or holds."""
 
     hypervisor: Hypervisor
     guest: Guest
     thaw_after: float = 0.0
     config_failing_until: float = 0.0  # CLOCK_BOOTTIME, seconds
+    merging: set[str] = field(default_factory=set[str])
+    held: set[str] = field(default_factory=set[str])
 
     def observe(self, record: Record, *, doubt: bool) -> View:
         """Look at everything that decide() needs. Raises TransientError while libvirtd is away, or all is in motion."""
@@ -68,7 +71,7 @@ class Observer:
                 target=disk.target,
                 live=_image(disk, live.get(disk.target)) if on else None,
                 persistent=_image(disk, persistent.get(disk.target)) if persistent_xml else None,
-                overlay=_overlay(disk),
+                overlay=self._overlay(disk),
             )
             disks.append(_with_job(seen, live.get(disk.target), job))
         now = boottime()
@@ -82,6 +85,22 @@ class Observer:
             now=now,
         )
         return View(observation, jobs)
+
+    def _overlay(self, disk: DiskRecord) -> OverlayFile | None:
+        path = Path(disk.overlay)
+        try:
+            file = overlay_file(path)
+        except VMBackupError:  # it is there and cannot be looked at: the worst is assumed, and nothing is unlinked
+            return OverlayFile(locked=True, empty=False)
+        if file is None:
+            return None
+        held = disk.target in self.held
+        return OverlayFile(
+            locked=file.locked and not held and disk.target not in self.merging,
+            empty=bool(file.empty),
+            merged=bool(disk.merged) and is_unwritten(path, disk.merged),
+            held=held,
+        )
 
     def _persistent_xml(self) -> str | None:
         try:
@@ -121,14 +140,6 @@ def _named(disk: DiskRecord, path: str | None) -> Image:
 
 def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
     return _named(disk, found.source if found else None)
-
-
-def _overlay(disk: DiskRecord) -> OverlayFile | None:
-    try:
-        file = overlay_file(Path(disk.overlay))
-    except VMBackupError:  # it is there and cannot be looked at: the worst is assumed, and nothing is unlinked
-        return OverlayFile(locked=True, empty=False)
-    return None if file is None else OverlayFile(locked=file.locked, empty=bool(file.empty))
 
 
 def _with_job(seen: DiskSeen, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:

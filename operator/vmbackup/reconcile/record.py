@@ -88,6 +88,7 @@ class DiskRecord:
     commit_started: float | None = None  # CLOCK_BOOTTIME, seconds
     commit_seconds: float | None = None
     pivot_intended: bool = False
+    merged: str = ""  # while off, and compared: the stamp of the overlay, which says that it was not written since
     settled: Settled | None = None
     attempts: int = 0
     failures: int = 0  # those since the last request to try again

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.reconcile.situation import (
+    Case,
     Rule,
     Situation,
+    end,
     finish,
     let_go,
     quarantine,
@@ -25,7 +27,10 @@ def forget_guest(s: Situation) -> Action | None:
 
 
 def off_on_overlay(s: Situation) -> Action | None:
-    """P=O: the overlay is what counts; the commit waits for the next start. R6: no compare in Guarded mode."""
+    """P=O: the overlay is what counts, unless it was merged and no guest could start on it since.
+
+    R6: no compare in Guarded mode.
+    """
     for disk in s.disks:
         if disk.seen.persistent is not Image.OVERLAY:
             continue
@@ -42,19 +47,23 @@ def off_on_overlay(s: Situation) -> Action | None:
             return Action(Do.ADOPT)
         if s.record.snapshot is Snapshot.INTENDED:
             return Action(Do.RECORD_SNAPSHOT)
-        if not s.seen.config_failing and (action := settle(s, [(disk, Image.OVERLAY)])):
+        wanted = Image.BASE if disk.overlay.merged and disk.overlay.held else Image.OVERLAY
+        if not s.seen.config_failing and (action := settle(s, [(disk, wanted)])):
             return action
     return None
 
 
 def off_with_overlay_left(s: Situation) -> Action | None:
-    """P=B and O is left: R6: libvirt writes P=B only after QEMU's pivot, so with a pivot intended O is done with."""
+    """P=B and O is left: R6: libvirt writes P=B only after QEMU's pivot, so with a pivot intended O is done with.
+
+    So it is if it was merged, and not written since.
+    """
     for disk in s.disks:
         if disk.seen.persistent is Image.OVERLAY or disk.overlay is None:
             continue
-        pivoted = disk.record.pivot_intended and disk.seen.persistent is Image.BASE
+        home = disk.done_with and disk.seen.persistent is Image.BASE
         unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is not Image.OTHER
-        if pivoted or unused:
+        if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
             return quarantine(
@@ -63,6 +72,38 @@ def off_with_overlay_left(s: Situation) -> Action | None:
                 f"{disk.record.overlay} may hold newer data: compare them before you start it",
             )
     return None
+
+
+def merge_offline(s: Situation) -> Action | None:
+    """P=O, settled, and commit.offline: merge, one disk after the other. Failed attempts are made again after a while.
+
+    QEMU's locks keep the guest from starting meanwhile. What comes of it is believed only while we hold O's lock: after
+    a restart of ours the guest may have run, and O is merged and compared anew.
+    """
+    copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
+    if not s.intent.offline or s.record.quarantined or s.seen.config_failing or copying:
+        return None
+    left = [disk for disk in s.disks if disk.seen.persistent is Image.OVERLAY]
+    actions = [_merge(s, disk) for disk in left if not s.exhausted(disk)]
+    for action in actions:
+        if action.do is not Do.WAIT:
+            return action
+    if actions:
+        until = [action.until for action in actions if action.until is not None]
+        return Action(Do.WAIT, reason=actions[0].reason, until=min(until, default=None))
+    if not left:
+        return None
+    return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or let_go(s) or Action(Do.DONE)
+
+
+def _merge(s: Situation, disk: Case) -> Action:
+    if not disk.record.commit_begun:
+        return Action(Do.BEGIN_COMMIT, disk.target)
+    if s.seen.now < disk.record.retry_at:
+        return Action(Do.WAIT, disk.target, until=disk.record.retry_at, reason=disk.record.last_error)
+    if disk.overlay is not None and disk.overlay.locked:
+        return Action(Do.WAIT, disk.target, reason=f"disk {disk.target}: {disk.record.overlay} is in use")
+    return Action(Do.MERGE_OFFLINE, disk.target)
 
 
 def park(s: Situation) -> Action | None:
@@ -92,6 +133,7 @@ RULES_OFF: tuple[Rule, ...] = (
     forget_guest,
     off_on_overlay,
     off_with_overlay_left,
+    merge_offline,
     park,
     refuse_off,
     finish,

@@ -133,7 +133,7 @@ def copy_or_fail(s: Situation) -> Action | None:
 
 
 def remove_overlay(s: Situation) -> Action | None:
-    """L=B and O is left: it goes only on a settled P (R2), and only if it was pivoted or holds nothing."""
+    """L=B and O is left: it goes only on a settled P (R2), and only if it was pivoted, merged or holds nothing."""
     for disk in s.disks:
         if disk.on_overlay or disk.overlay is None:
             continue
@@ -141,7 +141,7 @@ def remove_overlay(s: Situation) -> Action | None:
             return action
         if disk.seen.persistent is Image.OTHER:
             return quarantine(s, f"disk {disk.target}: its definition names another image, perhaps above the overlay")
-        if not disk.record.pivot_intended and not disk.empty:
+        if not disk.done_with and not disk.empty:
             return quarantine(s, f"disk {disk.target}: base is in use, but the overlay holds data that it may lack")
         return Action(Do.REMOVE_OVERLAY, disk.target)
     return None

@@ -36,6 +36,11 @@ class Case:
         """O holds nothing."""
         return self.overlay is not None and self.overlay.empty
 
+    @property
+    def done_with(self) -> bool:
+        """Base, where P or L names it, holds all of O: it was pivoted, or merged while the guest was off."""
+        return self.record.pivot_intended or (self.overlay is not None and self.overlay.merged)
+
 
 @dataclass(frozen=True)
 class Situation:

@@ -27,10 +27,16 @@ class Mirror(StrEnum):
 
 @dataclass(frozen=True)
 class OverlayFile:
-    """Our overlay's file. `empty`: no cluster is allocated (False where that was not looked at)."""
+    """Our overlay's file. `empty`: no cluster is allocated (False where that was not looked at).
 
-    locked: bool
+    `merged`: it was found to hold nothing that base lacks, and was not written since. `held`: by us, from before that
+    was found out until now, so that no guest can start on it.
+    """
+
+    locked: bool  # by somebody else
     empty: bool
+    merged: bool = False
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class Intent:
     quiesce: bool = False
     quiesce_required: bool = False
     backoff_limit: int = 6
+    offline: bool = False  # commit.offline: merge also while the guest is off
 
 
 class Do(StrEnum):
@@ -100,6 +107,7 @@ class Do(StrEnum):
     FAIL_BACKUP = "fail-backup"  # (journal) there will be no good copy; the chain goes home all the same
     BEGIN_COMMIT = "begin-commit"  # (journal) from here on base is not the point in time any more
     COMMIT = "commit"  # (call)
+    MERGE_OFFLINE = "merge-offline"  # off: merge O into base, compare them, hold O, note that in the journal
     RECORD_FAILURE = "record-failure"  # (journal) the job vanished without having pivoted
     INTEND_PIVOT = "intend-pivot"  # (journal) and suspend, where guarded
     CLEAR_PIVOT = "clear-pivot"  # (journal)

@@ -20,7 +20,7 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.ADOPT:
             return replace(record, snapshot=Snapshot.ADOPTED)
         case Do.INTEND_SNAPSHOT:
-            fresh = record.with_every_disk(commit_begun=False, pivot_intended=False)
+            fresh = record.with_every_disk(commit_begun=False, pivot_intended=False, merged="")
             return replace(fresh, snapshot=Snapshot.INTENDED, guard=action.guard)
         case Do.RECORD_SNAPSHOT:
             return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE)
@@ -50,7 +50,7 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.CLEAR_ORPHAN:
             return replace(record, orphan=False)
         case Do.FINISH:
-            home = record.with_every_disk(commit_begun=False, pivot_intended=False)
+            home = record.with_every_disk(commit_begun=False, pivot_intended=False, merged="")
             return replace(record if record.gave_up else home, finished=True)
         case _:
             raise ValueError(f"{action.do} does more than change the record")
@@ -95,7 +95,7 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
     match action.do:
         case Do.SNAPSHOT:
             return recorded(record, Action(Do.FAIL_BACKUP, reason=error))
-        case Do.COMMIT | Do.PIVOT | Do.RECORD_FAILURE:
+        case Do.COMMIT | Do.PIVOT | Do.RECORD_FAILURE | Do.MERGE_OFFLINE:
             return record.with_disk(
                 action.target,
                 commit_running=False,
@@ -111,6 +111,11 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
             return record
         case _:
             return record
+
+
+def merged_offline(record: Record, target: str, stamp: str) -> Record:
+    """The record, durable before P names base: the overlay with this stamp holds nothing that base lacks."""
+    return record.with_disk(target, merged=stamp, settled=None)
 
 
 def resumed_after_crash(record: Record) -> Record:
@@ -147,6 +152,12 @@ def without_switches(record: Record) -> Record:
 def planned_anew(record: Record) -> Record:
     """R7: the marks of an adopted overlay do not survive into this backup's own snapshot."""
     fresh = record.with_every_disk(
-        commit_begun=False, commit_running=False, pivot_intended=False, settled=None, failures=0, retry_at=0.0
+        commit_begun=False,
+        commit_running=False,
+        pivot_intended=False,
+        merged="",
+        settled=None,
+        failures=0,
+        retry_at=0.0,
     )
     return replace(fresh, snapshot=Snapshot.NONE, gave_up=False)

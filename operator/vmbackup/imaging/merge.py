@@ -1,0 +1,137 @@
+"""An overlay merged into its base while no guest runs: by qemu-img, under QEMU's own locks, and proven by comparing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmbackup.errors import PermanentError, TransientError
+from vmbackup.imaging.control import CopyControl
+from vmbackup.imaging.errors import errors_of
+from vmbackup.imaging.image import COMPARE_SECONDS, failure_of, info, qemu_img
+from vmbackup.imaging.locks import hold_reader_lock
+
+MERGE_SECONDS = 24 * 3600.0
+# Parts of an overlay that lie nearer to each other than this are compared in one go: reading what is between them takes
+# no longer than starting qemu-img once more.
+_NEAR = 64 << 20  # bytes
+
+
+class HeldOverlay:
+    """An overlay that holds nothing which its base lacks, and on which no guest can start until it is let go.
+
+    `stamp` names this state of its file: it is another one as soon as anybody has written to it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.stamp = _stamp(os.fstat(fd))
+
+    def let_go(self) -> None:
+        """Guests may start on it again."""
+        os.close(self._fd)
+
+
+def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, control: CopyControl) -> HeldOverlay:
+    """Merge a qcow2 overlay into the image right below it, durably, and prove that nothing is missing there.
+
+    `bandwidth`: bytes per second, None is unlimited. The overlay stays as it is: what fails or is cancelled half-way
+    can be repeated, but until it has succeeded once the base alone is of no moment at all. QEMU's locks on both
+    images are held all the time but for an instant between merging and comparing: what a guest writes in it is found.
+    Raises Cancelled, TransientError if an image is in use, PermanentError otherwise.
+    """
+    below = _checked_backing(overlay, base, base_format)
+    limit = ("-r", str(bandwidth)) if bandwidth else ()
+    # -d: the overlay is not emptied. -b: the base and no template below it.
+    command = ("commit", "-q", "-f", "qcow2", "-d", *limit, "-b", below, str(overlay))
+    result = qemu_img(*command, timeout=MERGE_SECONDS, control=control)
+    if result.returncode != 0:
+        raise failure_of(result, base)
+    with errors_of(overlay):
+        fd = os.open(overlay, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        hold_reader_lock(fd)
+        with errors_of(base):
+            _sync(base)
+        if not _same_where_written(overlay, base, base_format, control):
+            raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
+        control.check()
+        with errors_of(overlay):
+            os.fsync(fd)  # its time stamps too
+        return HeldOverlay(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def is_unwritten(overlay: Path, stamp: str) -> bool:
+    """Whether this is the file that had this stamp, and nobody has written to it since. False if it cannot be seen."""
+    try:
+        return _stamp(overlay.stat()) == stamp
+    except OSError:
+        return False
+
+
+def _stamp(file: os.stat_result) -> str:
+    return f"{file.st_ino}.{file.st_size}.{file.st_mtime_ns}"
+
+
+def _checked_backing(overlay: Path, base: Path, base_format: str) -> str:
+    """How the overlay names its base. Raises PermanentError if it names another image."""
+    found = info(overlay, "qcow2")
+    backing = str(overlay.parent / (found.backing or ""))
+    if not found.backing or os.path.realpath(backing) != os.path.realpath(base) or found.backing_format != base_format:
+        raise PermanentError(
+            f"{overlay} names {found.backing or 'nothing'} ({found.backing_format}) as the image below it, not {base} "
+            f"({base_format}): look which one it was made on before you merge it by hand",
+            reason="OtherBase",
+        )
+    return found.backing
+
+
+def _same_where_written(overlay: Path, base: Path, base_format: str, control: CopyControl) -> bool:
+    """Whether the base shows all that the overlay holds itself; elsewhere the overlay shows the base anyway."""
+    for start, end in _written(overlay, control):
+        parts = [_part(overlay, "qcow2", start, end), _part(base, base_format, start, end)]
+        result = qemu_img("compare", "-q", *parts, timeout=COMPARE_SECONDS, control=control)
+        if result.returncode not in (0, 1):
+            raise failure_of(result, overlay)
+        if result.returncode == 1:
+            return False
+    return True
+
+
+def _written(overlay: Path, control: CopyControl) -> Iterator[tuple[int, int]]:
+    """Where an overlay holds something itself, zeros too: start and end in bytes, near parts as one."""
+    result = qemu_img("map", "--output=json", "-f", "qcow2", str(overlay), timeout=COMPARE_SECONDS, control=control)
+    if result.returncode != 0:
+        raise failure_of(result, overlay)
+    parts = ((part["start"], part["start"] + part["length"]) for part in json.loads(result.stdout) if not part["depth"])
+    start, end = next(parts, (0, 0))
+    for following, its_end in parts:
+        if following - end > _NEAR:
+            yield start, end
+            start = following
+        end = its_end
+    if end > start:
+        yield start, end
+
+
+def _part(image: Path, image_format: str, start: int, end: int) -> str:
+    """A part of an image, in QEMU's words. The host's name of a file may hold anything, so it is given as JSON."""
+    whole = {"driver": image_format, "file": {"driver": _driver_of(image), "filename": str(image)}}
+    return "json:" + json.dumps({"driver": "raw", "offset": start, "size": end - start, "file": whole})
+
+
+def _driver_of(image: Path) -> str:
+    return "host_device" if image.is_block_device() else "file"
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
