@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from sandbox.libvirtd import Libvirtd
 from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, wait_until
-from tests.storage import mounted, sha256sum
-from vmbackup.api.status import Outcome, Report
-from vmbackup.imaging.locks import hold_reader_lock
-from vmbackup.reconcile.driver import Ending
+from tests.domains import Domain, DomainFactory
+from tests.storage import sha256sum
+from vmbackup.api.status import Outcome
 
 OFFLINE = {"offline": True}
 

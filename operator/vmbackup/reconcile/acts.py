@@ -227,7 +227,7 @@ class Acts:
     def _merge_offline(self, action: Action, wish: Wish) -> float:
         if not self._merging.target:
             attempts = self.record.disk(action.target).attempts + 1
-            self.write(self.record.with_disk(action.target, commit_started=time.time(), attempts=attempts))
+            self.write(self.record.with_disk(action.target, commit_started=boottime(), attempts=attempts))
         target = self._merging.target or action.target
         try:
             stamp = self._merging.merge(self.record.disk(target), wish.spec.commit.bandwidth)

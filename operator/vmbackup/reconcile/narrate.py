@@ -124,7 +124,7 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
     if action is not None and (held or action.do in (Do.BEGIN_COMMIT, Do.MERGE_OFFLINE)):
         return (
             Reason.COMMITTING,
-            "the guest is off: its overlay is being merged, and it cannot start until that is done",
+            "the guest is off: its overlay is being merged, and it starts only after that",
         )
     if action is not None and action.do is Do.WAIT and not action.parked:  # commit.offline
         return Reason.COMMIT_RETRYING, _last_error(record) or action.reason
