@@ -128,6 +128,10 @@ class Driving:
     def let_go(self) -> None:
         self._line.send(None)
 
+    def kill(self) -> None:
+        """Kill it now, wherever it is; what it has started goes on."""
+        self._process.kill()
+
     def killed(self, seconds: float = 60) -> bool:
         """Wait for its end. Whether it was by SIGKILL."""
         self._process.join(seconds)
