@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -464,17 +465,33 @@ def test_a_state_directory_that_cannot_be_written_is_one_line_on_stderr(domain: 
     assert guest.live().source == guest.bases["vda"]
 
 
-def test_a_journal_that_is_garbled_is_one_line_on_stderr(domain: DomainFactory, vmbackup: Cli) -> None:
-    guest = domain()
-    uid = "5a9c4a3e-3d55-4c39-bd2c-5d9c6b1b51a1"
-    vmbackup.state.mkdir()
-    (vmbackup.state / f"{uid}.journal").write_text("garbled\n")
-    file = Path(vmbackup.manifest(guest.name))
-    file.write_text(file.read_text().replace("metadata:", f"metadata:\n  uid: {uid}", 1))
+def test_a_journal_that_is_garbled_is_set_aside_and_the_backup_begins_anew(
+    domain: DomainFactory, vmbackup: Cli
+) -> None:
+    uid, file = journal_of("garbled\n", domain(), vmbackup)
+    done = vmbackup("run", "-f", str(file))
+    assert done.returncode == 0
+    assert f"kept as {vmbackup.state / uid}.journal.garbled" in done.stdout.replace("\n", "")
+
+
+def test_a_journal_of_another_version_is_one_line_on_stderr(domain: DomainFactory, vmbackup: Cli) -> None:
+    text = '{"uid": "", "namespace": "", "name": "", "copy": "of-the-future"}'
+    _, file = journal_of(f"{zlib.crc32(text.encode()):08x} {text}\n", domain(), vmbackup)
     done = vmbackup("run", "-f", str(file))
     assert done.returncode == 3, "who knows where the guest is"
     (line,) = done.stderr.splitlines()
-    assert "has no whole line: look whether the domain is on an overlay" in line
+    assert "is of another version" in line
+    assert "use the vmbackup that wrote it" in line
+
+
+def journal_of(content: str, guest: Domain, vmbackup: Cli) -> tuple[str, Path]:
+    """Put a journal there; the uid of its backup, and the manifest."""
+    uid = "5a9c4a3e-3d55-4c39-bd2c-5d9c6b1b51a1"
+    vmbackup.state.mkdir()
+    (vmbackup.state / f"{uid}.journal").write_text(content)
+    file = Path(vmbackup.manifest(guest.name))
+    file.write_text(file.read_text().replace("metadata:", f"metadata:\n  uid: {uid}", 1))
+    return uid, file
 
 
 @pytest.mark.parametrize("command", ["check", "run"])

@@ -124,7 +124,7 @@ class _Run:
             try:
                 ending = thread.submit(self._backup.run).result()
             except VMBackupError as error:
-                return _broken(str(error), self._record(), unknown=error.reason == "JournalGarbled")
+                return _broken(str(error), self._record(), unknown=error.reason == "JournalVersion")
             except Exception:
                 _log.exception("this is a fault of vmbackup")
                 return _broken("it ended unexpectedly", self._record())

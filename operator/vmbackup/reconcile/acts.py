@@ -15,7 +15,6 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import same_content
-from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
@@ -95,10 +94,7 @@ class Acts:
         blank = replace(planned_anew(self.record), disks=(), skipped=())
         if self.record.snapshot is Snapshot.ADOPTED:
             self._adopted_home()
-            self._narration.adopted_home(self.record)
         self.write(self._planner.plan(blank, wish.spec, self._guest, self._open_store(), self._earlier()))
-        if self.record.snapshot is Snapshot.ADOPTED:
-            self._narration.recorded(self.record, Action(Do.ADOPT))
         return 0.0
 
     def refuse(self, error: RefusedError) -> None:
@@ -272,7 +268,6 @@ class Acts:
         return 0.0
 
     def _commit_failed(self, action: Action, why: str, reason: RetryReason) -> float:
-        why = advice.commit_failed(self.record.disk(action.target), why)
         pause = self._backoff.after(self.record.disk(action.target).failures + 1)
         self.write(failed(self.record, action, why, retry_at=boottime() + pause))
         self._narration.commit_failed(action.target, why, reason, pause)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
-from vmbackup.errors import RefusedError, TransientError
+from vmbackup.errors import PermanentError, RefusedError, TransientError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
@@ -25,8 +25,8 @@ from vmbackup.reconcile.narrate import Progress, narrate
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.plan import Planner
-from vmbackup.reconcile.record import Copy, Record, Snapshot
-from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash, without_switches
 from vmbackup.reconcile.wish import Reporter, Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey, Store
@@ -77,6 +77,7 @@ class Backup:
         self._open_store = open_store
         self._reporter = reporter
         self._woken = threading.Event()
+        self._journal_error: PermanentError | None = None
         self._waited = False  # for another process that has this very backup
 
     def wake(self) -> None:
@@ -114,9 +115,14 @@ class Backup:
             return self._driver(journal, guest).run() if held else self._waited_in_vain(journal)
 
     def _journal(self) -> Journal:
-        journal = Journal.of(self._node.state_dir, self._key.uid)
+        state_dir, key = self._node.state_dir, self._key
+        journal = Journal.of(state_dir, key.uid)
         if journal is None:
-            key = self._key
+            if aside := journals.set_aside(state_dir, key.uid):
+                message = (
+                    f"the journal had no whole line and is kept as {aside}: begun anew; an overlay goes home first"
+                )
+                self._reporter.event("JournalGarbled", message, warning=True)
             record = Record(
                 key.uid,
                 key.namespace,
@@ -127,9 +133,15 @@ class Backup:
                 started=time.time(),
                 boot_id=boot_id(),
             )
-            return Journal.start(self._node.state_dir, record)
+            return Journal.start(state_dir, record)
         taken_up = resumed_after_crash(of_this_boot(journal.record, boot_id(), boottime()))
-        journal.write(taken_up, durable=False)
+        try:
+            journal.write(taken_up, durable=False)
+        except PermanentError as error:
+            if taken_up.guard is not Guard.OURS and taken_up.freeze is not Freeze.THAW_DUE:
+                raise
+            journal.give_up(without_switches(taken_up))  # the guest comes first
+            self._journal_error = error
         return journal
 
     def _open_again(self, record: Record) -> bool:
@@ -236,6 +248,7 @@ class Backup:
             narration=narration,
             wish=self._wish,
             woken=self._woken,
+            journal_error=self._journal_error,
         )
 
     def _earlier(self, domain_uuid: str) -> list[Record]:

@@ -50,7 +50,9 @@ class Driver:
         narration: Narration,
         wish: Callable[[], Wish],
         woken: threading.Event,
+        journal_error: PermanentError | None = None,
     ) -> None:
+        """`journal_error`: the journal has given up already, and all that is to be done is to let the guest run."""
         self._hypervisor = hypervisor
         self._observer = observer
         self._acts = acts
@@ -61,7 +63,7 @@ class Driver:
         # A record that was begun comes from an earlier run: who knows what happened since.
         self._doubt = self._record.snapshot is not Snapshot.NONE
         self._hiccups = 0
-        self._journal_error: PermanentError | None = None
+        self._journal_error = journal_error
 
     @property
     def _record(self) -> Record:
@@ -80,7 +82,7 @@ class Driver:
                 wish = self._wish()
                 if wish.stop and self._may_stop():
                     return Ending.INTERRUPTED
-                if self._journal_error is not None and self._may_stop():
+                if self._journal_error is not None and self._may_stop() and not self._thaw_due():
                     raise self._journal_error
                 ending = self._step(wish)
                 if isinstance(ending, Ending):
@@ -95,13 +97,17 @@ class Driver:
         """Never with the guest suspended or frozen by us."""
         return self._record.guard is not Guard.OURS and self._record.freeze is not Freeze.FROZEN
 
+    def _thaw_due(self) -> bool:
+        """Frozen by an earlier run. An agent that does not answer is not asked for ever."""
+        return self._record.freeze is Freeze.THAW_DUE
+
     def _step(self, wish: Wish) -> Ending | float:
         """One round. Returns the seconds to wait before the next, or the ending."""
         try:
             if wish.retry != self._record.handled_retry:
                 self._acts.write(taken_up_again(self._record, wish.retry))
             if not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted:
-                return self._plan(wish)
+                return self._acts.plan(wish)
             view = self._observe()
             action = self._decide(wish, view)
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
@@ -176,14 +182,9 @@ class Driver:
             case Do.DONE:
                 return Ending.FINISHED
             case Do.PLAN:
-                return self._plan(wish)
+                return self._acts.plan(wish)
             case _:
                 return self._acts.perform(action, view, wish)
-
-    def _plan(self, wish: Wish) -> float:
-        pause = self._acts.plan(wish)
-        self._doubt = self._doubt or self._record.snapshot is Snapshot.ADOPTED  # who knows how it was left
-        return pause
 
     def _pause(self, action: Action, view: View) -> float:
         longest = _POLL_PARKED if action.parked else _POLL

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from vmbackup.api.spec import RETRY_ANNOTATION
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Observation, Power
@@ -110,8 +109,7 @@ def _headline(
     if outcome is Outcome.SUCCEEDED:
         return Reason.SUCCEEDED, f"stored at {record.location}, and every disk is home"
     if outcome is not None and record.gave_up:
-        again = f"mend that, then set the annotation {RETRY_ANNOTATION} to a new value"
-        return Reason.COMMIT_LIMIT_REACHED, f"{_last_error(record) or 'the commit failed too often'}; {again}"
+        return Reason.COMMIT_LIMIT_REACHED, _last_error(record) or "the commit failed too often"
     if outcome is not None:
         return copy_failure(record), record.copy_error
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
@@ -137,7 +135,7 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
 def _running(record: Record, phase: Phase) -> tuple[str, str]:
     match phase:
         case Phase.PENDING if record.snapshot is Snapshot.ADOPTED:
-            overlays = ", ".join(overlays_left(record, None))
+            overlays = ", ".join(disk.overlay for disk in record.disks)
             return Reason.ADOPTING_OVERLAY, f"an earlier backup left its overlay, which goes home first: {overlays}"
         case Phase.PENDING:
             return Reason.PENDING, "checking whether the domain can be backed up"
@@ -162,11 +160,7 @@ def overlays_left(record: Record, seen: Observation | None) -> list[str]:
     away = (
         [disk.target for disk in seen.disks if not _is_home(disk)] if seen else [disk.target for disk in record.disks]
     )
-    return [_named(record.disk(target)) for target in away]
-
-
-def _named(disk: DiskRecord) -> str:
-    return f"disk {disk.target}: {disk.overlay}" + (f" of {disk.owner}" if disk.owner else "")
+    return [f"disk {target}: {record.disk(target).overlay}" for target in away]
 
 
 def _is_home(disk: DiskSeen) -> bool:

@@ -79,7 +79,6 @@ class DiskRecord:
     target: str
     base: str = ""
     overlay: str = ""
-    owner: str = ""  # whose overlay it is, where another backup left it
     format: str = ""
     virtual_bytes: int = 0
     backing: tuple[tuple[str, str], ...] = ()  # path and format of the images below base, the template last
