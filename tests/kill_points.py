@@ -16,9 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from fcntl import LOCK_EX, flock
 from functools import wraps
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import libvirt
@@ -29,6 +31,7 @@ from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.reconcile import clock
 from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.journal import Journal
@@ -84,6 +87,23 @@ class Deed(StrEnum):
 
 
 @dataclass(frozen=True)
+class Boot:
+    """Which boot of its machine the driver is to believe in; `booted` is when it was, in seconds of CLOCK_BOOTTIME."""
+
+    boot_id: str
+    booted: float
+
+    def believe(self) -> None:
+        clock_gettime = time.clock_gettime
+
+        def since_boot(which: int) -> float:
+            return clock_gettime(which) - (self.booted if which == time.CLOCK_BOOTTIME else 0)
+
+        time.clock_gettime = since_boot
+        clock.Path = lambda _: SimpleNamespace(read_text=lambda: self.boot_id)  # of /proc/sys/kernel/random/boot_id
+
+
+@dataclass(frozen=True)
 class Task:
     """What a driver is to do. `directory` is for everything that belongs to the domain's backups."""
 
@@ -96,6 +116,7 @@ class Task:
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
     moment: Moment | None = None
     deed: Deed = Deed.KILL
+    boot: Boot | None = None
 
     @property
     def state_dir(self) -> Path:
@@ -129,8 +150,9 @@ class Driving:
         self._line.send(None)
 
     def kill(self) -> None:
-        """Kill it now, wherever it is; what it has started goes on."""
+        """SIGKILL it, and return when it is gone."""
         self._process.kill()
+        self._process.join()
 
     def killed(self, seconds: float = 60) -> bool:
         """Wait for its end. Whether it was by SIGKILL."""
@@ -169,6 +191,14 @@ class Diary:
         with self.path.open("a") as file:
             print(line, file=file)
 
+    def write_next(self, write: Callable[[str], object]) -> None:
+        """Write the next record, by telling this qemu-io's command for it; one process at a time."""
+        with self.path.open("a") as file:
+            flock(file, LOCK_EX)
+            number = self.acknowledged
+            write(f"write -f -P {pattern(number)} {FIRST_SLOT + number * SLOT} {SLOT}")  # -f: and flush it
+            print("record", file=file)
+
 
 def pattern(number: int) -> int:
     """The byte that a record is filled with: never 0, and another than its neighbours'."""
@@ -187,6 +217,8 @@ def records_in(content: bytes) -> int:
 
 
 def _drive(task: Task, line: Connection) -> None:
+    if task.boot is not None:
+        task.boot.believe()
     hypervisor = Hypervisor(task.uri, config_dir=task.config_dir)
     watch = _Watch(task, line, _Writer(task, hypervisor))
     watch_all(watch.passed)
@@ -213,24 +245,22 @@ class _Writer:
         self._task = task
         self._call = hypervisor.call
         self._guest: Guest = hypervisor.guest(task.domain)
-        self._number = task.diary.acknowledged
 
     def write(self) -> None:
         try:
             if self._guest.state()[0] is not GuestState.RUNNING:
                 return
-            self._call("writing", self._write)
+            self._task.diary.write_next(
+                lambda command: self._call("writing", lambda connection: self._write(connection, command))
+            )
         except Exception:  # libvirtd or the guest is gone: nothing is acknowledged
             return
-        self._task.diary.note("record")
-        self._number += 1
 
-    def _write(self, connection: libvirt.virConnect) -> None:
+    def _write(self, connection: libvirt.virConnect, command: str) -> None:
         domain = connection.lookupByName(self._task.domain)
-        where = f"{FIRST_SLOT + self._number * SLOT} {SLOT}"
         for target in self._task.targets:
             device = f"/machine/peripheral/virtio-disk{ord(target[-1]) - ord('a')}/virtio-backend"
-            hmp = f'qemu-io -d {device} "write -f -P {pattern(self._number)} {where}"'  # -f: and flush it
+            hmp = f'qemu-io -d {device} "{command}"'
             libvirt_qemu.qemuMonitorCommand(domain, hmp, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
 
 
@@ -253,7 +283,7 @@ def watch_all(passed: Callable[[When, str], None]) -> None:
 
         return watched
 
-    Journal.__init__ = around(Journal.__init__, lambda *_: "start the journal")
+    Journal.start = classmethod(around(Journal.start.__func__, lambda *_: "start the journal"))
     Journal.write = around(Journal.write, lambda journal, record, **_: _changes(journal.record, record))
     Hypervisor.call = around(
         Hypervisor.call,

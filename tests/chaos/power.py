@@ -1,0 +1,248 @@
+"""A machine whose power can be cut: what was not durable is gone, and it boots as a hypervisor does.
+
+Images, libvirt's configuration, and the agent's state with its store lie on an XFS each, so that what one of them makes
+durable does not do so, by chance, for another; what belongs into /run lies elsewhere and is lost. A cut shuts them down
+without a flush of their logs (`xfs_io -x -c shutdown`) and kills libvirtd and all guests. At the next boot the logs are
+recovered, libvirtd starts, and guests start from their persistent XML before any agent runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sandbox.libvirtd import Libvirtd, domain_xml
+from tests.domains import make_disk, qemu_img, wait_until
+from tests.fixtures_storage import XFS_BYTES
+from tests.kill_points import Boot, Deed, Driving, Moment, Task, records_in
+from tests.storage import run, sha256sum
+from vmbackup.api.status import Report
+from vmbackup.hypervisor import chain
+from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.record import Copy, Guard, Record, Snapshot
+
+SLOW = {"bandwidth": "1Mi"}
+"""The spec of a copy or commit that takes four seconds for what `fill` writes on a disk."""
+
+_UPTIME = 30 * 86400.0  # seconds since the first boot, by CLOCK_BOOTTIME: much more than since any later one
+_RECORDS, _BULK = (
+    4 << 20,
+    4 << 20,
+)  # bytes of each disk: first its records, then what makes a copy or commit take a while
+
+
+class Machine:
+    """A hypervisor with its own libvirtd. What is not durable of `images`, `directory` and `state` is lost in a cut."""
+
+    def __init__(self, directory: Path, folder: Path) -> None:
+        """`directory`, for libvirt, is short, for sockets; `folder` is for what no cut touches."""
+        self.directory = directory
+        self.images = folder / "images"
+        self.state = folder / "state"
+        self._run = folder / "run"
+        self.libvirtd = Libvirtd(directory)
+        self.boot = Boot(str(uuid.uuid4()), time.clock_gettime(time.CLOCK_BOOTTIME) - _UPTIME)
+        mountpoints = self.images, self.state, directory
+        self._disks = {mountpoint: folder / f"{mountpoint.name}.img" for mountpoint in mountpoints}
+        for mountpoint, disk in self._disks.items():
+            mountpoint.mkdir(exist_ok=True)
+            with disk.open("wb") as file:
+                file.truncate(XFS_BYTES)
+            run("mkfs.xfs", "-q", str(disk))
+
+    def power_on(self) -> None:
+        """Boot: recover the logs, find /run empty, start libvirtd; no guest, and no agent."""
+        for mountpoint, disk in self._disks.items():
+            run("mount", "-o", "loop", str(disk), str(mountpoint))
+        shutil.rmtree(self._run, ignore_errors=True)
+        self._run.mkdir(mode=0o700)
+        if not self.libvirtd.runtime_dir.is_symlink():
+            self.libvirtd.runtime_dir.symlink_to(self._run)
+        self.libvirtd.pid_file.unlink(missing_ok=True)
+        self.libvirtd.start()
+
+    def sync(self) -> None:
+        """Make durable what there is, as time does."""
+        for mountpoint in self._disks:
+            run("sync", "--file-system", str(mountpoint))
+
+    def cut(self, *drivings: Driving) -> None:
+        """Cut the power, while these run."""
+        pids = [*self.libvirtd.guest_pids().values(), *filter(None, [self.libvirtd.pid])]
+        for driving in drivings:
+            driving.kill()
+        for mountpoint in self._disks:
+            run("xfs_io", "-x", "-c", "shutdown", str(mountpoint))
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._unmount()
+        self.boot = Boot(str(uuid.uuid4()), time.clock_gettime(time.CLOCK_BOOTTIME))
+
+    def end(self) -> None:
+        """Nothing of it is left, but its disks."""
+        self.libvirtd.stop()
+        self._unmount()
+
+    def _unmount(self) -> None:
+        for mountpoint in self._disks:
+            wait_until(partial(_unmounted, mountpoint), f"{mountpoint} unmounted")
+
+
+def _unmounted(mountpoint: Path) -> bool:
+    """Whether it is not mounted any more; it is busy until the last process that used it is gone."""
+    done = subprocess.run(["umount", str(mountpoint)], capture_output=True, text=True, check=False)
+    return done.returncode == 0 or "not mounted" in done.stderr
+
+
+@contextmanager
+def machine(folder: Path) -> Iterator[Machine]:
+    """A machine that is on."""
+    directory = Path(tempfile.mkdtemp(prefix="vmb-"))
+    made = Machine(directory, folder)
+    try:
+        made.power_on()
+        yield made
+    finally:
+        made.end()
+        directory.rmdir()
+
+
+class PoweredGuest:
+    """A guest without an OS on such a machine: it writes numbered records, and flushes each before the next."""
+
+    def __init__(self, machine: Machine, folder: Path, name: str) -> None:
+        """`folder` is for its diary: what the outside world has seen acknowledged is not lost in a cut."""
+        self.machine = machine
+        self.name = name
+        self._directory = machine.state / name
+        self._directory.mkdir()
+        (self._directory / "diary").symlink_to(folder / f"{name}.diary")
+        self.images = machine.images / name
+        self.images.mkdir()
+        disks = [make_disk(self.images, "vda", "raw", "8M"), make_disk(self.images, "vdb", "qcow2", "8M")]
+        self.bases = {disk.target: str(disk.path) for disk in disks}
+        xml = folder / f"{name}.xml"
+        xml.write_text(domain_xml(name, disks))
+        machine.libvirtd.virsh("define", str(xml))
+        machine.libvirtd.virsh("start", name)
+        self.fill(0x11)
+        self.write(3)
+        machine.sync()
+
+    def fill(self, pattern: int) -> None:
+        """Overwrite all that is behind the records: work for a copy or a commit."""
+        self._on_every_disk(f"write -f -P {pattern:#x} {_RECORDS} {_BULK}")
+
+    def write(self, records: int = 1) -> None:
+        """Write records, each acknowledged once it is on every disk."""
+        for _ in range(records):
+            self.task("").diary.write_next(self._on_every_disk)
+
+    def _on_every_disk(self, command: str) -> None:
+        for target in self.bases:
+            self.machine.libvirtd.qemu_io(self.name, target, command)
+
+    def start(self) -> None:
+        """Start it from its persistent XML, see that it has all that was acknowledged, and let it write."""
+        self.machine.libvirtd.virsh("start", self.name)
+        wrong = list(self._stale(self._sources()))
+        assert not wrong, f"{self.name} went back in time: {'; '.join(wrong)}"
+        self.write(3)
+
+    def task(self, uid: str, moment: Moment | None = None, **spec: Any) -> Task:
+        """What a driver is to do for this guest; with a moment, it is held there."""
+        return Task(
+            uri=self.machine.libvirtd.uri,
+            config_dir=self.machine.libvirtd.config_dir,
+            directory=self._directory,
+            domain=self.name,
+            targets=tuple(self.bases),
+            uid=uid,
+            spec={"switchPolicy": "Guarded", **spec},
+            moment=moment,
+            deed=Deed.HOLD,
+            boot=self.machine.boot,
+        )
+
+    def wrong(self, task: Task, report: Report) -> Iterator[str]:
+        """All that is not as it must be once a backup has ended."""
+        yield from self.not_at_home()
+        if report.backup_complete:
+            yield from self._wrong_copies(task, Path(report.location))
+
+    def not_at_home(self) -> Iterator[str]:
+        """All that shows that it does not run with every record on its own images."""
+        if (state := self.machine.libvirtd.virsh("domstate", self.name)) != "running":
+            yield f"the guest is {state}"
+        if left := [path.name for path in self.images.glob("*.vmb-*")]:
+            yield f"overlays are left: {left}"
+        on_disk = (self.machine.libvirtd.config_dir / f"{self.name}.xml").read_text()
+        named = [
+            self._sources(),
+            self._sources("--inactive"),
+            {disk.target: disk.source for disk in chain.disks(on_disk)},
+        ]
+        if any(sources != self.bases for sources in named):
+            yield f"live XML, persistent XML and the one on disk name {named}"
+        yield from self._stale(self.bases)
+
+    def _wrong_copies(self, task: Task, folder: Path) -> Iterator[str]:
+        expected = task.diary.snapshots(task.uid)
+        for target in self.bases:
+            (copy,) = folder.glob(f"{target}.*")
+            if (count := records_in(_content(copy))) not in expected:
+                yield f"the copy of {target} holds {count} records, there were {sorted(expected)} at the snapshot"
+            if sha256sum(copy) not in (folder / "manifest.json").read_text():
+                yield f"{copy.name} has another digest"
+
+    def _stale(self, images: Mapping[str, str]) -> Iterator[str]:
+        acknowledged = self.task("").diary.acknowledged
+        for image in images.values():
+            if (count := records_in(_content(Path(image)))) not in (acknowledged, acknowledged + 1):
+                yield f"of {acknowledged} records {image} holds {count}"
+
+    def _sources(self, *options: str) -> dict[str, str]:
+        lines = self.machine.libvirtd.virsh("domblklist", self.name, *options).splitlines()
+        return {words[0]: words[1] for words in (line.split(maxsplit=1) for line in lines)}
+
+
+def _content(image: Path) -> bytes:
+    """What a guest sees of its records on this disk; it may be running."""
+    if image.suffix == ".raw":
+        return image.read_bytes()[:_RECORDS]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw")
+        qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", str(image), str(raw))
+        return raw.read_bytes()[:_RECORDS]
+
+
+def copying(record: Record) -> bool:
+    """It is in the middle of its copy."""
+    settled = all(disk.settled and disk.settled.durable for disk in record.disks)
+    return record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN and record.guard is Guard.NONE and settled
+
+
+def committing(record: Record) -> bool:
+    """It is in the middle of a commit."""
+    return any(disk.commit_running for disk in record.disks) and record.guard is Guard.NONE
+
+
+def wait_for_record(driving: Driving, like: Callable[[Record], bool]) -> None:
+    """Wait until the journal of a running backup is like that."""
+
+    def found() -> bool:
+        record = record_of(driving.task.state_dir, driving.task.uid)
+        return record is not None and like(record)
+
+    wait_until(found, like.__name__)
