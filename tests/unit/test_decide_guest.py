@@ -138,6 +138,16 @@ def test_a_transient_domain(row: Row):
 @rows(
     Row("found before anything is begun: refuse", fresh(), home(Power.IO_ERROR), Do.REFUSE),
     Row("on its overlay: note it", taken(), on_overlay(Power.IO_ERROR), Do.RECORD_IO_ERROR),
+    Row(
+        "its overlay may soon be full: the copy is given up",
+        taken(),
+        seen(on_overlay(), room_low="32 MiB"),
+        Do.FAIL_BACKUP,
+        more={"reason": "32 MiB"},
+    ),
+    Row(
+        "… the copy is safe: no matter", taken(copy=Copy.TAKEN), seen(on_overlay(), room_low="32 MiB"), Do.BEGIN_COMMIT
+    ),
     Row("the guest comes before the copy", taken(io_error=True), on_overlay(Power.IO_ERROR), Do.FAIL_BACKUP),
     Row("commit", committing({"commit_running": False}, io_error=True), on_overlay(Power.IO_ERROR), Do.COMMIT),
     Row(

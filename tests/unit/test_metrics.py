@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from shutil import disk_usage
 
 import pytest
 from prometheus_client import generate_latest
@@ -74,6 +75,7 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
         ("vmbackup_backups_total", ("result",)),
         ("vmbackup_commit_retries_total", ("reason",)),
         ("vmbackup_overlay_bytes", ("domain", "target")),
+        ("vmbackup_overlay_free_bytes", ("domain", "target")),
         ("vmbackup_overlay_age_seconds", ("domain", "target")),
         ("vmbackup_last_success_timestamp_seconds", ("domain",)),
         ("vmbackup_guest_suspended_seconds", ("domain",)),
@@ -120,6 +122,7 @@ def test_the_size_and_age_of_an_overlay_are_those_of_the_scrape(metrics: Metrics
     assert value(metrics, "vmbackup_overlay_bytes", **disk) == 0
     overlay.write_bytes(bytes(range(256)) * 4096)
     assert value(metrics, "vmbackup_overlay_bytes", **disk) == overlay.stat().st_blocks * 512 > 0
+    assert 0 < (value(metrics, "vmbackup_overlay_free_bytes", **disk) or 0) <= disk_usage(tmp_path).free
     assert 100 <= (value(metrics, "vmbackup_overlay_age_seconds", **disk) or 0) < 200
 
 
@@ -136,6 +139,7 @@ def test_an_overlay_that_cannot_be_seen_does_not_break_a_scrape(metrics: Metrics
     metrics.overlay("web-01", "vda", tmp_path / "not-there", since=0)
     disk = {"domain": "web-01", "target": "vda"}
     assert value(metrics, "vmbackup_overlay_bytes", **disk) is None
+    assert value(metrics, "vmbackup_overlay_free_bytes", **disk) is None
     assert value(metrics, "vmbackup_overlay_age_seconds", **disk) is not None
 
 

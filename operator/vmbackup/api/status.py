@@ -38,6 +38,7 @@ class Reason(StrEnum):
     DOMAIN_OFF = "DomainOff"
     WAITING_FOR_CALLS = "WaitingForCalls"
     COPY_FAILED = "CopyFailed"
+    OVERLAY_SPACE_LOW = "OverlaySpaceLow"
     COMMIT_FAILED = "CommitFailed"
     COMMIT_LIMIT_REACHED = "CommitLimitReached"
     QUARANTINED = "Quarantined"

@@ -24,6 +24,7 @@ from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
 from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
+from vmbackup.reconcile.room import patience
 from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
 from vmbackup.reconcile.transition import (
@@ -157,7 +158,8 @@ class Acts:
             case Do.SYNC_CONFIG:
                 return 0.0 if (why := self._settling.sync(action)) is None else self._config_failed(why)
             case Do.FAIL_BACKUP:
-                return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else "")
+                low = Reason.OVERLAY_SPACE_LOW if action.reason == view.seen.room_low else ""
+                return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else low)
             case Do.REFUSE:
                 return self._fail_backup(
                     action.reason, "DomainNotRunning" if view.seen.power is Power.OFF else "GuestNotReady"
@@ -205,7 +207,7 @@ class Acts:
         except VMBackupError as error:
             return self._fail_backup(f"the copy failed: {error}", Reason.COPY_FAILED)
         if record is None:
-            return min(1.0, left)
+            return min(patience(self.record), left)
         self.write(record)
         return 0.0
 

@@ -11,9 +11,10 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
 from vmbackup.imaging.image import overlay_file
 from vmbackup.imaging.merge import is_unwritten
+from vmbackup.reconcile import room
 from vmbackup.reconcile.clock import boot_id, boottime, may_be_in_flight
 from vmbackup.reconcile.machine import needs_truth
-from vmbackup.reconcile.record import DiskRecord, Image, Record
+from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
 
 _ATTEMPTS = 5
@@ -74,6 +75,7 @@ class Observer:
                 overlay=self._overlay(disk),
             )
             disks.append(_with_job(seen, live.get(disk.target), job))
+        copying = record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN
         now = boottime()
         observation = Observation(
             power=power,
@@ -82,6 +84,7 @@ class Observer:
             migrating=on and self.guest.migrating(),
             config_failing=now < self.config_failing_until,
             thaw_after=self.thaw_after,
+            room_low=room.low(record) if on and copying else "",
             now=now,
         )
         return View(observation, jobs)

@@ -14,10 +14,8 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging import image
 from vmbackup.reconcile.record import DiskRecord, Record, Snapshot
+from vmbackup.reconcile.room import with_room
 from vmbackup.stores.base import BackupKey, DiskSource, SourceImage, Store
-
-# Below this an overlay would fill its file system almost at once, and pause the guest.
-OVERLAY_ROOM = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,19 @@ class Planner:
         disks = self.admit(guest, chosen, record.uid, image_uses(self.hypervisor.guests()))
         if persistent is not None:
             disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
-        store.check(key_of(record), [source_of(disk) for disk in disks])
+        key = key_of(record)
+        store.check(key, [source_of(disk) for disk in disks])
+        disks = with_room(disks, {disk.target: store.writes(key, source_of(disk)) for disk in disks})
         facts = chain.domain_facts(live)
         return replace(record, disks=disks, skipped=skipped, domain_xml=persistent or live, nvram=facts.nvram or "")
 
     def admit(
         self, guest: Guest, chosen: Sequence[chain.Disk], uid: str, uses: Iterable[ImageUse]
     ) -> tuple[DiskRecord, ...]:
-        """The records of disks that can be backed up. `uses`: of all domains. Raises RefusedError."""
+        """The records of disks that can be backed up, room aside. `uses`: of all domains. Raises RefusedError."""
         _refuse_shared(guest, chosen, uses)
         disks = tuple(self._disk_record(disk, uid) for disk in chosen)
-        _refuse_without_room(disks)
+        _refuse_unwritable(disks)
         return disks
 
     def _disk_record(self, disk: chain.Disk, uid: str) -> DiskRecord:
@@ -123,20 +123,12 @@ def _refuse_shared(guest: Guest, chosen: Sequence[chain.Disk], uses: Iterable[Im
             )
 
 
-def _refuse_without_room(disks: Sequence[DiskRecord]) -> None:
+def _refuse_unwritable(disks: Sequence[DiskRecord]) -> None:
     for directory in {Path(disk.overlay).parent for disk in disks}:
         if not os.access(directory, os.W_OK):
             raise RefusedError(
                 f"overlays would go to {directory}, which cannot be written: correct that, or give --overlay-dir",
                 reason="OverlayDirectoryNotWritable",
-            )
-        status = os.statvfs(directory)
-        free = status.f_bavail * status.f_frsize
-        if free < OVERLAY_ROOM:
-            raise RefusedError(
-                f"{directory} has {free >> 20} MiB free, and overlays need {OVERLAY_ROOM >> 20} MiB at least: "
-                "free space there, or give --overlay-dir",
-                reason="NoRoomForOverlay",
             )
 
 

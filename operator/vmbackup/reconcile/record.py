@@ -81,6 +81,7 @@ class DiskRecord:
     overlay: str = ""
     format: str = ""
     virtual_bytes: int = 0
+    room: int = 0  # bytes that were free for overlays on the overlay's file system when this was planned
     backing: tuple[tuple[str, str], ...] = ()  # path and format of the images below base, the template last
     persistent_disk_xml: str = ""  # the <disk> of the persistent XML while on base, to go back to
     commit_begun: bool = False  # ever: from here on base is no longer the point in time

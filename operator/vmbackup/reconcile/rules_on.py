@@ -123,6 +123,8 @@ def copy_or_fail(s: Situation) -> Action | None:
         return None
     if s.seen.power is Power.IO_ERROR:
         return Action(Do.FAIL_BACKUP, reason="the guest is paused by an I/O error: free space for its overlay")
+    if s.seen.room_low:
+        return Action(Do.FAIL_BACKUP, reason=s.seen.room_low)
     if s.intent.deleted:
         return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
     if any(disk.record.commit_begun for disk in s.disks):

@@ -12,8 +12,11 @@ from pathlib import Path
 from vmbackup.errors import PermanentError, RefusedError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest, GuestState
-from vmbackup.reconcile.plan import ImageUse, Planner, choose, image_uses, left_on_overlay, not_running
-from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.plan import ImageUse, Planner, choose, image_uses, left_on_overlay, not_running, source_of
+from vmbackup.reconcile.record import DiskRecord, Record
+from vmbackup.reconcile.room import with_room
+from vmbackup.stores.base import Writes
+from vmbackup.stores.files import allocated_bytes
 
 _NO_UID = "00000000"
 
@@ -86,7 +89,12 @@ def _survey(planner: Planner, guest: Guest, records: Sequence[Record], uses: Seq
         _refuse_state(guest, state)
     except VMBackupError as error:
         domain_refusals.append(Refusal(error.reason, str(error)))
-    disks = [_disk(disk, left.get(disk.target), planner, guest, uses) for disk in found]
+    admitted: list[DiskRecord] = []
+    disks = [_disk(disk, left.get(disk.target), planner, guest, uses, admitted) for disk in found]
+    try:
+        with_room(admitted, {disk.target: _copied_whole(disk) for disk in admitted})
+    except VMBackupError as error:
+        domain_refusals.append(Refusal(error.reason, str(error)))
     return DomainSurvey(
         name=guest.name,
         uuid=guest.uuid,
@@ -113,7 +121,12 @@ def _refuse_state(guest: Guest, state: GuestState) -> None:
 
 
 def _disk(
-    disk: chain.Disk, overlay: str | None, planner: Planner, guest: Guest, uses: Sequence[ImageUse]
+    disk: chain.Disk,
+    overlay: str | None,
+    planner: Planner,
+    guest: Guest,
+    uses: Sequence[ImageUse],
+    admitted: list[DiskRecord],
 ) -> DiskSurvey:
     looked_at = DiskSurvey(disk.target, disk.source or "", disk.format, Verdict.BACKED_UP)
     if overlay is not None:
@@ -122,12 +135,18 @@ def _disk(
     if why := chain.ineligible(disk):
         return replace(looked_at, verdict=Verdict.LEFT_OUT, message=why)
     try:
-        (admitted,) = planner.admit(guest, [disk], _NO_UID, uses)
+        (record,) = planner.admit(guest, [disk], _NO_UID, uses)
     except VMBackupError as error:
         return replace(looked_at, verdict=Verdict.REFUSED, message=str(error), reason=error.reason)
-    if not admitted.backing:
+    admitted.append(record)
+    if not record.backing:
         return looked_at
-    return replace(looked_at, message=f"with its {len(admitted.backing)} backing images")
+    return replace(looked_at, message=f"with its {len(record.backing)} backing images")
+
+
+def _copied_whole(disk: DiskRecord) -> Writes:
+    """What a store that cannot clone has to copy: which store it will be is not known here."""
+    return Writes(sum(allocated_bytes(Path(image.path)) for image in source_of(disk).chain))
 
 
 def _overlay_notes(left: Mapping[str, str], records: Sequence[Record]) -> Iterator[str]:

@@ -69,6 +69,7 @@ class Observation:
     migrating: bool = False
     config_failing: bool = False  # the persistent XML could not be made durable again and again
     thaw_after: float = 0.0  # CLOCK_BOOTTIME before which a failed thaw is not tried again
+    room_low: str = ""  # while the base is copied: why its overlay's file system needs the copy to end
     now: float = 0.0  # CLOCK_BOOTTIME, seconds
 
 

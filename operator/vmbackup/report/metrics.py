@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -134,12 +135,13 @@ class _Overlay:
     path: Path
     since: float
 
-    def allocated_bytes(self) -> int | None:
-        """What it takes on disk; None where that cannot be seen."""
+    def sizes(self) -> tuple[int, int] | None:
+        """What it takes on disk, and what is free on its file system, in bytes; None where that cannot be seen."""
         try:
-            return self.path.stat().st_blocks * _ST_BLOCKS_UNIT
+            taken, system = self.path.stat(), os.statvfs(self.path)
         except OSError:
             return None
+        return taken.st_blocks * _ST_BLOCKS_UNIT, system.f_bavail * system.f_frsize
 
 
 class _Present(Collector):
@@ -180,14 +182,19 @@ class _Present(Collector):
         size = GaugeMetricFamily(
             "vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", labels=["domain", "target"]
         )
+        free = GaugeMetricFamily(
+            "vmbackup_overlay_free_bytes",
+            "What is free on the file system of the overlay of a disk.",
+            labels=["domain", "target"],
+        )
         age = GaugeMetricFamily(
             "vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", labels=["domain", "target"]
         )
         for labels, overlay in overlays.items():
             age.add_metric(labels, max(0.0, now - overlay.since))
-            allocated = overlay.allocated_bytes()
-            if allocated is not None:
-                size.add_metric(labels, allocated)
+            if (sizes := overlay.sizes()) is not None:
+                size.add_metric(labels, sizes[0])
+                free.add_metric(labels, sizes[1])
         pause = GaugeMetricFamily(
             "vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", labels=["domain"]
         )
@@ -198,4 +205,4 @@ class _Present(Collector):
         )
         for domain, at in last_success.items():
             success.add_metric([domain], at)
-        yield from (size, age, pause, success)
+        yield from (size, free, age, pause, success)

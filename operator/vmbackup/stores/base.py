@@ -75,6 +75,17 @@ class Published:
     digests: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Writes:
+    """What taking a disk writes: `bytes` that have to be copied, 0 where all is cloned.
+
+    `device`: the file system (st_dev) of this node on which they go; None if they go elsewhere.
+    """
+
+    bytes: int
+    device: int | None = None
+
+
 class Store(Protocol):
     """Where backups are kept. One call at a time for each key; different keys at will, from any threads.
 
@@ -83,6 +94,10 @@ class Store(Protocol):
 
     def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> None:
         """Refuse (RefusedError, with a reason) what cannot go well: not writable, no room, stored already."""
+        ...
+
+    def writes(self, key: BackupKey, source: DiskSource) -> Writes:
+        """What `take` of this disk would write, more rather than less. After `check`."""
         ...
 
     def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:

@@ -24,7 +24,16 @@ from vmbackup.imaging.image import info, rebase
 from vmbackup.stores import manifest as manifests
 from vmbackup.stores import notes
 from vmbackup.stores import readme as readmes
-from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, Published, SourceImage, TakenDisk, TakenImage
+from vmbackup.stores.base import (
+    BackupKey,
+    DiskSource,
+    GuestFacts,
+    Published,
+    SourceImage,
+    TakenDisk,
+    TakenImage,
+    Writes,
+)
 from vmbackup.stores.files import (
     allocated_bytes,
     fsync_file,
@@ -60,7 +69,8 @@ class DirectoryStore:
                 _check_source(source)
             make_folder(self._root, places.namespace)
             wanted = {image.path for source in sources for image in source.chain}
-            needed = _bytes_to_write([Path(path) for path in sorted(wanted)], places.namespace)
+            copied = _bytes_to_copy([Path(path) for path in sorted(wanted)], places.namespace)
+            needed = copied + SPARE_BYTES if copied else 0
             with errors_of(self._root):
                 room = os.statvfs(places.namespace)
         except PermanentError as error:
@@ -72,6 +82,13 @@ class DirectoryStore:
                 "or choose another store",
                 reason="NoSpace",
             )
+
+    def writes(self, key: BackupKey, source: DiskSource) -> Writes:
+        """See Store."""
+        folder = Places(self._root, key).namespace
+        paths = [Path(image.path) for image in source.chain]
+        with errors_of(folder):
+            return Writes(_bytes_to_copy(paths, folder), folder.stat().st_dev)
 
     def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:
         """See Store. A backing image that another disk of this backup brought along is not copied again."""
@@ -149,14 +166,14 @@ def _check_source(source: DiskSource) -> None:
             )
 
 
-def _bytes_to_write(sources: Sequence[Path], folder: Path) -> int:
+def _bytes_to_copy(sources: Sequence[Path], folder: Path) -> int:
     """Bytes that copies of the sources need in `folder`, those apart that can be cloned; 0 if all can be."""
     needed = 0
     with errors_of(folder), tempfile.TemporaryFile(dir=folder) as probe:
         for path in sources:
             with opened_image(path) as fd:
                 needed += 0 if can_clone(fd, probe.fileno()) else allocated_bytes(path)
-    return needed + SPARE_BYTES if needed else 0
+    return needed
 
 
 def _take_chain(
