@@ -1,0 +1,355 @@
+"""Carries out the plans of one guest, and plays the humans who start it again, free space and ask for a retry."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from tests.chaos.soak import proof
+from tests.chaos.soak.choices import Fault, Plan
+from tests.chaos.soak.driving import Driving, Ended, Task
+from tests.chaos.soak.faults import FAULTS, NotNowError, Undo
+from tests.chaos.soak.guests import Subject
+from tests.chaos.soak.host import Host
+from tests.chaos.soak.tally import Tally
+from vmbackup.errors import PermanentError
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.record import Guard, Record
+
+HOME_SECONDS = 180.0  # at most, after the last fault: barriers of 31 s, attempts, a boot
+SUSPENDED_SECONDS = 5.0
+SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
+_LOOK_SECONDS = 0.25
+_HUMAN_SECONDS = 3.0  # before a human resumes a guest that has stopped at an I/O error
+
+
+def brief(record: Record | None) -> str:
+    """A record without the XML."""
+    if record is None:
+        return "no journal"
+    return str(replace(record.with_every_disk(persistent_disk_xml=""), domain_xml=""))
+
+
+class StuckError(Exception):
+    """A backup does not come to its end."""
+
+
+class Campaign:
+    """One guest, one plan after the other."""
+
+    driving: Driving
+
+    def __init__(self, host: Host, subject: Subject, tally: Tally) -> None:
+        self.host = host
+        self.subject = subject
+        self.tally = tally
+        self.uid = ""
+        self.marks = subject.directory / "marks"
+        self.plan = Plan(subject.name, 0, {}, (), delete_data=False, retain=False)
+
+    def carry_out(self, plan: Plan) -> None:
+        """One backup with its faults, until all is home again; then prove that it is so. Raises what is wrong."""
+        self.tally.note("plan", **plan.as_json())
+        self._begin(plan)
+        self._run_to_the_end()
+        for fault in self._pending:
+            self.tally.count(self.tally.idle, fault.kind)
+        self._proven()
+        if not plan.retain:
+            self._delete()
+        self.subject.clear_store()
+        self.tally.note("end", plan=plan.name, outcome=self._outcome, seconds_taken=round(self._now() - self._begun, 1))
+        self.tally.count(self.tally.backups, self._outcome)
+
+    def _begin(self, plan: Plan) -> None:
+        self.plan = plan
+        self.uid = str(uuid.uuid4())
+        self.uids = [self.uid]
+        self._begun = self._now()
+        self._fault_clock = self._begun
+        self._pending = list(plan.faults)
+        self._undos: list[tuple[float, Undo]] = []
+        self._second: Driving | None = None
+        self._restart_at: float | None = None
+        self._wishes: dict[str, object] = {}
+        self._may_start = 0.0
+        self._off_until = 0.0  # it may still end until then
+        self._state: GuestState | None = None
+        self._standing_since: float | None = None
+        self._in_doubt = False
+        self._next_look = 0.0
+        self._io_error_since: float | None = None
+        self._restarted: set[str] = set()
+        self._retries = 0
+        self._outcome = ""
+        self._noted: Ended | None = None
+        self._disturbances = self.host.disturbances
+        self._start_driver()
+
+    # -- the drivers
+
+    @property
+    def journal(self) -> Path:
+        """Of the backup that runs."""
+        return self.subject.state_dir / f"{self.uid}.journal"
+
+    def record(self) -> Record | None:
+        """What the journal says."""
+        with suppress(PermanentError):
+            return record_of(self.subject.state_dir, self.uid)
+        return None
+
+    def _task(self) -> Task:
+        subject = self.subject
+        return Task(
+            uri=self.host.libvirtd.uri,
+            config_dir=self.host.libvirtd.config_dir,
+            state_dir=subject.state_dir,
+            lock_dir=subject.directory / "locks",
+            store=subject.store,
+            serial_log=subject.serial_log,
+            marks=self.marks,
+            domain=subject.name,
+            uid=self.uid,
+            spec=self.plan.spec,
+            hold_at=tuple(fault.at for fault in self._pending if fault.at),
+            wishes=self._wishes,
+        )
+
+    def _start_driver(self) -> None:
+        self._restart_at = None
+        self._stand_anew()
+        self.driving = Driving(self._task())
+
+    def kill_driver(self, again_after: float) -> None:
+        """SIGKILL it; another is started after so many seconds."""
+        self.driving.kill()
+        self._restart_at = self._now() + again_after
+
+    def stop_driver(self, again_after: float) -> None:
+        """Tell it to stop; another is started after so many seconds."""
+        self.driving.ask(stop=True)
+        self._pause_after_stop = again_after
+
+    def start_second_driver(self) -> None:
+        """A second driver of the same backup, as of a second agent by mistake."""
+        if self._second is not None:
+            raise NotNowError
+        self._second = Driving(replace(self._task(), hold_at=()))
+
+    def delete_backup(self) -> None:
+        """The VMBackup is deleted."""
+        self._wishes = {"deleted": True, "delete_data": self.plan.delete_data}
+        self.driving.ask(**self._wishes)
+
+    def expect_off(self, seconds: float, *, within: float = 0.0) -> None:
+        """The guest ends, within so many seconds; a human starts it again after a while."""
+        self._may_start = self._now() + seconds
+        self._off_until = self._now() + within
+
+    def found(self, what: str) -> None:
+        """Something is wrong, and it goes on all the same."""
+        self.tally.found(f"{self.plan.name}: {what}")
+
+    # -- what happens
+
+    def _run_to_the_end(self) -> None:
+        while True:
+            if self._restart_at is None:
+                self.driving.poll(0.03)
+            else:
+                time.sleep(0.03)
+            self._undo_what_is_over()
+            self._let_faults_happen()
+            if self._now() >= self._next_look:
+                self._look()
+                self._next_look = self._now() + _LOOK_SECONDS
+            if self._restart_at is not None:
+                if self._now() >= self._restart_at:
+                    self._start_driver()
+            elif self.driving.ended is not None and self._is_the_end(self.driving.ended):
+                return
+            if self._now() - max(self._fault_clock, self.host.disturbed) > HOME_SECONDS:
+                raise StuckError(f"not home {HOME_SECONDS:.0f} s after the last fault: {brief(self.record())}")
+
+    def _is_the_end(self, ended: Ended) -> bool:
+        """Whether all is over; else another driver was or will be started."""
+        reason, text = ended.error
+        if ended is not self._noted:
+            self._noted = ended
+            self.tally.note("driver", plan=self.plan.name, uid=self.uid, ended=ended.short, events=ended.events)
+        if reason == "JournalGarbled":
+            self.tally.count(self.tally.helped, "garbled journal moved away")
+            self.journal.unlink()
+        elif reason == "JournalUnwritable":
+            self._restart_at = self._now() + 1.0
+            return False
+        elif reason:
+            raise StuckError(f"its driver ended with {reason}: {text}")
+        elif ended.ending != Ending.INTERRUPTED:
+            self._outcome = self._outcome or str(ended.report.outcome or ended.ending)
+            if self._undos or self._state is not GuestState.RUNNING or self._now() < self._off_until:
+                return False
+            if proof.is_home(self.subject):
+                return self._second_has_ended()
+            if self._retries > 20:
+                raise StuckError(f"not home after {self._retries} retries: {ended}")
+            self._bring_home(ended)
+        self._start_driver()
+        return False
+
+    def _bring_home(self, ended: Ended) -> None:
+        """It gave up, was released, or lost its journal: a human asks for a retry, or for another backup."""
+        self._retries += 1
+        time.sleep(0.5)
+        if ended.ending == Ending.RELEASED or self._retries > 2:
+            self.tally.count(self.tally.helped, "another backup brought the chain home")
+            self.uid = str(uuid.uuid4())
+            self.uids.append(self.uid)
+            self._wishes = {}
+        else:
+            self.tally.count(self.tally.helped, "retry asked for")
+            self._wishes = {**self._wishes, "retry": f"by a human, {self._retries}"}
+
+    def _second_has_ended(self) -> bool:
+        if self._second is None:
+            return True
+        self._second.ask(stop=True)
+        while self._second.ended is None:
+            self._second.poll(1.0)
+            if self._now() - max(self._fault_clock, self.host.disturbed) > HOME_SECONDS:
+                raise StuckError("the second driver does not end")
+        self._second = None
+        return True
+
+    def _let_faults_happen(self) -> None:
+        moment = self.driving.moment
+        if moment is not None and self._restart_at is None:
+            for fault in [fault for fault in self._pending if fault.at == moment[0]]:
+                self._happen(fault, moment[1])
+            self.driving.let_go()
+        for fault in list(self._pending):
+            if fault.at is None and self._now() >= self._fault_clock + fault.delay and self.driving.ended is None:
+                self._happen(fault, "")
+
+    def _happen(self, fault: Fault, moment: str) -> None:
+        self._pending.remove(fault)
+        try:
+            undo = FAULTS[fault.kind](self, fault)
+        except NotNowError as why:
+            self.tally.count(self.tally.idle, fault.kind)
+            self.tally.note("nothing to happen to", plan=self.plan.name, fault=str(fault), moment=moment, why=str(why))
+            return
+        self._fault_clock = self._now()
+        self._stand_anew()
+        self.tally.count(self.tally.faults, fault.kind + (f" and {fault.meanwhile}" if fault.meanwhile else ""))
+        self.tally.note("fault", plan=self.plan.name, fault=str(fault), moment=moment)
+        if undo is not None:
+            self._undos.append((self._fault_clock + fault.seconds, undo))
+
+    def _undo_what_is_over(self) -> None:
+        for when, undo in list(self._undos):
+            if self._now() >= when:
+                self._undos.remove((when, undo))
+                undo()
+                self._fault_clock = self._now()
+                self._stand_anew()
+
+    # -- humans, who also look how long the guest stands still
+
+    def _look(self) -> None:
+        state = self._state = self.host.state(self.subject.guest)
+        record = self.record()
+        self._measure(state, record)
+        if state is GuestState.OFF:
+            self._off_until = 0.0
+            if self._now() >= self._may_start:
+                self._start_guest()
+        elif state is GuestState.IO_ERROR and not self._undos:
+            self._io_error_since = self._io_error_since or self._now()
+            if self._now() - self._io_error_since > _HUMAN_SECONDS:
+                self._help("guest resumed after an I/O error", "resume")
+                self._io_error_since = None
+        elif state is GuestState.RUNNING:
+            self._io_error_since = None
+            if record is not None and record.quarantined not in ("", *self._restarted):
+                self._restarted.add(record.quarantined)
+                self.tally.note("quarantine", plan=self.plan.name, why=record.quarantined)
+                self._help("guest restarted out of quarantine", "destroy")
+
+    def _start_guest(self) -> None:
+        with suppress(RuntimeError):  # tried again
+            self.host.virsh("start", self.subject.name)
+            self._fault_clock = self._now()
+        self._may_start = self._now() + 1.0
+
+    def _help(self, what: str, *command: str) -> None:
+        self.tally.count(self.tally.helped, what)
+        with suppress(RuntimeError):
+            self.host.virsh(*command, self.subject.name)
+
+    def _measure(self, state: GuestState | None, record: Record | None) -> None:
+        ours = state is GuestState.PAUSED and record is not None and record.guard is Guard.OURS
+        driven = self._restart_at is None and self.driving.ended is None and self.driving.moment is None
+        if not (ours and driven):
+            self._stand_anew()
+            return
+        now = self._now()
+        if self._standing_since is None or self._standing_since < self.host.disturbed:
+            self._standing_since = now
+        self._in_doubt = self._in_doubt or record is None or record.call is not None
+        standing = now - self._standing_since
+        self.tally.stood_still(standing, in_doubt=self._in_doubt)
+        if standing > (SUSPENDED_SECONDS_IN_DOUBT if self._in_doubt else SUSPENDED_SECONDS):
+            raise StuckError(f"the guest is suspended by us for {standing:.1f} s: {brief(record)}")
+
+    def _stand_anew(self) -> None:
+        self._standing_since = None
+        self._in_doubt = False
+
+    # -- what must be true
+
+    def _proven(self) -> None:
+        undisturbed = self._disturbances == self.host.disturbances
+        self.tally.checked(proof.prove_guest(self.subject))
+        for uid in self.uids:
+            bounds = proof.bounds_of(self.marks, self.subject, uid, certain=undisturbed)
+            self.tally.checked(proof.prove_copy(self.subject, uid, bounds))
+        self.tally.checked(proof.prove_tidy(self.subject))
+
+    def _delete(self) -> None:
+        """All that this plan made goes; with its data, or without."""
+        for uid in self.uids:
+            if not (self.subject.state_dir / f"{uid}.journal").exists():
+                continue
+            self.uid = uid
+            self._pending = []
+            self._wishes = {"deleted": True, "delete_data": self.plan.delete_data}
+            self._start_driver()
+            deadline = self._now() + HOME_SECONDS
+            while self.driving.ended is None and self._now() < deadline:
+                self.driving.poll(1.0)
+            if self.driving.ended is None or self.driving.ended.ending != Ending.RELEASED:
+                raise StuckError(f"deleted, and not released: {self.driving.ended}")
+            self.tally.checked(proof.prove_deleted(self.subject, uid, data_too=self.plan.delete_data))
+
+    def abandon(self) -> None:
+        """Something is wrong: keep what tells of it, and end what still runs."""
+        for driving in (getattr(self, "driving", None), getattr(self, "_second", None)):
+            if driving is not None:
+                with suppress(Exception):
+                    driving.show_stacks()
+                    time.sleep(0.2)
+                    driving.kill()
+        for _, undo in getattr(self, "_undos", []):
+            with suppress(Exception):
+                undo()
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()

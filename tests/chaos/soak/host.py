@@ -1,0 +1,121 @@
+"""The machine of a soak: one libvirtd for all guests, small file systems, and what humans do with virsh."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+from sandbox.libvirtd import Libvirtd
+from tests.storage import mounted, run
+from vmbackup.errors import VMBackupError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import Guest, GuestState
+
+_AWAY = ("connect", "keepalive", "I/O error", "client socket", "cannot recv", "no domain with matching")
+_TRY_SECONDS = 60.0
+
+
+class Host:
+    """A private libvirtd under `directory`. Without root there are no small file systems to be filled."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.libvirtd = Libvirtd(directory)
+        self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away
+        self.disturbances = 0
+        self._stack = ExitStack()
+        self._up = threading.Event()
+        self._starter = ThreadPoolExecutor(1)  # libvirtd ends with the thread that has started it
+        self._one_at_a_time = threading.Lock()
+
+    def __enter__(self) -> Self:
+        with self._stack:  # undone here if anything fails
+            self.place("libvirt/qemu", mebibytes=16)
+            self._stack.callback(self.libvirtd.stop)
+            self._starter.submit(self.libvirtd.start).result()
+            self.hypervisor = Hypervisor(self.libvirtd.uri, config_dir=self.libvirtd.config_dir)
+            self._stack.callback(self.hypervisor.close)
+            self._stack = self._stack.pop_all()
+        self._up.set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._up.set()
+        self.libvirtd.cont()
+        self._stack.close()
+        self._starter.shutdown()
+
+    def place(self, name: str, *, mebibytes: int = 0, reflink: bool = False) -> Path:
+        """A new folder; for root it is a file system of its own where a size is given: tmpfs, or XFS with reflinks."""
+        folder = self.directory / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() or not mebibytes:
+            folder.mkdir()
+        elif reflink:
+            image = folder.with_suffix(".xfs")
+            with image.open("wb") as file:
+                file.truncate(mebibytes << 20)
+            run("mkfs.xfs", "-q", str(image))
+            self._stack.enter_context(mounted(folder, "-o", "loop", str(image)))
+        else:
+            self._stack.enter_context(mounted(folder, "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs"))
+        return folder
+
+    @contextmanager
+    def away(self) -> Iterator[Libvirtd]:
+        """For a fault of libvirtd: nobody else touches it, and nobody plays a human, meanwhile."""
+        with self._one_at_a_time:
+            self._up.clear()
+            self.disturb()
+            try:
+                yield self.libvirtd
+            finally:
+                self.libvirtd.cont()
+                self._starter.submit(self.libvirtd.start).result()
+                self.disturb()
+                self._up.set()
+
+    def disturb(self) -> None:
+        """What is measured begins anew from here."""
+        self.disturbed = time.monotonic()
+        self.disturbances += 1
+
+    def virsh(self, *arguments: str) -> str:
+        """What a human does, who tries again where libvirtd is away. Raises RuntimeError where it is refused."""
+        deadline = time.monotonic() + _TRY_SECONDS
+        while True:
+            self._up.wait(_TRY_SECONDS)
+            try:
+                return self.libvirtd.virsh(*arguments)
+            except RuntimeError as error:
+                if time.monotonic() > deadline or not any(word in str(error) for word in _AWAY):
+                    raise
+                time.sleep(0.2)
+
+    def state(self, guest: Guest) -> GuestState | None:
+        """The state of a domain; None where libvirtd does not tell now."""
+        self._up.wait(_TRY_SECONDS)
+        try:
+            return guest.state()[0]
+        except VMBackupError:
+            return None
+
+
+def fill(folder: Path) -> Callable[[], None]:
+    """Take all the room of a file system but a few KiB. Returns how to give it back."""
+    filler = folder / ".filler"
+    status = os.statvfs(folder)
+    size = status.f_bavail * status.f_frsize - (16 << 10)
+    if size > 0:
+        fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
+    return lambda: filler.unlink(missing_ok=True)

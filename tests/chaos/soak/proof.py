@@ -1,0 +1,143 @@
+"""What must be true when a backup and all that happened to it are over. Each returns how many statements it proved."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandbox.oracle import ProofError
+from tests.chaos.soak.guests import Subject
+from tests.storage import sha256sum
+from vmbackup.errors import VMBackupError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.journal import records
+from vmbackup.reconcile.record import Freeze, Guard
+
+_RUN_SECONDS = 10.0  # libvirt may show an event of QEMU late on a busy machine
+_WRITE_SECONDS = 60.0  # a Linux boots meanwhile
+_DESCRIPTION = re.compile(r"\s*<description>(.*?)</description>")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The records that a snapshot holds, by target. `at_most` is empty where nobody can say."""
+
+    at_least: dict[str, int] = field(default_factory=dict)
+    at_most: dict[str, int] = field(default_factory=dict)
+
+
+def is_home(subject: Subject) -> bool:
+    """Whether live XML and persistent XML, also on disk, name the base of each disk, and no overlay is left."""
+    return not _away_from_home(subject)
+
+
+def _away_from_home(subject: Subject) -> list[str]:
+    try:
+        live, persistent = subject.guest.live_xml(), subject.guest.persistent_xml()
+    except VMBackupError as error:
+        return [str(error)]
+    on_disk = (subject.host.libvirtd.config_dir / f"{subject.name}.xml").read_text()
+    wrong = [f"{path} is left" for path in subject.overlays]
+    for what, xml in {"live XML": live, "persistent XML": persistent, "XML on disk": on_disk}.items():
+        sources = {disk.target: disk.source for disk in chain.disks(xml)} if xml else {}
+        wrong += [
+            f"{target}: the {what} names {sources.get(target)}"
+            for target, base in subject.bases.items()
+            if sources.get(target) != str(base)
+        ]
+    return wrong
+
+
+def prove_guest(subject: Subject) -> int:
+    """It runs and goes on writing, its disks are home, hold all that it has acknowledged, and are sound."""
+    _wait_until_it_runs(subject)
+    if wrong := _away_from_home(subject):
+        raise ProofError(f"not home: {'; '.join(wrong)}")
+    subject.assert_only_rising()
+    before = subject.acknowledged()
+    subject.host.virsh("suspend", subject.name)
+    try:
+        acknowledged = subject.acknowledged()
+        subject.prove(subject.bases, acknowledged, {target: number + 1 for target, number in acknowledged.items()})
+    finally:
+        subject.host.virsh("resume", subject.name)
+    _wait_until_it_writes(subject, before)
+    return 6 + len(subject.bases)
+
+
+def _wait_until_it_runs(subject: Subject) -> None:
+    deadline = time.monotonic() + _RUN_SECONDS
+    while (state := subject.host.state(subject.guest)) is not GuestState.RUNNING:
+        if time.monotonic() > deadline:
+            guards = [(record.guard, record.freeze) for record in records(subject.state_dir)]
+            why = subject.host.virsh("domstate", "--reason", subject.name)
+            raise ProofError(f"the guest is {state} ({why}); guards in the journals: {guards}")
+        time.sleep(0.1)
+
+
+def _wait_until_it_writes(subject: Subject, before: dict[str, int]) -> None:
+    deadline = time.monotonic() + _WRITE_SECONDS
+    while any(number <= before[target] for target, number in subject.acknowledged().items()):
+        if time.monotonic() > deadline:
+            raise ProofError(f"the guest runs, but has written nothing for {_WRITE_SECONDS:.0f} s")
+        time.sleep(0.1)
+
+
+def prove_tidy(subject: Subject) -> int:
+    """No journal holds the guest, no lock is left, and the persistent XML is the user's."""
+    for record in records(subject.state_dir):
+        if record.guard is not Guard.NONE or record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE) or record.call:
+            raise ProofError(f"the journal of {record.uid} has not let go: {record}")
+    if left := list((subject.directory / "locks").glob("*")):
+        raise ProofError(f"locks are left: {left}")
+    xml = subject.guest.persistent_xml() or ""
+    description = found[1] if (found := _DESCRIPTION.search(xml)) else ""
+    if description != subject.description:
+        raise ProofError(f"the description is {description!r}, and should be {subject.description!r}")
+    rest = _DESCRIPTION.sub("", xml)
+    if rest != subject.defined:
+        raise ProofError(f"the persistent XML is not the user's any more:\n{rest}\n-- it was\n{subject.defined}")
+    return 4
+
+
+def bounds_of(marks: Path, subject: Subject, uid: str, *, certain: bool) -> Bounds:
+    """What the snapshot of this backup may hold. `certain`: no call was carried out after its time was noted."""
+    lines = map(json.loads, marks.read_text().splitlines()) if marks.exists() else []
+    mine = [mark for mark in lines if mark["uid"] == uid]
+    begun = [mark["bytes"] for mark in mine if mark["when"] == "before"]
+    taken = [mark["bytes"] for mark in mine if mark["when"] == "after"]
+    if not begun:
+        return Bounds()
+    at_most: dict[str, int] = {}
+    if certain and len(begun) == len(taken) == 1:
+        at_most = {target: number + 1 for target, number in subject.acknowledged(taken[0]).items()}
+    return Bounds(subject.acknowledged(begun[0]), at_most)
+
+
+def prove_copy(subject: Subject, uid: str, bounds: Bounds) -> int:
+    """If it was published: it restores to exactly what the guest had written at its snapshot, all disks alike."""
+    folder = subject.store / "soak" / f"backup.{uid}"
+    if not folder.exists():
+        return 0
+    if not bounds.at_least:
+        raise ProofError(f"{folder} was published, yet its snapshot was never taken")
+    disks = json.loads((folder / "manifest.json").read_text())["disks"]
+    copies = {disk["target"]: folder / disk["file"] for disk in disks}
+    for disk in disks:
+        if sha256sum(copies[disk["target"]]) != disk["digest"]:
+            raise ProofError(f"{copies[disk['target']]} has another digest")
+    subject.prove(copies, bounds.at_least, bounds.at_most)
+    return 3 * len(disks) + 1
+
+
+def prove_deleted(subject: Subject, uid: str, *, data_too: bool) -> int:
+    """A deleted backup leaves no journal, and its data only where that is wanted."""
+    if left := list(subject.state_dir.glob(f"{uid}*")):
+        raise ProofError(f"deleted, but it left {left}")
+    if data_too and (left := list((subject.store / "soak").glob(f"*{uid}*"))):
+        raise ProofError(f"deleted with its data, but it left {left}")
+    return 2
