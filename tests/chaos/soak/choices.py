@@ -109,7 +109,7 @@ def _spec(random: Random, guest: str) -> dict[str, Any]:
         "snapshot": {"quiesce": quiesce, "freezeTimeoutSeconds": random.choice((2, 10))},
         "switchPolicy": random.choices(("Guarded", "Live"), (80, 20))[0],
         "copy": {"deadlineSeconds": random.choices((1, 14400), (5, 95))[0]},
-        "commit": {"backoffLimit": random.choice((0, 2, 6))},
+        "commit": {"backoffLimit": random.choice((0, 2, 6)), "offline": random.random() < 0.3},
     }
     if random.random() < 0.3:
         spec["disks"] = [random.choice(("vda", "vdb"))]
