@@ -13,7 +13,6 @@ from tests.chaos.soak.choices import Fault, Plan
 from tests.chaos.soak.driving import Driving, Ended, Task
 from tests.chaos.soak.faults import FAULTS, NotNowError, Undo
 from tests.chaos.soak.guests import Subject
-from tests.chaos.soak.host import Host
 from tests.chaos.soak.tally import Tally
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.guest import GuestState
@@ -44,8 +43,8 @@ class Campaign:
 
     driving: Driving
 
-    def __init__(self, host: Host, subject: Subject, tally: Tally) -> None:
-        self.host = host
+    def __init__(self, subject: Subject, tally: Tally) -> None:
+        self.host = subject.host
         self.subject = subject
         self.tally = tally
         self.uid = ""

@@ -24,7 +24,7 @@ KINDS: Mapping[str, Kind] = {
     "driver stopped": Kind(3, (0, 1)),
     "second driver started": Kind(2),
     "libvirtd killed": Kind(7, (0, 3)),
-    "libvirtd stopped": Kind(4, (1, 40)),
+    "libvirtd stopped": Kind(3, (1, 40)),
     "QEMU killed": Kind(9, (0, 4)),
     "guest destroyed": Kind(4, (0, 4)),
     "guest reset": Kind(2),
@@ -133,7 +133,8 @@ def _possible(guest: str, spec: Mapping[str, Any], faults: list[Fault]) -> list[
 
 def _fault(random: Random, possible: list[str]) -> Fault:
     name = random.choices(possible, [KINDS[each].weight for each in possible])[0]
-    seconds = round(random.uniform(*KINDS[name].seconds), 2)
+    shortest, longest = KINDS[name].seconds
+    seconds = round(shortest + (longest - shortest) * random.random() ** 3, 2)  # seldom long
     delay = round(random.expovariate(1.5), 3)
     at = random.randint(1, EVENTS) if random.random() < 0.6 else None
     meanwhile = random.choice(DURING_AWAY) if name.startswith("libvirtd") else ""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -213,11 +212,10 @@ def take_store_away(scene: Scene, fault: Fault) -> Undo:
     store = scene.subject.store
     away = store.with_name("store-away")
     store.rename(away)
+    store.touch()  # else it would be made anew
 
     def undo() -> None:
-        if store.exists():
-            scene.found(f"the store {store} was made anew while its own was away")
-            shutil.rmtree(store)
+        store.unlink()
         away.rename(store)
 
     return undo

@@ -30,6 +30,7 @@ MOST_RECORDS = 32767
 
 _ACKNOWLEDGED = re.compile(rb"^(vd[a-z]) (\d+)\n", re.MULTILINE)
 _LEAKS = 3  # what qemu-img check then returns
+_STARTED = re.compile(rb"(vd[a-z]) start (\d+)\r?\n")
 _SECTOR = 512
 _FIRST, _BULK, _BULK_SECTORS = 2047, 36864, 64  # as in writer.S
 _BLOCKS = 256
@@ -55,7 +56,7 @@ class Subject:
         images = {"chain": (400, True), "tight": (160, False)}.get(self.kind, (0, False))
         self.images = host.place(f"{name}/images", mebibytes=images[0], reflink=images[1])
         tight = self.kind == "tight"
-        room = self.images if self.kind == "chain" else host.place(f"{name}/store", mebibytes=180 * tight)
+        room = self.images if self.kind == "chain" else host.place(f"{name}/store", mebibytes=300 * tight)
         self.store = room / "store"
         self.store.mkdir()
         self.state_dir = host.place(f"{name}/state", mebibytes=8 * tight)
@@ -91,6 +92,11 @@ class Subject:
         said = self._said(length)
         return {target: max((n for disk, n in said if disk == target), default=0) for target in self.bases}
 
+    def at_most(self, length: int | None = None) -> dict[str, int]:
+        """The last record that can have been written, by target: one more than acknowledged or found at boot."""
+        found = dict(self._found(length))
+        return {target: max(number, found.get(target, 0)) + 1 for target, number in self.acknowledged(length).items()}
+
     def assert_only_rising(self) -> None:
         """Raise ProofError if it ever acknowledged a number again, or a lower one: it went back in time."""
         for target in self.bases:
@@ -100,8 +106,13 @@ class Subject:
                     raise LostError(text, before - after + 1)
 
     def _said(self, length: int | None = None) -> list[tuple[str, int]]:
-        text = self.serial_log.read_bytes()[:length] if self.serial_log.exists() else b""
-        return [(match[1].decode(), int(match[2])) for match in _ACKNOWLEDGED.finditer(text)]
+        return [(match[1].decode(), int(match[2])) for match in _ACKNOWLEDGED.finditer(self._serial(length))]
+
+    def _found(self, length: int | None = None) -> list[tuple[str, int]]:
+        return [(match[1].decode(), int(match[2]) - 1) for match in _STARTED.finditer(self._serial(length))]
+
+    def _serial(self, length: int | None) -> bytes:
+        return self.serial_log.read_bytes()[:length] if self.serial_log.exists() else b""
 
     # -- what its images hold
 

@@ -1,4 +1,4 @@
-"""The machine of a soak: one libvirtd for all guests, small file systems, and what humans do with virsh."""
+"""The machine of some guests of a soak: one libvirtd for them, small file systems, and what humans do with virsh."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Host:
     """A private libvirtd under `directory`. Without root there are no small file systems to be filled."""
 
     def __init__(self, directory: Path) -> None:
+        directory.mkdir()
         self.directory = directory
         self.libvirtd = Libvirtd(directory)
         self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away

@@ -62,7 +62,7 @@ def prove_guest(subject: Subject) -> int:
     subject.host.virsh("suspend", subject.name)
     try:
         acknowledged = subject.acknowledged()
-        subject.prove(subject.bases, acknowledged, {target: number + 1 for target, number in acknowledged.items()})
+        subject.prove(subject.bases, acknowledged, subject.at_most())
     finally:
         subject.host.virsh("resume", subject.name)
     _wait_until_it_writes(subject, before)
@@ -114,7 +114,7 @@ def bounds_of(marks: Path, subject: Subject, uid: str, *, certain: bool) -> Boun
         return Bounds()
     at_most: dict[str, int] = {}
     if certain and len(begun) == len(taken) == 1:
-        at_most = {target: number + 1 for target, number in subject.acknowledged(taken[0]).items()}
+        at_most = subject.at_most(taken[0])
     return Bounds(subject.acknowledged(begun[0]), at_most)
 
 
