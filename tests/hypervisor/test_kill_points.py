@@ -349,3 +349,15 @@ def content(image: Path) -> bytes:
         return raw.read_bytes()
     finally:
         raw.unlink()
+
+
+def test_a_guest_that_dies_before_its_snapshot_gets_no_overlay_on_the_disks_that_are_left_out(
+    guests: Guests, libvirtd: Libvirtd
+) -> None:
+    (guest,) = guests(1)
+    driving = Driving(task_of(guest, {"disks": ["vda"]}, Moment(When.BEFORE, "journal call=snapshot"), deed=Deed.HOLD))
+    assert driving.wait_until_held()
+    libvirtd.kill_guest(guest.name)
+    driving.let_go()
+    assert not come_home(guest, driving)
+    assert set(guest.directory.glob("vd*")) == {Path(base) for base in guest.bases.values()}

@@ -324,13 +324,14 @@ class Acts:
 
     def _snapshot(self) -> None:
         overlays = {disk.target: disk.overlay for disk in self.record.disks}
-        live = self._guest.live_xml() or "<domain/>"
+        live = self._guest.live_xml()
+        if live is None:  # libvirt would do it all the same, and on every disk that is not named as another
+            raise TransientError(f"{self._guest.name} has stopped: start it, and make a new backup")
         others = [disk.target for disk in chain.disks(live) if disk.target not in overlays]
         self._guest.snapshot(overlays, others)
 
     def _commit(self, target: str, spec: BackupSpec) -> None:
-        disk = self.record.disk(target)
-        self._guest.commit(target, disk.base, bandwidth=spec.commit.bandwidth)
+        self._guest.commit(target, self.record.disk(target).base, bandwidth=spec.commit.bandwidth)
 
     # -- calls that failed
 
