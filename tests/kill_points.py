@@ -150,7 +150,7 @@ class Driving:
         self._line.send(None)
 
     def kill(self) -> None:
-        """SIGKILL it, and return when it is gone."""
+        """SIGKILL it wherever it is, and return when it is gone; what it has started goes on."""
         self._process.kill()
         self._process.join()
 

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory
-from tests.storage import sha256sum
+from tests.domains import Domain, DomainFactory, wait_until
+from tests.storage import mounted, run, sha256sum
 from vmbackup.api.status import Outcome
+from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
+from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.driver import Ending
+from vmbackup.stores.base import BackupKey
 
 OFFLINE = {"offline": True}
 
 
 def off_while_copying(guest: Domain, backup: BackupFactory, **commit: object) -> RunningBackup:
-    """A backup whose guest has written to its overlay and was stopped; now the copy is completed."""
+    """A backup whose guest has written to its overlay and was stopped; now the copy is being completed."""
+    running = stopped_while_copying(guest, backup, **commit)
+    running.edit("copy", bandwidth="10Gi")
+    return running
+
+
+def stopped_while_copying(guest: Domain, backup: BackupFactory, **commit: object) -> RunningBackup:
     for target in guest.bases:
         guest.write(target, 0x11, length="16M")
     running = backup(guest.name, commit=commit, copy={"bandwidth": SLOW})
@@ -23,7 +36,6 @@ def off_while_copying(guest: Domain, backup: BackupFactory, **commit: object) ->
     for target in guest.bases:
         guest.write(target, 0x22, "1M", "8M")
     guest.libvirtd.virsh("destroy", guest.name)
-    running.edit("copy", bandwidth="10Gi")
     return running
 
 
@@ -62,3 +74,115 @@ def test_a_guest_that_is_off_is_brought_home_without_being_started(
     assert [sha256sum(template) for template in templates] == before, "a template was written"
     guest.libvirtd.virsh("start", guest.name, "--paused")
     assert all(guest.holds(target, 0x22, "1M", "8M") for target in disks)
+
+
+def test_a_guest_cannot_start_while_it_is_merged_and_starts_with_everything_afterwards(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    running = off_while_copying(guest, backup, bandwidth="4Mi", **OFFLINE)
+    overlay = overlay_of(running)
+    wait_until(lambda: has_writer(overlay), "merging")
+    with pytest.raises(RuntimeError, match='Failed to get "write" lock'):
+        guest.libvirtd.virsh("start", guest.name)
+    assert "starts only after that" in running.report.message
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    assert guest.holds("vda", 0x22, "1M", "8M")
+
+
+def test_a_base_that_somebody_reads_is_merged_into_when_they_have_done(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    running = stopped_while_copying(guest, backup, **OFFLINE)
+    with Path(guest.bases["vda"]).open("rb") as reader:
+        hold_reader_lock(reader.fileno())
+        running.edit("copy", bandwidth="10Gi")
+        report = running.wait_for(lambda report: report.reason == "CommitRetrying", "tried again")
+        assert guest.bases["vda"] in report.message
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+    assert holds(guest, "vda", 0x22)
+
+
+def test_a_full_file_system_of_the_base_leaves_the_overlay_in_charge_until_there_is_room(
+    domain: DomainFactory, node: Node, tmp_path: Path
+) -> None:
+    overlays = tmp_path / "overlays"
+    overlays.mkdir()
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=20m", "tmpfs") as small:
+        guest = domain(directory=small)
+        spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+        spec |= {"copy": {"bandwidth": SLOW}, "commit": OFFLINE | {"backoffLimit": 1}}
+        guest.write("vda", 0x11, length="16M")
+        key = BackupKey("tests", "backup", str(uuid.uuid4()))
+        running = RunningBackup(replace(node, overlay_dir=overlays), key, spec, tmp_path / "store")
+        running.wait_for_copying()
+        guest.write("vda", 0x22, "8M", "24M")
+        guest.libvirtd.virsh("destroy", guest.name)
+        running.edit("copy", bandwidth="10Gi")
+        report = running.end()
+        assert (report.reason, report.backup_complete, report.chain_clean) == ("CommitLimitReached", True, False)
+        assert "No space left on device" in report.message
+        assert guest.bases["vda"] in report.message
+        assert guest.persistent().source == str(overlay_of(running))
+        guest.libvirtd.virsh("start", guest.name, "--paused")
+        assert guest.holds("vda", 0x22, "8M", "24M")
+        guest.libvirtd.virsh("destroy", guest.name)
+
+        run("mount", "-o", "remount,size=80m", str(small))
+        again = RunningBackup(running.node, key, spec, tmp_path / "store")
+        again.ask(retry="1")
+        assert again.end().outcome is Outcome.SUCCEEDED
+        assert is_home(guest)
+        assert not list(overlays.iterdir())
+        assert holds(guest, "vda", 0x22, "8M 24M")
+        assert holds(guest, "vda", 0x11, "0 8M")
+
+
+def test_deleted_while_its_guest_is_off_it_goes_home_before_it_lets_go(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    running = off_while_copying(guest, backup, bandwidth="4Mi", **OFFLINE)
+    wait_until(lambda: has_writer(overlay_of(running)), "merging")
+    running.ask(deleted=True)
+    assert running.ending is Ending.RELEASED
+    assert is_home(guest)
+    assert holds(guest, "vda", 0x22)
+    assert not list(running.node.state_dir.glob("*.journal"))
+
+
+def test_an_orphan_goes_home_while_its_guest_is_off(domain: DomainFactory, backup: BackupFactory) -> None:
+    guest = domain()
+    running = off_while_copying(guest, backup)
+    running.wait_for(lambda report: report.reason == "DomainOff", "DomainOff")
+    running.ask(deleted=True)
+    assert running.ending is Ending.RELEASED
+    assert running.record.orphan
+
+    backup(guest.name, again=running, commit=OFFLINE).end()
+    assert not running.record.orphan
+    assert is_home(guest)
+    assert holds(guest, "vda", 0x22)
+
+
+def test_told_to_stop_it_ends_the_merge_and_the_next_run_does_it_anew(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    running = off_while_copying(guest, backup, bandwidth=SLOW, **OFFLINE)
+    overlay = overlay_of(running)
+    wait_until(lambda: has_writer(overlay), "merging")
+    running.ask(stop=True)
+    assert running.ending is Ending.INTERRUPTED
+    assert not is_locked(overlay)
+    assert backup(guest.name, again=running, commit=OFFLINE).end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+    assert holds(guest, "vda", 0x22)
+
+
+def overlay_of(running: RunningBackup) -> Path:
+    return Path(running.record.disks[0].overlay)
