@@ -38,9 +38,9 @@ from vmbackup.node.watchdog import Watchdog
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.clock import Backoff
 from vmbackup.report.cluster import BACKUPS, Cluster, load_client
+from vmbackup.report.events import Events
 from vmbackup.report.health import HealthServer
 from vmbackup.report.metrics import Metrics
-from vmbackup.report.writer import Events
 
 _log = logging.getLogger(__name__)
 

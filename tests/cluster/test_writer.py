@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from tests.manifests import backup, store
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.errors import PermanentError, RefusedError, TransientError
 from vmbackup.report.cluster import Cluster, load_client
+from vmbackup.report.events import Events, NodeRef
 from vmbackup.report.status import condition, with_generation
-from vmbackup.report.writer import BackupRef, Events, StatusWriter
+from vmbackup.report.writer import BackupRef, StatusWriter
 
 NAMESPACE = "writer"
 COPYING = Report(phase=Phase.COPYING, reason=Reason.COPYING, chain_clean=False, start_time=1_750_000_000)
@@ -313,21 +315,71 @@ def test_events_are_what_kubectl_describe_shows(kube: KubeApi, cluster: Counting
     assert any(row.startswith("Warning CommitRetrying") and row.endswith("xxx…") for row in rows)
 
 
-def test_an_event_that_cannot_be_sent_is_logged_and_nothing_else(
+def test_an_event_about_the_node_is_shown_where_events_of_nodes_are(kube: KubeApi, cluster: CountingCluster) -> None:
+    kube.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "writer-node"}})
+    events = Events(cluster, node="writer-node")
+    events.warning(NodeRef("writer-node"), "OrphanOverlay", "Nobody knows /images/web.vmb-01234567-vda.qcow2.")
+    assert events.flush(10)
+    events.close()
+    assert "Nobody knows /images/web.vmb-01234567-vda.qcow2." in kube.kubectl("describe", "node", "writer-node")
+
+
+def test_events_wait_for_a_server_that_is_away_and_arrive_in_order_with_their_own_time(
+    kube: KubeApi, cluster: CountingCluster, body: dict[str, Any], outage: Callable[[], None]
+) -> None:
+    events = Events(cluster, node="node-a")
+    begun = time.time()
+    for number in range(20):
+        events.normal(BackupRef.of(body), f"Step{number}", "Copying vda.")
+    assert time.time() - begun < 1
+    assert not events.flush(0.5)
+    outage()
+    assert events.flush(20)
+    events.close()
+    name = body["metadata"]["name"]
+    found = [each for each in events_in(kube) if each["regarding"]["name"] == name]
+    assert [each["reason"] for each in found] == [f"Step{number}" for number in range(20)]
+    stored = [each["metadata"]["creationTimestamp"] for each in found]
+    assert stored == sorted(stored)
+    assert all(datetime.fromisoformat(each["eventTime"]).timestamp() - begun < 1 for each in found)
+
+
+def test_of_too_many_events_the_oldest_are_dropped_and_counted(
+    kube: KubeApi,
     cluster: CountingCluster,
     body: dict[str, Any],
     outage: Callable[[], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    events = Events(cluster, node="node-a", limit=5)
+    for number in range(8):
+        events.normal(BackupRef.of(body), f"Step{number}", "Copying vda.")
+    outage()
+    assert events.flush(20)
+    events.close()
+    name = body["metadata"]["name"]
+    reasons = [each["reason"] for each in events_in(kube) if each["regarding"]["name"] == name]
+    assert reasons == [f"Step{number}" for number in range(3, 8)]
+    assert "3 events were dropped" in caplog.text
+
+
+def test_an_event_that_is_refused_is_logged_and_holds_nothing_up(
+    kube: KubeApi, cluster: CountingCluster, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     events = Events(cluster, node="node-a")
-    begun = time.monotonic()
-    for _ in range(20):
-        events.normal(BackupRef.of(body), "Copying", "Copying vda.")
-    assert time.monotonic() - begun < 1
+    events.normal(BackupRef("no-such-namespace", "web", "1"), "Copying", "Copying vda.")
+    events.normal(BackupRef.of(body), "Pivoted", "Home.")
     assert events.flush(10)
     events.close()
     events.normal(BackupRef.of(body), "TooLate", "Closed.")
-    assert "event Copying about" in caplog.text
+    assert "event Copying about web" in caplog.text
+    assert [e["reason"] for e in events_in(kube) if e["regarding"]["name"] == body["metadata"]["name"]] == ["Pivoted"]
+
+
+def events_in(kube: KubeApi) -> list[dict[str, Any]]:
+    """All events of the namespace, oldest first."""
+    found = kube.get("events.v1.events.k8s.io", "-n", NAMESPACE)["items"]
+    return sorted(found, key=lambda each: each["eventTime"])
 
 
 # Reading and deleting

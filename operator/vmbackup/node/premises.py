@@ -8,7 +8,7 @@ from vmbackup.node.queue import Queue
 from vmbackup.node.threads import Threads
 from vmbackup.reconcile.backup import Node
 from vmbackup.report.cluster import Cluster
-from vmbackup.report.writer import Events
+from vmbackup.report.events import Events
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 
 from vmbackup.api.status import Report
-from vmbackup.report.writer import BackupRef, Events, StatusWriter
+from vmbackup.report.events import Events
+from vmbackup.report.writer import BackupRef, StatusWriter
 
 _log = logging.getLogger(__name__)
 

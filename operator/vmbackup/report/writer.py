@@ -1,15 +1,12 @@
-"""Status and events on their way to the API server, without a backup ever waiting for it."""
+"""The status of VMBackups on its way to the API server, without a backup ever waiting for it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from vmbackup.api.spec import GROUP, VERSION
@@ -21,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_RETRY = 0.5  # seconds, doubled for each failure
 _LONGEST_RETRY = 30.0
-_NOTE_LIMIT = 1000  # characters: the API server takes 1 kB (events.k8s.io/v1, field note)
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,12 @@ class BackupRef:
         """That of an object as the API server gives it."""
         metadata = body["metadata"]
         return cls(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
+
+    @property
+    def regarding(self) -> Mapping[str, str]:
+        """The object reference of it, for events."""
+        reference = {"namespace": self.namespace, "name": self.name, "uid": self.uid}
+        return {"apiVersion": f"{GROUP}/{VERSION}", "kind": "VMBackup", **reference}
 
 
 class StatusWriter:
@@ -162,61 +164,3 @@ class StatusWriter:
                 self._written = status
                 self._pending = [waiting for waiting in self._pending if waiting is not status]
             self._changed.notify_all()
-
-
-class Events:
-    """Kubernetes events about VMBackups, sent by one thread in order. A failure is logged, never raised."""
-
-    def __init__(self, cluster: Cluster, *, node: str) -> None:
-        self._cluster = cluster
-        self._node = node
-        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="events")
-        self._last: Future[None] | None = None
-
-    def normal(self, ref: BackupRef, reason: str, message: str) -> None:
-        """Something happened as it should."""
-        self._emit(ref, "Normal", reason, message)
-
-    def warning(self, ref: BackupRef, reason: str, message: str) -> None:
-        """Something happened that a human may have to look at."""
-        self._emit(ref, "Warning", reason, message)
-
-    def flush(self, seconds: float) -> bool:
-        """Wait, for at most so long, until all of them are sent or have failed."""
-        return self._last is None or not wait([self._last], seconds).not_done
-
-    def close(self) -> None:
-        """Give up what is not sent yet."""
-        self._sender.shutdown(wait=False, cancel_futures=True)
-
-    def _emit(self, ref: BackupRef, kind: str, reason: str, message: str) -> None:
-        event = {
-            "apiVersion": "events.k8s.io/v1",
-            "kind": "Event",
-            "metadata": {"name": f"{ref.name[:200]}.{uuid.uuid4().hex[:16]}", "namespace": ref.namespace},
-            "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            "type": kind,
-            "reason": reason,
-            "action": reason,
-            "note": message if len(message) <= _NOTE_LIMIT else message[: _NOTE_LIMIT - 1] + "…",
-            "reportingController": "vmbackup",
-            "reportingInstance": f"vmbackup-{self._node}"[:128],
-            "regarding": {
-                "apiVersion": f"{GROUP}/{VERSION}",
-                "kind": "VMBackup",
-                "namespace": ref.namespace,
-                "name": ref.name,
-                "uid": ref.uid,
-            },
-        }
-        try:
-            self._last = self._sender.submit(self._send, event)
-        except RuntimeError:
-            logger.debug("event %s about %s/%s not sent: closed", reason, ref.namespace, ref.name)
-
-    def _send(self, event: Mapping[str, Any]) -> None:
-        metadata = event["metadata"]
-        try:
-            self._cluster.create_event(metadata["namespace"], event)
-        except Exception as error:
-            logger.warning("event %s about %s not sent: %s", event["reason"], metadata["name"], error)
