@@ -133,6 +133,10 @@ class VMBackup:
         found = condition(self.status, kind)
         return found.get("status", ""), found.get("reason", "")
 
+    def chain_message(self) -> str:
+        """What ChainClean says."""
+        return condition(self.status, "ChainClean").get("message", "")
+
     def wait(self, ready: str = "True", seconds: float = SECONDS) -> dict[str, Any]:
         """`kubectl wait` until Ready is this; its status then."""
         try:

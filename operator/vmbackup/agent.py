@@ -30,6 +30,7 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.node import memory
 from vmbackup.node.duty import Seen
 from vmbackup.node.fleet import Fleet
+from vmbackup.node.orphans import OrphanPolicy, Orphans
 from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Queue
 from vmbackup.node.sweep import Sweep
@@ -50,7 +51,7 @@ _FLUSH_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """The flags of `vmbackup agent`. `commit_backoff`, `relist_interval`: seconds."""
+    """The flags of `vmbackup agent`. `commit_backoff`, `relist_interval`: seconds; `orphan_policy`: an OrphanPolicy."""
 
     node_name: str
     libvirt_uri: str
@@ -63,6 +64,7 @@ class AgentSettings:
     max_concurrent_backups: int
     commit_backoff: float
     relist_interval: float
+    orphan_policy: str
 
 
 def run(settings: AgentSettings) -> int:
@@ -127,7 +129,8 @@ class _Agent:
         self._threads = Threads()
         premises = Premises(node, cluster, self._events, Queue(settings.max_concurrent_backups), self._threads)
         self._fleet = Fleet(premises)
-        self._sweep = Sweep(premises, self._fleet, settings.node_name, settings.relist_interval)
+        orphans = Orphans(premises, settings.node_name, OrphanPolicy(settings.orphan_policy))
+        self._sweep = Sweep(premises, self._fleet, orphans, settings.node_name, settings.relist_interval)
         self.watchdog = Watchdog(hypervisor, self._sweep.neglected)
         self._background: list[asyncio.Task[None]] = []
         self.registry = self._register()

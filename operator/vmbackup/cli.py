@@ -83,10 +83,18 @@ _AGENT = (
     ),
     Flag(
         "--relist-interval",
-        "how often VMBackups and journals are compared, for what a watch or a deletion has missed",
+        "how often VMBackups, journals and domains are compared, for what a watch or a deletion has missed",
         flags.seconds,
         default="300",
         metavar="SECONDS",
+    ),
+    Flag(
+        "--orphan-policy",
+        "what to do with an overlay of ours that nobody waits for, say since a journal was lost: Commit it, or only "
+        "Report it",
+        flags.one_of("Commit", "Report"),
+        default="Commit",
+        metavar="POLICY",
     ),
 )
 _RUN = (

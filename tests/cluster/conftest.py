@@ -36,7 +36,7 @@ def _free_port() -> int:
 def agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     """A running agent, one for all tests that leave it as it is."""
     shared = make_agent(kube, libvirtd, tmp_path_factory.mktemp("agent"))
-    shared.start(max_concurrent_backups="3")
+    shared.start(max_concurrent_backups="3", orphan_policy="Report")  # other tests leave overlays, for a while
     yield shared
     shared.stop()
 

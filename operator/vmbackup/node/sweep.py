@@ -9,23 +9,16 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.node import memory
 from vmbackup.node.alone import Alone
 from vmbackup.node.duty import Body, Seen, begun, done
 from vmbackup.node.fleet import Fleet
+from vmbackup.node.orphans import Orphans
 from vmbackup.node.premises import Premises
-from vmbackup.node.queue import Ticket
 from vmbackup.reconcile import journal as journals
-from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.plan import key_of
 from vmbackup.reconcile.record import Record, Snapshot
-from vmbackup.reconcile.wish import Wish
-from vmbackup.report.reporter import LogReporter
 from vmbackup.report.status import condition
-from vmbackup.stores import open_store
-from vmbackup.stores.base import Store
 
 _log = logging.getLogger(__name__)
 
@@ -33,21 +26,20 @@ _LIST_AGAIN = 2.0  # seconds
 
 
 class Sweep:
-    """Compares the VMBackups of this node with its journals.
+    """Compares the VMBackups of this node with its journals and its domains.
 
     A journal whose VMBackup is gone is removed if its chain is home; else the chain is brought home now, or stays
     recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left alone.
     """
 
-    def __init__(self, premises: Premises, fleet: Fleet, node_name: str, interval: float) -> None:
+    def __init__(self, premises: Premises, fleet: Fleet, orphans: Orphans, node_name: str, interval: float) -> None:
         self._premises = premises
         self._fleet = fleet
+        self._orphans = orphans
         self._node_name = node_name
         self._interval = interval
-        self._strays: dict[str, asyncio.Task[None]] = {}
         self._unattended: set[str] = set()
         self._neglected: set[str] = set()
-        self._stopped = False
 
     async def begin(self) -> None:
         """Before anything runs: what had begun keeps its domain, and metrics are what they were.
@@ -56,6 +48,8 @@ class Sweep:
         """
         records = await self._records()
         for record in records:
+            if not record.spec:  # of `vmbackup run`
+                continue
             if begun(record) and not record.finished:
                 self._premises.queue.reserve(record.domain_uuid, record.uid)
             self._tell_overlays(record)
@@ -63,7 +57,6 @@ class Sweep:
         if bodies is None:
             bodies = await self._list_at_last(records)
         self._tell_successes(bodies, records)
-        self._count_orphans(records, {Seen(body).uid for body in bodies})
 
     async def watch(self) -> None:
         """Look again and again. Runs until it is cancelled."""
@@ -78,6 +71,7 @@ class Sweep:
     async def look(self) -> None:
         """Look once."""
         kept = self._fleet.uids
+        await self._orphans.see()
         records = await self._records()  # first: whoever has a journal now and is not listed next is gone
         bodies = await self._list()
         if bodies is None:
@@ -87,10 +81,11 @@ class Sweep:
         self._unattended = unattended
         uids = {Seen(body).uid for body in bodies}
         self._fleet.vanished(kept - uids)
-        for record in records:
-            if record.uid not in uids and not self._fleet.attends(record.uid):
-                await self._tidy(record)
-        self._count_orphans(records, uids)
+        gone = [each for each in records if each.spec and each.uid not in uids and not self._fleet.attends(each.uid)]
+        for record in gone:
+            if done(record):
+                await self._premises.threads.call(journals.forget, self._premises.node.state_dir, record.uid)
+        await self._orphans.look(records, [each for each in gone if not done(each)], map(Seen, bodies))
 
     def neglected(self) -> str:
         """What is wrong with the watch: VMBackups that nobody had heard of at the last two looks. From any thread."""
@@ -105,11 +100,10 @@ class Sweep:
 
     def stop(self) -> None:
         """This process is to end."""
-        self._stopped = True
+        self._orphans.stop()
 
     async def _records(self) -> list[Record]:
-        found = await self._premises.threads.call(self._premises.node.records)
-        return [record for record in found if record.spec]
+        return await self._premises.threads.call(self._premises.node.records)
 
     async def _list(self) -> list[Body] | None:
         try:
@@ -132,41 +126,6 @@ class Sweep:
         await alone.ended()
         return bodies
 
-    # -- journals whose VMBackup is gone
-
-    async def _tidy(self, record: Record) -> None:
-        if done(record):
-            await self._premises.threads.call(journals.forget, self._premises.node.state_dir, record.uid)
-        elif record.uid not in self._strays and not self._stopped:
-            self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
-
-    async def _bring_home(self, record: Record) -> None:
-        premises = self._premises
-        name = f"{record.namespace}/{record.name}"
-        ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
-        wish = Wish(BackupSpec.parse(record.spec), deleted=True, retry=f"sweep-{time.time():.0f}")
-        backup = Backup(
-            premises.node,
-            key_of(record),
-            wish=lambda: Wish(wish.spec, deleted=True, retry=wish.retry, stop=self._stopped),
-            open_store=lambda: self._store(wish.spec),
-            reporter=LogReporter(name),
-        )
-        try:
-            await premises.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
-            premises.queue.park(ticket)
-            _log.info("%s is gone, its journal is not: bringing the chain home", name)
-            await premises.threads.run(backup.run, f"stray-{record.name}")
-        except Exception:
-            _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
-        finally:
-            premises.queue.leave(ticket)
-            premises.queue.unreserve(record.uid)
-            self._strays.pop(record.uid, None)
-
-    def _store(self, spec: BackupSpec) -> Store:
-        return open_store(self._premises.cluster.store(spec.store))
-
     # -- metrics that alerts depend on
 
     def _tell_overlays(self, record: Record) -> None:
@@ -185,11 +144,6 @@ class Sweep:
             if taken and condition(seen.status, "Ready").get("status") == "True":
                 domain = domains.get(seen.uid) or str(body["spec"]["domain"])
                 self._premises.node.metrics.succeeded(domain, _seconds(str(taken)))
-
-    def _count_orphans(self, records: Iterable[Record], uids: set[str]) -> None:
-        left = [record for record in records if record.orphan or (record.uid not in uids and begun(record))]
-        count = sum(Path(disk.overlay).exists() for record in left for disk in record.disks)
-        self._premises.node.metrics.orphans(count)
 
 
 def _seconds(timestamp: str) -> float:

@@ -95,7 +95,10 @@ class Acts:
         blank = replace(planned_anew(self.record), disks=(), skipped=())
         if self.record.snapshot is Snapshot.ADOPTED:
             self._adopted_home()
+            self._narration.adopted_home(self.record)
         self.write(self._planner.plan(blank, wish.spec, self._guest, self._open_store(), self._earlier()))
+        if self.record.snapshot is Snapshot.ADOPTED:
+            self._narration.recorded(self.record, Action(Do.ADOPT))
         return 0.0
 
     def refuse(self, error: RefusedError) -> None:

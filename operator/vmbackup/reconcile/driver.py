@@ -107,7 +107,7 @@ class Driver:
             if wish.retry != self._record.handled_retry:
                 self._acts.write(taken_up_again(self._record, wish.retry))
             if not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted:
-                return self._acts.plan(wish)
+                return self._plan(wish)
             view = self._observe()
             action = self._decide(wish, view)
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
@@ -182,9 +182,14 @@ class Driver:
             case Do.DONE:
                 return Ending.FINISHED
             case Do.PLAN:
-                return self._acts.plan(wish)
+                return self._plan(wish)
             case _:
                 return self._acts.perform(action, view, wish)
+
+    def _plan(self, wish: Wish) -> float:
+        pause = self._acts.plan(wish)
+        self._doubt = self._doubt or self._record.snapshot is Snapshot.ADOPTED  # who knows how it was left
+        return pause
 
     def _pause(self, action: Action, view: View) -> float:
         longest = _POLL_PARKED if action.parked else _POLL

@@ -135,7 +135,7 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
 def _running(record: Record, phase: Phase) -> tuple[str, str]:
     match phase:
         case Phase.PENDING if record.snapshot is Snapshot.ADOPTED:
-            overlays = ", ".join(disk.overlay for disk in record.disks)
+            overlays = ", ".join(overlays_left(record, None))
             return Reason.ADOPTING_OVERLAY, f"an earlier backup left its overlay, which goes home first: {overlays}"
         case Phase.PENDING:
             return Reason.PENDING, "checking whether the domain can be backed up"
@@ -160,7 +160,11 @@ def overlays_left(record: Record, seen: Observation | None) -> list[str]:
     away = (
         [disk.target for disk in seen.disks if not _is_home(disk)] if seen else [disk.target for disk in record.disks]
     )
-    return [f"disk {target}: {record.disk(target).overlay}" for target in away]
+    return [_named(record.disk(target)) for target in away]
+
+
+def _named(disk: DiskRecord) -> str:
+    return f"disk {disk.target}: {disk.overlay}" + (f" of {disk.owner}" if disk.owner else "")
 
 
 def _is_home(disk: DiskSeen) -> bool:

@@ -11,7 +11,7 @@ from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
-from vmbackup.reconcile.narrate import Progress, narrate
+from vmbackup.reconcile.narrate import Progress, narrate, overlays_left
 from vmbackup.reconcile.record import Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Observation
 from vmbackup.reconcile.wish import Reporter
@@ -82,7 +82,13 @@ class Narration:
             self._metrics.resumed(record.domain)
         if action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
-            self.event(reason, message, warning=warning)
+            self.event(reason, f"{message}: {', '.join(overlays_left(record, None))}", warning=warning)
+
+    def adopted_home(self, record: Record) -> None:
+        """What an earlier backup had left is home; this one begins anew."""
+        if record.disks:
+            overlays = ", ".join(overlays_left(record, None))
+            self.event("AdoptedOverlayHome", f"the overlay that an earlier backup left is home: {overlays}")
 
     def calling(self, record: Record, action: Action) -> None:
         """A call is about to be sent."""

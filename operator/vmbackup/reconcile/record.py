@@ -79,6 +79,7 @@ class DiskRecord:
     target: str
     base: str = ""
     overlay: str = ""
+    owner: str = ""  # whose overlay it is, where another backup left it
     format: str = ""
     virtual_bytes: int = 0
     room: int = 0  # bytes that were free for overlays on the overlay's file system when this was planned

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vmbackup.api.status import Report
-from vmbackup.report.events import Events
+from vmbackup.api.status import Phase, Report
+from vmbackup.report.events import Events, Subject
 from vmbackup.report.writer import BackupRef, StatusWriter
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ClusterReporter:
 
 
 class LogReporter:
-    """For a backup whose VMBackup is gone."""
+    """For a backup whose VMBackup cannot be told."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -54,3 +54,18 @@ class LogReporter:
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
         """A line in the log."""
         _log.log(logging.WARNING if warning else logging.INFO, "%s: %s: %s", self._name, reason, message)
+
+
+class StrayReporter(LogReporter):
+    """For a chain that no VMBackup waits for. `subject` is what its events regard: one that is gone, or the node."""
+
+    def __init__(self, name: str, events: Events, subject: Subject) -> None:
+        super().__init__(name)
+        self._events = events
+        self._subject = subject
+
+    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
+        """A line in the log, and an event, but for phases: it is not a backup any more."""
+        super().event(reason, message, warning=warning)
+        if reason not in [*Phase]:
+            (self._events.warning if warning else self._events.normal)(self._subject, reason, message)

@@ -1,0 +1,255 @@
+"""Overlays that nobody waits for: told, counted, and brought home where that is the policy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from vmbackup.api.spec import BackupSpec
+from vmbackup.errors import VMBackupError
+from vmbackup.hypervisor.guest import Guest
+from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.premises import Premises
+from vmbackup.node.queue import Ticket
+from vmbackup.reconcile import journal as journals
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.orphans import (
+    Look,
+    OurOverlay,
+    foreign_overlays,
+    is_orphanage,
+    look_at,
+    nobody_works_on,
+    our_overlays,
+    take_in,
+)
+from vmbackup.reconcile.plan import key_of
+from vmbackup.reconcile.record import Freeze, Guard, Record
+from vmbackup.reconcile.wish import Wish
+from vmbackup.report.events import NodeRef, Subject
+from vmbackup.report.reporter import StrayReporter
+from vmbackup.report.writer import BackupRef
+from vmbackup.stores import open_store
+from vmbackup.stores.base import Store
+
+_log = logging.getLogger(__name__)
+
+
+class OrphanPolicy(StrEnum):
+    """What becomes of an overlay that nobody waits for. A VMBackup that is being deleted waits for its own."""
+
+    COMMIT = "Commit"
+    REPORT = "Report"
+
+
+@dataclass(frozen=True)
+class _Orphan:
+    """One that was found. `guest`: the one that runs on it, where no journal knows it."""
+
+    path: str
+    subject: Subject
+    story: str
+    guest: Guest | None = None
+
+
+class Orphans:
+    """Those of one node. Belongs to the event loop.
+
+    An orphan is an overlay of ours whose VMBackup is gone (with its journal here), whose journal is lost (with no
+    VMBackup here that is about to adopt it), or of a `vmbackup run` that was interrupted, which only its user carries
+    on. Where another process works on the domain, it is left to that.
+    """
+
+    def __init__(self, premises: Premises, node_name: str, policy: OrphanPolicy) -> None:
+        self._premises = premises
+        self._node = NodeRef(node_name)
+        self._policy = policy
+        self._strays: dict[str, asyncio.Task[None]] = {}
+        self._overlays: set[str] = set()
+        self._told: set[str] = set()
+        self._seen: list[Look] = []
+        self._stopped = False
+
+    def stop(self) -> None:
+        """This process is to end."""
+        self._stopped = True
+
+    async def see(self) -> None:
+        """See all domains. Before journals are read: whatever has no journal then, never will have one."""
+        try:
+            self._seen = await self._premises.threads.call(self._look)
+        except VMBackupError as error:  # what was seen last counts on
+            _log.warning("the domains cannot be looked at: %s", error)
+
+    async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[Seen]) -> None:
+        """Tell, count and bring home what is left over.
+
+        `gone`: those of the records whose VMBackup is gone with something left to do; `backups`: all of this node.
+        """
+        found = [*_forgotten(records, gone, self._node)]
+        found += await self._interrupted(records)
+        found += await self._unknown(records, {seen.uid[:8]: seen for seen in backups})
+        self._overlays = {orphan.path for orphan in found}
+        self._count()
+        self._tell(found)
+        for record in gone:
+            self.bring_home(record)
+        if self._policy is OrphanPolicy.COMMIT:
+            await self._take_in([orphan for orphan in found if orphan.guest is not None])
+
+    def bring_home(self, record: Record) -> None:
+        """Bring the chain of this record home, whose VMBackup is gone; or only to a safe point, as the policy says."""
+        commit = self._policy is OrphanPolicy.COMMIT
+        if record.uid not in self._strays and not self._stopped and (commit or not _at_rest(record)):
+            self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
+
+    # -- what is found
+
+    def _look(self) -> list[Look]:
+        return list(look_at(self._premises.node.hypervisor.guests()))
+
+    async def _interrupted(self, records: Iterable[Record]) -> list[_Orphan]:
+        """The overlays of runs of `vmbackup run` that were interrupted, and that nobody has carried on yet."""
+        found: list[_Orphan] = []
+        for record in records:
+            left = [] if record.spec or not begun(record) else _left(record)
+            if left and await self._is_free(record.domain_uuid):
+                run = f"`vmbackup run` of {record.namespace}/{record.name}"
+                story = f"left on the domain {record.domain} by an interrupted {run}: run it again, and it carries on"
+                found += [_Orphan(path, self._node, story) for path in left]
+        return found
+
+    async def _unknown(self, records: Iterable[Record], listed: Mapping[str, Seen]) -> list[_Orphan]:
+        """Overlays that no journal knows, nor a VMBackup that is not over: that one adopts its own."""
+        known = {disk.overlay for record in records if not done(record) for disk in record.disks}
+        found: list[_Orphan] = []
+        for look in self._seen:
+            mine: list[_Orphan] = []
+            for overlay in our_overlays(look):
+                seen = listed.get(overlay.uid8)
+                if overlay.path in known or (seen is not None and not seen.over):
+                    continue
+                subject = self._node if seen is None else BackupRef.of(seen.body)
+                whose = f"a backup with the uid {overlay.uid8}…, of which no journal is here"
+                story = f"left on the domain {look.guest.name} by {whose}: {self._fate(look, overlay)}"
+                mine.append(_Orphan(overlay.path, subject, story, look.guest if look.live else None))
+            if mine and await self._is_free(look.guest.uuid):
+                found += mine
+        return found
+
+    def _fate(self, look: Look, overlay: OurOverlay) -> str:
+        if overlay.buried:
+            return "another overlay, which is not ours, is above it: commit that one first"
+        if self._policy is OrphanPolicy.REPORT:
+            return "it stays (--orphan-policy Report), the next backup of the domain commits it"
+        return "it is committed now" if look.live else "start the guest, and it is committed"
+
+    async def _is_free(self, domain_uuid: str) -> bool:
+        """Whether nobody works on this domain: what somebody works on is no orphan."""
+        return await self._premises.threads.call(nobody_works_on, self._premises.node, domain_uuid)
+
+    async def _take_in(self, found: Iterable[_Orphan]) -> None:
+        """Give those that no journal knows a record again, and bring them home."""
+        guests = {orphan.guest.uuid: orphan.guest for orphan in found if orphan.guest is not None}
+        for guest in guests.values():
+            paths = [orphan.path for orphan in found if orphan.guest is guest]
+            spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
+            try:
+                record = await self._premises.threads.call(take_in, self._premises.node, guest, paths, spec)
+            except VMBackupError as error:
+                _log.warning("%s cannot be brought home: %s", ", ".join(paths), error)
+                continue
+            if record is not None:
+                self.bring_home(record)
+
+    # -- the way home
+
+    async def _bring_home(self, record: Record) -> None:
+        premises = self._premises
+        name = record.name if is_orphanage(record) else f"{record.namespace}/{record.name}"
+        reporter = StrayReporter(name, premises.events, _subject(record, self._node))
+        ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
+        spec, retry = BackupSpec.parse(record.spec), f"sweep-{time.time():.0f}"
+        halfway = self._policy is OrphanPolicy.REPORT
+        backup = Backup(
+            premises.node,
+            key_of(record),
+            wish=lambda: Wish(spec, deleted=True, retry=retry, stop=self._stopped or halfway),
+            open_store=lambda: self._store(spec),
+            reporter=reporter,
+        )
+        try:
+            await premises.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
+            premises.queue.park(ticket)
+            _log.info("%s is gone, its journal is not: bringing the chain %s", name, "to rest" if halfway else "home")
+            await premises.threads.run(backup.run, f"stray-{record.name}")
+            await self._tell_home(record, reporter)
+        except Exception:
+            _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
+        finally:
+            premises.queue.leave(ticket)
+            premises.queue.unreserve(record.uid)
+            self._strays.pop(record.uid, None)
+            self._count()
+
+    async def _tell_home(self, record: Record, reporter: StrayReporter) -> None:
+        """An orphan that was recorded tells itself that it is home."""
+        left = await self._premises.threads.call(journals.record_of, self._premises.node.state_dir, record.uid)
+        if left is None and record.disks and not record.orphan:
+            overlays = ", ".join(disk.overlay for disk in record.disks)
+            reporter.event("OrphanHome", f"the overlay that was left is home: {overlays}")
+
+    def _store(self, spec: BackupSpec) -> Store:
+        return open_store(self._premises.cluster.store(spec.store))
+
+    # -- telling
+
+    def _tell(self, found: Iterable[_Orphan]) -> None:
+        """One event for each, and for each foreign overlay, when it is seen first."""
+        told: set[str] = set()
+        for orphan in found:
+            self._tell_once(told, orphan.path, orphan.subject, "OrphanOverlay", orphan.story)
+        for look in self._seen:
+            for path, target in foreign_overlays(look).items():
+                story = (
+                    f"disk {target} of the domain {look.guest.name} writes it, and goes back to an older image at the "
+                    "next start; it is not ours and stays: commit it (virsh blockcommit --active --pivot)"
+                )
+                self._tell_once(told, path, self._node, "ForeignOverlay", story)
+        self._told = told
+
+    def _tell_once(self, told: set[str], path: str, subject: Subject, reason: str, story: str) -> None:
+        told.add(path)
+        if path not in self._told:
+            _log.warning("%s: %s: %s", reason, path, story)
+            self._premises.events.warning(subject, reason, f"{path}: {story}")
+
+    def _count(self) -> None:
+        self._premises.node.metrics.orphans(sum(Path(path).exists() for path in self._overlays))
+
+
+def _forgotten(records: Iterable[Record], gone: Sequence[Record], node: NodeRef) -> Iterator[_Orphan]:
+    """The overlays of those whose VMBackup is gone, or is about to be, and whose journal is here."""
+    for record in records:
+        if record.orphan or record in gone:
+            story = f"left on the domain {record.domain} by {record.namespace}/{record.name}, which is gone"
+            yield from (_Orphan(path, _subject(record, node), story) for path in _left(record))
+
+
+def _left(record: Record) -> list[str]:
+    return [disk.overlay for disk in record.disks if Path(disk.overlay).exists()]
+
+
+def _subject(record: Record, node: NodeRef) -> Subject:
+    return node if is_orphanage(record) else BackupRef(record.namespace, record.name, record.uid)
+
+
+def _at_rest(record: Record) -> bool:
+    """Nothing of the guest waits for us."""
+    frozen = record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
+    return record.guard is not Guard.OURS and not frozen and record.call is None

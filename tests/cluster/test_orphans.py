@@ -1,0 +1,181 @@
+"""Overlays that nobody waits for are told, counted and brought home, as the policy says; those of others stay."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
+from tests.domains import Domain, DomainFactory, wait_until
+from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.reconcile.domain_lock import domain_lock
+
+COUNT = "vmbackup_orphan_overlays"
+
+
+def node_events(agent: Agent) -> list[tuple[str, str]]:
+    """Reason and note of the events about its node, oldest first."""
+    found = agent.kube.get("events.v1.events.k8s.io", "-n", "default")["items"]
+    mine = [each for each in found if each["regarding"] == {**each["regarding"], "kind": "Node", "name": agent.node}]
+    return [(each["reason"], each["note"]) for each in sorted(mine, key=lambda each: each["eventTime"])]
+
+
+def told(agent: Agent, reason: str, path: str) -> bool:
+    return any(each == reason and path in note for each, note in node_events(agent))
+
+
+def lose_the_journal(agent: Agent) -> None:
+    agent.kill()
+    shutil.rmtree(agent.state_dir)
+
+
+@contextmanager
+def commits_fail(guest: Domain) -> Generator[None]:
+    """Somebody reads the base, with QEMU's lock."""
+    with ExitStack() as stack:
+        for base in guest.bases.values():
+            hold_reader_lock(stack.enter_context(Path(base).open("rb")).fileno())
+        yield
+
+
+def looks_like(guest: Domain, path: str) -> tuple[object, ...]:
+    """All that a hand on it would change."""
+    status = Path(path).stat()
+    return guest.guest.live_xml(), guest.guest.persistent_xml(), status.st_ino, status.st_mtime_ns
+
+
+def wait_for_another_look(agent: Agent, domain: DomainFactory) -> None:
+    """An orphan that is made now is found by a look that has seen all others too."""
+    other = domain(size="8M").snapshot(uid8="0ddba110")["vda"]
+    wait_until(lambda: told(agent, "OrphanOverlay", other), "another look", SECONDS)
+
+
+def test_an_overlay_whose_journal_and_backup_are_gone_is_told_counted_and_brought_home(
+    own_agent: Agent, copying: CatchBackup
+) -> None:
+    own_agent.start()
+    made, guest = copying(own_agent)
+    guest.write("vda", 0x22, offset="16M")
+    overlay = guest.live().source or ""
+    lose_the_journal(own_agent)
+    made.strip_finalizers()
+    made.delete()
+    with commits_fail(guest):
+        own_agent.start()
+        wait_until(lambda: own_agent.metric(COUNT) == 1, "it counts", SECONDS)
+        wait_until(lambda: told(own_agent, "OrphanOverlay", overlay), "it is told", SECONDS)
+    wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
+    assert_home(guest, 0x22)
+    assert guest.holds("vda", 0x11, length="16M")
+    wait_until(lambda: own_agent.metric(COUNT) == 0, "it counts no more", SECONDS)
+    assert not own_agent.records()
+
+
+def test_a_backup_whose_journal_is_lost_adopts_its_own_overlay_and_says_so(
+    own_agent: Agent, copying: CatchBackup
+) -> None:
+    own_agent.start()
+    made, guest = copying(own_agent)
+    guest.write("vda", 0x22, offset="16M")
+    overlay = guest.live().source or ""
+    lose_the_journal(own_agent)
+    made.patch({"copy": {"bandwidth": None}})
+    with commits_fail(guest):
+        own_agent.start()
+        wait_until(lambda: overlay in made.chain_message(), "ChainClean names it", SECONDS)
+        assert f"of a backup with the uid {made.uid[:8]}" in made.chain_message()
+        assert own_agent.metric(COUNT) == 0, "somebody waits for it"
+    assert_stored(made.wait())
+    assert {"AdoptingOverlay", "AdoptedOverlayHome"} <= set(made.events())
+    assert_home(guest, 0x22)
+
+
+def test_by_the_policy_report_nothing_is_touched_and_the_next_backup_adopts_it_all_the_same(
+    own_agent: Agent, domain: DomainFactory
+) -> None:
+    guest = domain(size="16M")
+    guest.write("vda", 0x11)
+    overlay = guest.snapshot()["vda"]
+    before = looks_like(guest, overlay)
+    own_agent.start(orphan_policy="Report", relist_interval="1")
+    wait_until(lambda: told(own_agent, "OrphanOverlay", overlay), "it is told", SECONDS)
+    wait_for_another_look(own_agent, domain)
+    assert looks_like(guest, overlay) == before
+    assert [reason for reason, note in node_events(own_agent) if overlay in note] == ["OrphanOverlay"]
+    assert own_agent.metric(COUNT) == 2
+    made = own_agent.apply(guest.name)
+    assert_stored(made.wait())
+    assert "AdoptedOverlayHome" in made.events()
+    assert_home(guest)
+    wait_until(lambda: own_agent.metric(COUNT) == 1, "it counts no more", SECONDS)
+
+
+def test_by_the_policy_report_a_backup_that_vanished_without_its_finalizer_stays_on_its_overlay(
+    own_agent: Agent, copying: CatchBackup, domain: DomainFactory
+) -> None:
+    own_agent.start()
+    made, guest = copying(own_agent)
+    overlay = guest.live().source or ""
+    own_agent.kill()
+    made.strip_finalizers()
+    made.delete()
+    own_agent.start(orphan_policy="Report", relist_interval="1")
+    wait_until(lambda: made.events().count("OrphanOverlay") == 1, "its own events tell it", SECONDS)
+    wait_for_another_look(own_agent, domain)
+    assert guest.live().source == guest.persistent().source == overlay
+    assert own_agent.metric(COUNT) == 2
+    own_agent.kill()
+    own_agent.start()
+    wait_until(lambda: "OrphanHome" in made.events(), "it is home", SECONDS)
+    assert_home(guest)
+
+
+def test_somebody_elses_overlay_is_told_and_never_touched(own_agent: Agent, domain: DomainFactory) -> None:
+    guest = domain(size="16M")
+    foreign = f"{guest.directory}/snap.qcow2"
+    definition = guest.libvirtd.virsh("dumpxml", "--inactive", guest.name)
+    guest.guest.snapshot({"vda": foreign}, [])
+    file = guest.directory / "definition.xml"
+    file.write_text(definition)
+    guest.libvirtd.virsh("define", str(file))
+    guest.write("vda", 0x11)
+    before = looks_like(guest, foreign)
+    own_agent.start(relist_interval="1")
+    wait_until(lambda: told(own_agent, "ForeignOverlay", foreign), "it is told", SECONDS)
+    wait_for_another_look(own_agent, domain)
+    assert looks_like(guest, foreign) == before
+    assert guest.live().source == foreign
+    assert own_agent.metric(COUNT) in (0, 1), "only the other one is an orphan"
+
+
+def test_a_domain_on_which_another_process_is_at_work_is_left_to_it(own_agent: Agent, domain: DomainFactory) -> None:
+    guest = domain(size="16M")
+    guest.write("vda", 0x11)
+    overlay = guest.snapshot()["vda"]
+    with domain_lock(guest.guest.uuid, lambda: pytest.fail("held by somebody else")):
+        own_agent.start(relist_interval="1")
+        wait_for_another_look(own_agent, domain)
+        assert guest.live().source == overlay
+        assert not told(own_agent, "OrphanOverlay", overlay)
+        assert own_agent.metric(COUNT) == 0
+    wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
+    assert_home(guest)
+
+
+def test_off_on_an_orphan_it_is_told_and_committed_after_the_next_start(
+    own_agent: Agent, domain: DomainFactory
+) -> None:
+    guest = domain(size="16M")
+    overlay = guest.snapshot()["vda"]
+    guest.write("vda", 0x11)
+    guest.libvirtd.virsh("destroy", guest.name)
+    own_agent.start(relist_interval="1")
+    wait_until(lambda: told(own_agent, "OrphanOverlay", overlay), "it is told", SECONDS)
+    assert own_agent.metric(COUNT) == 1
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
+    assert_home(guest)
