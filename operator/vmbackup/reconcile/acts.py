@@ -15,6 +15,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import same_content
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
@@ -273,6 +274,7 @@ class Acts:
         return 0.0
 
     def _commit_failed(self, action: Action, why: str, reason: RetryReason) -> float:
+        why = advice.commit_failed(self.record.disk(action.target), why)
         pause = self._backoff.after(self.record.disk(action.target).failures + 1)
         self.write(failed(self.record, action, why, retry_at=boottime() + pause))
         self._narration.commit_failed(action.target, why, reason, pause)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from vmbackup.api.spec import RETRY_ANNOTATION
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Observation, Power
@@ -109,7 +110,8 @@ def _headline(
     if outcome is Outcome.SUCCEEDED:
         return Reason.SUCCEEDED, f"stored at {record.location}, and every disk is home"
     if outcome is not None and record.gave_up:
-        return Reason.COMMIT_LIMIT_REACHED, _last_error(record) or "the commit failed too often"
+        again = f"mend that, then set the annotation {RETRY_ANNOTATION} to a new value"
+        return Reason.COMMIT_LIMIT_REACHED, f"{_last_error(record) or 'the commit failed too often'}; {again}"
     if outcome is not None:
         return copy_failure(record), record.copy_error
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:

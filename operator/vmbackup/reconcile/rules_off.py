@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.reconcile.situation import (
     Case,
@@ -37,11 +38,11 @@ def off_on_overlay(s: Situation) -> Action | None:
         if disk.overlay is None:
             if settled(disk, Image.BASE) and (action := settle(s, [(disk, Image.BASE)])):
                 return action
-            return quarantine(s, f"disk {disk.target}: the overlay {disk.record.overlay} is gone: restore from backup")
+            return quarantine(s, advice.overlay_gone(disk.record))
         if disk.record.pivot_intended and s.intent.guarded:
             return Action(Do.CLEAR_PIVOT, disk.target)
         if disk.record.pivot_intended:  # Live: the guest may have written to either image
-            reason = f"disk {disk.target}: {disk.record.overlay} and {disk.record.base} differ after a power cut"
+            reason = advice.images_differ(disk.record)
             return quarantine(s, reason) if s.record.quarantined else Action(Do.COMPARE, disk.target, reason=reason)
         if s.record.snapshot is Snapshot.NONE:
             return Action(Do.ADOPT)
@@ -66,11 +67,7 @@ def off_with_overlay_left(s: Situation) -> Action | None:
         if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
-            return quarantine(
-                s,
-                f"disk {disk.target}: the guest is off and would start on {disk.record.base}, but "
-                f"{disk.record.overlay} may hold newer data: compare them before you start it",
-            )
+            return quarantine(s, advice.overlay_left_off(disk.record))
     return None
 
 
@@ -110,11 +107,14 @@ def park(s: Situation) -> Action | None:
     """Nothing can be done for the chain until the guest starts; base is frozen meanwhile, so a copy can go on."""
     if not any(disk.seen.persistent is Image.OVERLAY or disk.overlay is not None for disk in s.disks):
         return None
-    frozen = all(d.seen.persistent is Image.OVERLAY and not d.record.commit_begun for d in s.disks)
     if s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE and not s.record.quarantined:
         if s.intent.deleted:
             return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
-        return Action(Do.COPY) if frozen else Action(Do.FAIL_BACKUP, reason="the disks are apart")
+        if on_base := [disk.record for disk in s.disks if disk.seen.persistent is not Image.OVERLAY]:
+            return Action(Do.FAIL_BACKUP, reason=advice.disks_apart(on_base))
+        if any(disk.record.commit_begun for disk in s.disks):
+            return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
+        return Action(Do.COPY)
     if s.record.copy is Copy.TAKEN and not s.intent.deleted:
         return Action(Do.SHIP)
     return let_go(s) or Action(

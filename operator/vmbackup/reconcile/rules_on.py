@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.reconcile.situation import (
     OURS,
@@ -31,13 +32,19 @@ def wait_for_migration(s: Situation) -> Action | None:
 
 def follow_the_truth(s: Situation) -> Action | None:
     """R3: T≠L, libvirt lost a save, and its block API is of no use until a cold restart."""
-    if all(disk.seen.truth is disk.seen.live for disk in s.disks):
+    astray = [disk for disk in s.disks if disk.seen.truth is not disk.seen.live]
+    if not astray:
         return None
     if not s.seen.config_failing and (action := settle(s, ((disk, disk.seen.truth) for disk in s.disks))):
         return action
     if s.suspended_by_us:
         return Action(Do.RESUME)
-    return quarantine(s, "QEMU writes another image than libvirt says: shut the guest down and start it again")
+    return quarantine(s, advice.written_elsewhere(astray[0].record, _file(astray[0])))
+
+
+def _file(disk: Case) -> str:
+    files = {Image.BASE: disk.record.base, Image.OVERLAY: disk.record.overlay}
+    return files.get(disk.seen.truth or Image.OTHER, "another image")
 
 
 def lift_quarantine(s: Situation) -> Action | None:
@@ -51,7 +58,7 @@ def leave_others_alone(s: Situation) -> Action | None:
     """The guest uses an image that is neither base nor O: somebody else's doing, perhaps with O below it."""
     for disk in s.disks:
         if disk.seen.live is Image.OTHER and disk.overlay is not None:
-            return quarantine(s, f"disk {disk.target}: the guest uses another image; {disk.record.overlay} is left")
+            return quarantine(s, advice.foreign_image(disk.record))
     return None
 
 
@@ -80,7 +87,7 @@ def correct_persistent(s: Situation) -> Action | None:
     """L=B with O locked is beyond us; P≠L, both ways, is put right at once."""
     for disk in s.disks:
         if not disk.on_overlay and disk.overlay is not None and disk.overlay.locked:
-            return quarantine(s, f"disk {disk.target}: the overlay is in use though libvirt names the base")
+            return quarantine(s, advice.overlay_in_use(disk.record))
     pairs = [(disk.seen.persistent, disk.seen.live) for disk in s.disks]
     apart = any(persistent in OURS and live in OURS and persistent is not live for persistent, live in pairs)
     return settle_if_possible(s) if apart else None
@@ -122,7 +129,7 @@ def copy_or_fail(s: Situation) -> Action | None:
     if not s.on_overlay or s.record.copy is not Copy.OPEN or s.record.snapshot is Snapshot.ADOPTED:
         return None
     if s.seen.power is Power.IO_ERROR:
-        return Action(Do.FAIL_BACKUP, reason="the guest is paused by an I/O error: free space for its overlay")
+        return Action(Do.FAIL_BACKUP, reason=advice.no_room([disk.record for disk in s.on_overlay]))
     if s.seen.room_low:
         return Action(Do.FAIL_BACKUP, reason=s.seen.room_low)
     if s.intent.deleted:
@@ -130,7 +137,7 @@ def copy_or_fail(s: Situation) -> Action | None:
     if any(disk.record.commit_begun for disk in s.disks):
         return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
     if len(s.on_overlay) < len(s.disks):  # R6
-        return Action(Do.FAIL_BACKUP, reason="the disks are apart: some are on their overlay, some on base")
+        return Action(Do.FAIL_BACKUP, reason=advice.disks_apart([d.record for d in s.disks if not d.on_overlay]))
     return Action(Do.COPY)
 
 
@@ -142,9 +149,9 @@ def remove_overlay(s: Situation) -> Action | None:
         if action := settle_live(s):
             return action
         if disk.seen.persistent is Image.OTHER:
-            return quarantine(s, f"disk {disk.target}: its definition names another image, perhaps above the overlay")
+            return quarantine(s, advice.foreign_definition(disk.record))
         if not disk.done_with and not disk.empty:
-            return quarantine(s, f"disk {disk.target}: base is in use, but the overlay holds data that it may lack")
+            return quarantine(s, advice.overlay_left_on(disk.record))
         return Action(Do.REMOVE_OVERLAY, disk.target)
     return None
 
@@ -176,15 +183,15 @@ def _way_home(s: Situation, disk: Case) -> Action:
     if s.exhausted(disk):
         return Action(Do.WAIT, disk.target)
     if record.commit_running and not seen.job and seen.mirror is Mirror.NONE:
-        return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended without READY")
+        return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended before it was complete")
     if s.seen.now < record.retry_at:
         return Action(Do.WAIT, disk.target, until=record.retry_at)
     if s.may_pivot(disk):
         return _pivot(s, disk)
     if seen.foreign_job:
-        return Action(Do.WAIT, disk.target, reason=f"disk {disk.target}: another block job is running")
+        return Action(Do.WAIT, disk.target, reason=advice.foreign_job(disk.record))
     if not seen.job and seen.mirror is not Mirror.NONE:
-        return quarantine(s, f"disk {disk.target}: libvirt believes in a job that is gone: restart the guest")
+        return quarantine(s, advice.job_unknown(disk.record))
     if not seen.job:
         return Action(Do.COMMIT, disk.target)
     return Action(Do.WAIT, disk.target)
@@ -231,13 +238,14 @@ def take_snapshot(s: Situation) -> Action | None:
         return None
     if s.record.snapshot is Snapshot.ADOPTED:
         return Action(Do.PLAN)  # R7: with a fresh record
-    if any(disk.seen.live is Image.OTHER or disk.seen.persistent is Image.OTHER for disk in s.disks):
-        return Action(Do.REFUSE, reason="a disk's image was changed meanwhile, or will be at the next start: try again")
+    for disk in s.disks:
+        if Image.OTHER in (disk.seen.live, disk.seen.persistent):
+            return Action(Do.REFUSE, reason=advice.image_changed(disk.record))
     if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
         return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
-    if any(disk.seen.foreign_job for disk in s.disks) and not s.suspended_by_us:
-        wait = Action(Do.WAIT, reason="another block job is running on a disk of this domain")
-        return thaw_guest(s) or wait
+    busy = [disk.record for disk in s.disks if disk.seen.foreign_job]
+    if busy and not s.suspended_by_us:
+        return thaw_guest(s) or Action(Do.WAIT, reason=advice.foreign_job(busy[0]))
     if s.intent.quiesce and s.record.freeze is Freeze.NONE and s.seen.power is Power.RUNNING:
         return Action(Do.FREEZE)
     if s.intent.quiesce_required and s.record.freeze is not Freeze.FROZEN:

@@ -1,0 +1,117 @@
+"""What a human is told where the agent cannot go on alone: which disk, which file, and what to do next. Pure."""
+
+from __future__ import annotations
+
+from vmbackup.reconcile.record import DiskRecord
+
+_COLD_RESTART = "shut the guest down and start it again (a reboot from inside is not enough)"
+
+
+def overlay_gone(disk: DiskRecord) -> str:
+    """The guest is off, P=O, and there is no such file."""
+    return (
+        f"disk {disk.target}: the overlay {disk.overlay} is gone, and with it what the guest wrote last: put it back; "
+        "else restore a backup"
+    )
+
+
+def images_differ(disk: DiskRecord) -> str:
+    """Live, off in the middle of a pivot: the guest may have written to either."""
+    return (
+        f"disk {disk.target}: {disk.overlay} and {disk.base} differ after a power cut, and the guest may have "
+        "written to either: look into copies of both, let the domain's definition name the newer one (virsh edit), and move the "
+        "other away"
+    )
+
+
+def overlay_left_off(disk: DiskRecord) -> str:
+    """The guest is off, P=B, and O is there."""
+    return (
+        f"disk {disk.target}: the guest is off and would start on {disk.base}, but {disk.overlay} may hold newer data: "
+        "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one (virsh "
+        "edit), or move the overlay away"
+    )
+
+
+def overlay_left_on(disk: DiskRecord) -> str:
+    """The guest is on, L=B, and O is there with content."""
+    return (
+        f"disk {disk.target}: the guest writes {disk.base}, but {disk.overlay} holds data that may be missing there: "
+        "compare them, save what you need, and move the overlay away"
+    )
+
+
+def written_elsewhere(disk: DiskRecord, written: str) -> str:
+    """T≠L. `written`: what QEMU writes."""
+    return f"disk {disk.target}: QEMU writes {written}, libvirt names another image: {_COLD_RESTART}"
+
+
+def overlay_in_use(disk: DiskRecord) -> str:
+    """L=B, and O is locked."""
+    return (
+        f"disk {disk.target}: libvirt names {disk.base}, but {disk.overlay} is in use: end whoever reads it (lsof "
+        f"names it); if that is the guest's own QEMU, {_COLD_RESTART}"
+    )
+
+
+def job_unknown(disk: DiskRecord) -> str:
+    """A `<mirror>` without a job, and L=O=T."""
+    return (
+        f"disk {disk.target}: libvirt believes in a commit of {disk.overlay} of which QEMU knows nothing: "
+        f"{_COLD_RESTART}"
+    )
+
+
+def foreign_image(disk: DiskRecord) -> str:
+    """L is neither B nor O, and O is there."""
+    return (
+        f"disk {disk.target}: the guest uses another image than {disk.base} and {disk.overlay}, which may be below it: "
+        "end what put it there (mostly a snapshot: virsh blockcommit, virsh snapshot-delete), and this goes on"
+    )
+
+
+def foreign_definition(disk: DiskRecord) -> str:
+    """P is neither B nor O, and O is there."""
+    return (
+        f"disk {disk.target}: the domain's definition names another image than {disk.base}, perhaps on top of "
+        f"{disk.overlay}: let it name {disk.base} (virsh edit)"
+    )
+
+
+def foreign_job(disk: DiskRecord) -> str:
+    """Somebody else's block job."""
+    return (
+        f"disk {disk.target}: another block job is running on {disk.overlay or 'it'}: wait for its end, or end it "
+        f"(virsh blockjob)"
+    )
+
+
+def image_changed(disk: DiskRecord) -> str:
+    """Before the snapshot: L or P is not B any more."""
+    return (
+        f"disk {disk.target}: the guest uses another image than {disk.base}, or will at its next start: let the "
+        "running guest and the domain's definition agree (virsh domblklist, --inactive too), then make a new VMBackup"
+    )
+
+
+def no_room(disks: list[DiskRecord]) -> str:
+    """The guest was paused by an I/O error while these were on their overlay."""
+    overlays = ", ".join(f"{disk.target}: {disk.overlay}" for disk in disks)
+    return (
+        f"the guest was paused by an I/O error, mostly since its overlay has no room ({overlays}): it is brought "
+        "home and resumed; free space there, or give --overlay-dir, and make a new VMBackup"
+    )
+
+
+def disks_apart(disks: list[DiskRecord]) -> str:
+    """R6. `disks`: those that are on base already."""
+    names = ", ".join(f"{disk.target} ({disk.base})" for disk in disks)
+    return f"some disks left the moment of the snapshot before their copy was complete: {names}; make a new VMBackup"
+
+
+def commit_failed(disk: DiskRecord, why: str) -> str:
+    """An attempt to bring a disk home has failed."""
+    return (
+        f"{disk.overlay} could not be merged into {disk.base}: {why}; see whether the file system of {disk.base} is "
+        "full, or another process reads it (lsof)"
+    )

@@ -1,0 +1,37 @@
+"""What a human is told names the disk, the files that matter, and what to do next."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmbackup.reconcile import advice
+from vmbackup.reconcile.record import DiskRecord
+
+DISK = DiskRecord("vda", base="/images/web.raw", overlay="/images/web.vmb-1.qcow2")
+TOLD = {
+    "overlay gone": (advice.overlay_gone(DISK), "put it back"),
+    "images differ": (advice.images_differ(DISK), "virsh edit"),
+    "overlay left, off": (advice.overlay_left_off(DISK), "do not start it"),
+    "overlay left, on": (advice.overlay_left_on(DISK), "move the overlay away"),
+    "written elsewhere": (advice.written_elsewhere(DISK, DISK.overlay), "shut the guest down and start it again"),
+    "overlay in use": (advice.overlay_in_use(DISK), "lsof"),
+    "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
+    "foreign image": (advice.foreign_image(DISK), "virsh blockcommit"),
+    "foreign definition": (advice.foreign_definition(DISK), "virsh edit"),
+    "foreign job": (advice.foreign_job(DISK), "virsh blockjob"),
+    "image changed": (advice.image_changed(DISK), "make a new VMBackup"),
+    "no room": (advice.no_room([DISK]), "free space"),
+    "disks apart": (advice.disks_apart([DISK]), "make a new VMBackup"),
+    "commit failed": (advice.commit_failed(DISK, "no"), "lsof"),
+}
+
+
+@pytest.mark.parametrize(("told", "cure"), TOLD.values(), ids=TOLD.keys())
+def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
+    assert DISK.overlay in told or DISK.base in told
+    assert cure in told
+
+
+def test_every_advice_is_in_this_table() -> None:
+    functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
+    assert len(functions) == len(TOLD)
