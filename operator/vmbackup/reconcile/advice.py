@@ -19,8 +19,8 @@ def images_differ(disk: DiskRecord) -> str:
     """Live, off in the middle of a pivot: the guest may have written to either."""
     return (
         f"disk {disk.target}: {disk.overlay} and {disk.base} differ after a power cut, and the guest may have "
-        "written to either: look into copies of both, let the domain's definition name the newer one (virsh edit), and move the "
-        "other away"
+        "written to either: look into copies of both, let the domain's definition name the newer one (virsh edit), and "
+        "move the other away"
     )
 
 
