@@ -16,8 +16,9 @@ from tests.storage import run
 from vmbackup.errors import TransientError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import clone_or_copy, copy_file, opened_image
-from vmbackup.imaging.image import OverlayFile, info, overlay_file, same_content
+from vmbackup.imaging.image import OverlayFile, info, overlay_file
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
+from vmbackup.imaging.merge import same_where_written
 
 pytest_plugins = ("tests.fixtures_storage",)
 
@@ -240,5 +241,5 @@ def test_an_image_in_use_is_described_but_not_compared(qemu: Callable[..., Qemu]
     qemu((path, "qcow2"))
     assert info(path, "qcow2").virtual_bytes == 4 << 20
     with pytest.raises(TransientError, match="is in use") as error:
-        same_content(path, "qcow2", other, "raw")
+        same_where_written(path, other, "raw", CopyControl())
     assert error.value.reason == "ImageBusy"

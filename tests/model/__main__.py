@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from tests.model.checker import Checker
-from tests.model.world import Setting
+from tests.model.world import EXTRAS, Setting
 
 LARGE = (
     Setting(disks=1, faults=3, writes=2),
@@ -30,8 +30,9 @@ def main() -> int:
     parser.add_argument("-d", dest="disks", type=int, default=1)
     parser.add_argument("-f", dest="faults", type=int, default=2)
     parser.add_argument("-w", dest="writes", type=int, default=2)
-    for name in ("orphan", "live", "quiesce", "paused", "config-full"):
-        parser.add_argument(f"--{name}", action="store_true")
+    for name in EXTRAS:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    parser.add_argument("--residual", default="")
     parser.add_argument("--limit", type=int)
     options = vars(parser.parse_args())
     settings = LARGE if options.pop("what") == "large" else (Setting(**options),)

@@ -12,22 +12,24 @@ from typing import Any, cast
 
 from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of, lagging
 from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
-from tests.model.world import Disk, Held, Kind, Setting, Step, World, named, put, put_all, saved
-from vmbackup.reconcile import machine, transition
-from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
+from tests.model.world import ENOUGH, TICK, Disk, Held, Kind, Setting, Step, World, named, on, put, put_all, saved
+from vmbackup.reconcile import clock, machine, transition
+from vmbackup.reconcile.record import Call, Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
 
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
 BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0
 NO_LIMIT = 10**6
+UNSETTLED = "sync: it names others"
 
-IMAGE = {letter: image for image, letter in LETTER.items()}
+IMAGE = {"B": Image.BASE, "O": Image.OVERLAY, "X": Image.OTHER, "Y": Image.OTHER}
 POWER = {
     "off": Power.OFF,
     "running": Power.RUNNING,
     "suspended": Power.PAUSED,
     "paused": Power.PAUSED,
     "io-error": Power.IO_ERROR,
+    "away": Power.OFF,
 }
 MIRROR = {"-": Mirror.NONE, "pending": Mirror.PENDING, "ready": Mirror.READY}
 Eyes = tuple[Any, ...]
@@ -69,7 +71,10 @@ class Agent:
             yield from self._copy(world)
         if world.plan is None:
             if world.libvirtd:
-                yield from self._decide(world)
+                if world.sent is not None and not self._in_flight(world):
+                    yield Step(AGENT + "the barrier is over", world._replace(sent=None, answering=ENOUGH, doubt=True))
+                else:
+                    yield from self._decide(world)
         elif world.plan[0] == "do":
             yield self._act(world, world.plan[1])
         elif world.plan[0] != "wait":
@@ -101,13 +106,32 @@ class Agent:
 
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
-        in_flight = world.call is not None and world.call[0].it.do not in GUEST_AGENT_CALLS
         deleted = world.vmbackup != "wanted"
-        eyes = (world.guest, in_flight, world.deaf, world.config_failing, tuple(map(_visible, world.disks)))
+        disks = tuple(map(_visible, world.disks))
+        eyes = (world.guest, self._in_flight(world), world.deaf, world.config_failing, world.migrating, disks)
         key = (world.record, eyes, world.doubt, deleted)
         if (known := self._cache.get(key)) is None:
             known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
         return known
+
+    def idle(self, world: World) -> bool:
+        """The agent has looked, and has nothing to do."""
+        ready = world.agent and world.libvirtd and world.plan is None and world.sent is None
+        return ready and next(self._decide(world), None) is None
+
+    def _in_flight(self, world: World) -> bool:
+        """R4, by the clock; or, where that is not looked at, by what is really under way."""
+        if not self.setting.clock:
+            return world.call is not None and world.call[0].it.do not in GUEST_AGENT_CALLS
+        if world.sent is None:
+            return False
+        return clock.may_be_in_flight(
+            Call("", boot_id="this", boottime=-TICK * world.sent),
+            boot="this",
+            now=0.0,
+            answering_since=-TICK * world.answering,
+            control_idle=world.call is None or world.call[1] == 0,
+        )
 
     def _decision(self, record: Record, eyes: Eyes, doubt: bool, deleted: bool) -> tuple[Held[Action], bool]:
         intent = Intent(
@@ -144,8 +168,7 @@ class Agent:
                 record = self._record("anew", world.record, transition.planned_anew)
                 return Step(AGENT + "plan anew", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
-                after = put(done, index, overlay=None)._replace(full=False, kept=world.record)
-                return Step(named(AGENT + "UNLINK the overlay", world, index), after)
+                return self._unlink(done, index)
             case Do.RECORD_FAILURE:
                 record = self._failed(world.record, action)
                 return Step(AGENT + "record-failure", done._replace(record=record, kept=record))
@@ -163,18 +186,21 @@ class Agent:
         """Journal, then send. The call waits for its turn; with libvirtd gone, the outcome is unknown."""
         record = self._record(("begun", action), world.record, lambda r: transition.begun(r, action.it))
         label = named(ASKS + action.it.do, world, index_of(action.it))
-        if not world.libvirtd:
-            return Step(label + ": no libvirtd", world._replace(record=record, plan=None, doubt=True))
+        sent = 0 if self.setting.clock else None
+        world = world._replace(record=record)
+        if not world.libvirtd and not world.stopped:
+            return Step(label + ": no libvirtd", world._replace(plan=None, doubt=True, sent=sent))
         if world.call:  # an older one still has libvirt's job (only without the barrier)
             return Step(label + ": waits", world)
-        return Step(label, world._replace(record=record, plan=("wait", action), call=(action, 0)))
+        answering = 0 if world.stopped else ENOUGH
+        return Step(label, world._replace(plan=("wait", action), call=(action, 0), sent=sent, answering=answering))
 
     def _take_answer(self, world: World, outcome: str, action: Held[Action]) -> Step:
         record = self._answered(world.record, action) if outcome == "ok" else self._failed(world.record, action)
         label = f"{TOLD}{action.it.do}: {outcome}"
         deaf = world.deaf or (outcome == "error" and action.it.do is Do.THAW)
         failing = world.config_failing or (world.config_full and outcome == "error" and action.it.do is Do.REDEFINE)
-        after = world._replace(record=record, plan=None, deaf=deaf, config_failing=failing)
+        after = world._replace(record=record, plan=None, deaf=deaf, config_failing=failing, sent=None, answering=ENOUGH)
         if outcome == "error" and action.it.do in (Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.FREEZE):
             return Step(label, self._decided(after, record))
         return Step(label, after)
@@ -183,20 +209,36 @@ class Agent:
         """Read the file back, fsync it and its directory: so it is durable as it is, whatever it says."""
         if world.config == "cached":
             world = saved(world)
-        disks = {"abcd"[n]: disk.durable for n, disk in enumerate(world.disks)}
-        if all(disks[target] == LETTER[image] for target, image in action.it.images):
-            settled = world._replace(record=self._answered(world.record, action), config_failing=False)
+        durable = {"abcd"[n]: disk.durable for n, disk in enumerate(world.disks)}
+        if all(durable[target] == LETTER[image] for target, image in action.it.images):
+            record = self._answered(world.record, action)
+            kept = record if any(disk.pivot_intended for disk in record.it.disks) else world.kept
+            settled = world._replace(record=record, kept=kept, config_failing=False, edited=False)
             return Step(AGENT + "sync", settled)
-        return Step(AGENT + "sync: it names others", world._replace(record=self._failed(world.record, action)))
+        return Step(AGENT + UNSETTLED, world._replace(record=self._failed(world.record, action)))
+
+    def _unlink(self, world: World, index: int) -> Step:
+        """Not without another proof that the file names base: somebody may have redefined the domain meanwhile."""
+        if world.disks[index].persistent != "-":
+            proof = self.hold(Action(Do.SYNC_CONFIG, images=(("abcd"[index], Image.BASE),)))
+            synced = self._sync_config(world, proof)
+            if synced.label.endswith(UNSETTLED):
+                return synced
+            world = synced.world
+        after = put(world, index, overlay=None)._replace(full=False, kept=world.record)
+        return Step(named(AGENT + "UNLINK the overlay", world, index), after)
 
     def _compare(self, world: World, action: Held[Action]) -> Step:
-        """Live only. Overlay over base against base."""
+        """Overlay over base against base."""
         disk = world.disks[index_of(action.it)]
-        if world.guest != "off" or disk.overlay is None:
+        if on(world) or disk.overlay is None:
             return Step(AGENT + "compare: locked", world)
         same = all(o in (None, b) for o, b in zip(disk.overlay, disk.base, strict=True))
-        do = Do.CLEAR_PIVOT if same else Do.QUARANTINE
-        record = self._recorded(world.record, self.hold(replace(action.it, do=do)))
+
+        def change(record: Record) -> Record:
+            return transition.compared(record, action.it, same=same)
+
+        record = self._record(("compared", action, same), world.record, change)
         label = f"{AGENT}compare: {'identical' if same else 'different'}"
         return Step(label, world._replace(record=record, kept=record))
 
@@ -206,7 +248,7 @@ class Agent:
         for index, disk in enumerate(world.disks):
             for n, block in enumerate(disk.copied):
                 if block is None:
-                    if world.guest != "off" and (disk.writes == "B" or disk.job != "-"):
+                    if on(world) and (disk.writes == "B" or disk.job not in ("-", "foreign")):
                         return  # refused
                     copied = (*disk.copied[:n], disk.base[n], *disk.copied[n + 1 :])
                     yield Step(named(f"{AGENT}copy block {n}", world, index), put(world, index, copied=copied))
@@ -269,13 +311,13 @@ def _visible(disk: Disk) -> Eyes:
         else "empty"
     )
     at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
-    return disk.live, disk.persistent, file, disk.mirror, disk.known, at_end, disk.writes
+    return disk.live, disk.persistent, file, disk.mirror, disk.known, at_end, disk.job == "foreign", disk.writes
 
 
 def _observation(eyes: Eyes, *, truth: bool) -> Observation:
-    guest, in_flight, deaf, config_failing, disks = eyes
+    guest, in_flight, deaf, config_failing, migrating, disks = eyes
     seen: list[DiskSeen] = []
-    for n, (live, persistent, file, mirror, known, at_end, writes) in enumerate(disks):
+    for n, (live, persistent, file, mirror, known, at_end, foreign, writes) in enumerate(disks):
         overlay = None if file == "-" else OverlayFile(locked=file == "locked", empty=file == "empty")
         seen.append(
             DiskSeen(
@@ -286,6 +328,7 @@ def _observation(eyes: Eyes, *, truth: bool) -> Observation:
                 mirror=MIRROR[mirror],
                 job=known,
                 job_at_end=at_end,
+                foreign_job=foreign,
                 written=_image(writes) if truth else None,
             )
         )
@@ -293,6 +336,7 @@ def _observation(eyes: Eyes, *, truth: bool) -> Observation:
         POWER[guest],
         tuple(seen),
         call_in_flight=in_flight,
+        migrating=migrating,
         config_failing=config_failing,
         thaw_after=1.0 if deaf else 0.0,
     )

@@ -9,9 +9,10 @@ from time import perf_counter
 from tests.model.agent import Agent
 from tests.model.environment import background_steps, fault_steps, free_steps, guest_writes
 from tests.model.invariants import Invariants
-from tests.model.libvirt import block_job_steps, call_fails, call_steps, libvirtd_starts
+from tests.model.libvirt import block_job_steps, call_fails, call_steps, libvirtd_steps
 from tests.model.search import WRITES, Search, fingerprint
 from tests.model.tale import tell
+from tests.model.user import user_steps
 from tests.model.world import Disk, Kind, Setting, Step, World, ranked, start
 
 NO_WAY_HOME = "I4 there is no way home"
@@ -66,7 +67,7 @@ class Checker:
     def steps(self, world: World, *, faults: bool = True, writes: bool = True) -> Iterator[Step]:
         """Everything that may happen next."""
         yield from self.progress(world)
-        yield from free_steps(world)
+        yield from free_steps(world, lambda: self.agent.idle(world))
         if writes:
             yield from guest_writes(world)
         if faults:
@@ -79,11 +80,11 @@ class Checker:
         """What happens if there are no more faults, and guest and user do nothing."""
         if world.call and world.libvirtd:
             yield from call_steps(world)
-        if not world.libvirtd:
-            yield Step("libvirtd starts", libvirtd_starts(world))
+        yield from libvirtd_steps(world)
         yield from block_job_steps(world)
-        yield from background_steps(world)
+        yield from background_steps(world, self.setting)
         yield from self.agent.steps(world)
+        yield from user_steps(world, lambda: self.agent.idle(world))
 
     def _reach(self, came_from: int, before: World, step: Step) -> None:
         if what := self.invariants.violated(before, step):

@@ -10,42 +10,43 @@ image that QEMU writes, and nothing is in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tests.model.libvirt import libvirtd_gone, no_answer, qemu_gone
-from tests.model.world import Kind, Setting, Step, World, content, named, put, saved
+from tests.model.user import may_boot, user_faults
+from tests.model.world import ENOUGH, TICK, Kind, Setting, Step, World, content, named, on, put, saved
 
 BOOT_FAILS = "user boots the guest: it cannot open its image"
 NEWEST = 9  # newer than every version (see world.ranked)
 
 
-def free_steps(world: World) -> Iterator[Step]:
-    """What guest and user may do at any time, or never."""
-    idle = world.plan is None and world.call is None and all(d.durable == d.writes for d in world.disks)
-    if world.guest == "paused" and idle:
+def free_steps(world: World, idle: Callable[[], bool]) -> Iterator[Step]:
+    """What guest and user may do at any time, or never. `idle`: the agent has nothing to do."""
+    settled = world.plan is None and world.call is None and all(d.durable == d.writes for d in world.disks)
+    if world.guest == "paused" and settled:
         yield Step("user resumes the guest", world._replace(guest="running"))
-    observed = world.plan is not None and world.plan[0] == "do"
-    if world.guest == "off" and world.libvirtd and not world.call and world.config == "saved" and not observed:
+    if may_boot(world, idle):
         yield from _boot(world)
 
 
 def guest_writes(world: World) -> Iterator[Step]:
     """One write, to any location of any disk."""
-    if world.guest != "running" or world.frozen:
+    if world.guest not in ("running", "away") or world.frozen:
         return
     for index, disk in enumerate(world.disks):
         for n in range(len(disk.base)):
             if disk.writes == "O" and disk.overlay is not None:
-                if world.full and disk.overlay[n] is None:
+                if world.full and disk.overlay[n] is None and on(world):
                     yield Step("QEMU pauses the guest: no space for its overlay", world._replace(guest="io-error"))
                     continue
                 written = {"overlay": (*disk.overlay[:n], NEWEST, *disk.overlay[n + 1 :])}
-            else:
+            elif disk.writes == "B":
                 written = {"base": (*disk.base[:n], NEWEST, *disk.base[n + 1 :])}
+            else:
+                written = {}
             acked = (*disk.acked[:n], NEWEST, *disk.acked[n + 1 :])
             after = put(world, index, acked=acked, **written)
-            image = "overlay" if disk.writes == "O" else "base"
-            yield Step(named(f"guest writes to its {image}", world, index), after, Kind.WRITE)
+            yield Step(named(f"guest writes to {disk.writes}", world, index), after, Kind.WRITE)
 
 
 def _boot(world: World) -> Iterator[Step]:
@@ -59,20 +60,35 @@ def _boot(world: World) -> Iterator[Step]:
         for d, c in zip(world.disks, contents, strict=True)
     )
     names = "".join(d.persistent for d in world.disks)
-    yield Step(f"user boots the guest, P={names}", world._replace(guest="running", full=False, disks=disks))
+    after = world._replace(guest="running", full=False, disks=disks, edited=False)
+    yield Step(f"user boots the guest, P={names}", after)
 
 
-def background_steps(world: World) -> Iterator[Step]:
+def background_steps(world: World, setting: Setting) -> Iterator[Step]:
     """What comes about by itself."""
-    if world.config_full:
+    if world.config_full and not setting.config_stuck:
         yield Step("user frees space for the configuration", world._replace(config_full=False))
     if world.libvirtd and world.config == "cached":
         yield Step("time passes: the configuration becomes durable", saved(world))
+    if setting.clock:
+        yield from clock_steps(world)
+
+
+def clock_steps(world: World) -> Iterator[Step]:
+    """A tick, which counts only after a call without an answer. libvirt gives up a call that waits for 30 s (R4)."""
+    if world.sent is None or world.plan is not None or (world.sent == world.answering == ENOUGH):
+        return
+    sent = min(world.sent + 1, ENOUGH)
+    answering = min(world.answering + 1, ENOUGH) if world.libvirtd else 0
+    waits = world.call is not None and world.call[1] == 0
+    call = None if waits and sent == answering == ENOUGH else world.call
+    yield Step(f"time passes: {TICK:.0f} s", world._replace(sent=sent, answering=answering, call=call))
 
 
 def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     """One more misfortune."""
-    spared = setting.spared and (world.call is not None or any(d.durable != d.writes for d in world.disks))
+    apart = any(d.durable != d.writes and d.durable in ("B", "O") for d in world.disks)
+    spared = (setting.spared and (world.call is not None or apart)) or (world.edited and apart)
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
         dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
@@ -81,21 +97,22 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
             yield _fault("the agent is killed before its call is sent", dead._replace(call=None))
     if world.libvirtd:
         yield _fault("libvirtd is killed", libvirtd_gone(world))
-    if world.guest != "off" and not spared:
+        if setting.clock:
+            yield _fault("libvirtd is stopped", world._replace(libvirtd=False, stopped=True))
+    if on(world) and not spared:
         yield _fault("QEMU dies (or the guest powers off)", qemu_gone(world))
-    if world.guest == "off" or not spared:
+    if not on(world) or not spared:
         yield _fault("power cut", _power_cut(world))
     if waiting:
         yield _fault("the call times out, and is still in flight", no_answer(world))
     if not world.full and any(d.overlay is not None for d in world.disks):
         yield _fault("the overlays' file system is full", world._replace(full=True))
-    if setting.config_full and not world.config_full:
+    if (setting.config_full or setting.config_stuck) and not world.config_full:
         yield _fault("the configuration's file system is full", world._replace(config_full=True))
     for index, disk in enumerate(world.disks):
         if disk.job in ("copying", "ready") and world.libvirtd and not world.call:
             yield _fault(named("QEMU's job fails", world, index), put(world, index, job="-", mirror="-", known=False))
-    if world.vmbackup == "wanted":
-        yield _fault("the user deletes the VMBackup", world._replace(vmbackup="deleted"))
+    yield from user_faults(world, setting)
 
 
 def _fault(label: str, world: World) -> Step:
@@ -103,8 +120,9 @@ def _fault(label: str, world: World) -> Step:
 
 
 def _power_cut(world: World) -> World:
-    off = qemu_gone(libvirtd_gone(world))
+    off = libvirtd_gone(world)
+    off = qemu_gone(off) if on(off) else off
     disks = tuple(d._replace(persistent=d.durable) for d in off.disks)
     off = off._replace(disks=disks, config="saved", record=off.kept)
-    off = off._replace(plan=None, call=None, config_full=False)
+    off = off._replace(plan=None, call=None, sent=None, answering=ENOUGH, config_full=False)
     return off._replace(agent=False, doubt=False, copying=False, deaf=False, config_failing=False)

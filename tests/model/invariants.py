@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from tests.model.environment import BOOT_FAILS
+from tests.model.user import others
 from tests.model.world import Disk, Setting, Step, World, clean, content, needed
 from vmbackup.reconcile.record import Copy, Snapshot
 from vmbackup.reconcile.terms import Do
+
+SWITCHING = (Do.FREEZE, Do.SUSPEND, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT)
 
 
 class Invariants:
@@ -22,8 +25,14 @@ class Invariants:
                 return _violated_by_boot(before)
         elif what := self._violated_while_on(before, after):
             return what
-        quarantined = before.plan is None and after.plan and after.plan[1].it.do is Do.QUARANTINE
-        if quarantined and all(d.writes == d.live for d in before.disks):
+        decided = after.plan[1].it.do if before.plan is None and after.plan else None
+        if decided in SWITCHING and before.migrating:
+            return "MIGRATION a switch of images goes on meanwhile"
+        if (
+            decided is Do.QUARANTINE
+            and not before.edited
+            and all(d.writes == d.live and not others(d) for d in before.disks)
+        ):
             return "ALARM quarantine, though libvirt and QEMU agree"
         if after.disks is not before.disks and (what := _violated_by_unlink(before, after)):
             return what
@@ -42,7 +51,8 @@ class Invariants:
         for disk in after.disks:
             if content(disk, disk.writes) != disk.acked:
                 return "I1 the running image lacks acknowledged writes"
-            if writable and disk.durable != disk.writes and not self.setting.spared:
+            excused = self.setting.spared or after.edited or others(disk)
+            if writable and disk.durable != disk.writes and not excused:
                 return "KEY the guest can write, and P on disk names another image"
         if before.guest == "paused" and before.call and before.call[0].it.do is Do.RESUME and after.guest == "running":
             return "GUARD a guest that its user had paused is resumed"
@@ -51,7 +61,7 @@ class Invariants:
     def _violated_by_release(self, world: World) -> str:
         record = world.record.it
         recorded = record.orphan or (self.setting.orphan and record.snapshot is Snapshot.NONE)
-        if not recorded and not all(clean(disk, world.guest) for disk in world.disks):
+        if not recorded and not all(_at_home(disk, world.guest) for disk in world.disks):
             return "I5 finalizer released, the chain neither clean nor recorded as an orphan"
         if world.guest == "suspended" or world.frozen:
             return "I5 finalizer released with the guest suspended or frozen by us"
@@ -64,11 +74,18 @@ class Invariants:
         record = world.record.it
         if record.quarantined or (world.vmbackup == "released" and not record.orphan):
             return True
-        if record.finished and world.guest != "io-error" and all(clean(disk, world.guest) for disk in world.disks):
+        if record.finished and world.guest != "io-error" and all(_at_home(d, world.guest) for d in world.disks):
             return True
         if record.gave_up and record.finished:
             return True
+        if world.guest == "away" or (self.setting.config_stuck and world.config_full):
+            return True
         return world.guest == "off" and all(content(d, d.persistent) == d.acked for d in world.disks)
+
+
+def _at_home(disk: Disk, guest: str) -> bool:
+    """On base, or on what somebody else has chosen, and nothing of ours is left."""
+    return clean(disk, guest) or (disk.overlay is None and others(disk))
 
 
 def _taken(world: World) -> bool:
@@ -88,12 +105,14 @@ def _violated_by_unlink(before: World, after: World) -> str:
     for x, y in zip(before.disks, after.disks, strict=True):
         if x.overlay is None or y.overlay is not None:
             continue
-        if what := _unlinked(x, before, after):
+        if what := _unlinked(x._replace(persistent=y.persistent, durable=y.durable), before, after):
             return what
     return ""
 
 
 def _unlinked(disk: Disk, before: World, after: World) -> str:
+    if disk.below == "O" and "X" in (disk.writes, disk.live, disk.persistent):
+        return "I3 unlink of an overlay that another image stands on"
     if disk.writes == "O" and after.guest != "off":
         return "I3 unlink of the image that QEMU writes"
     if disk.persistent == "O" or (disk.live == "O" and before.guest != "off"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.world import Disk, Kind, Step, World, content, named, put, put_all
+from tests.model.world import ENOUGH, Disk, Kind, Step, World, content, named, on, put, put_all
 from vmbackup.reconcile.record import Image
 from vmbackup.reconcile.terms import Action, Do
 
@@ -71,10 +71,11 @@ def _guest_call(world: World, do: Do) -> Step:
     """Suspend, resume: one QMP command. Freeze, thaw: the guest agent, which is deaf while the guest is paused."""
     if do is Do.SUSPEND:
         guest = "suspended" if world.guest == "running" else world.guest
-        return Step("QEMU suspends the guest", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+        return Step("QEMU suspends the guest", answer(world._replace(guest=guest), "ok" if on(world) else "error"))
     if do is Do.RESUME:
-        guest = "off" if world.guest == "off" else "running"
-        return Step("QEMU resumes the guest", answer(world._replace(guest=guest), "error" if guest == "off" else "ok"))
+        if not on(world) or world.migrating:
+            return Step("libvirt refuses to resume", answer(world, "error"))
+        return Step("QEMU resumes the guest", answer(world._replace(guest="running"), "ok"))
     assert do in GUEST_AGENT_CALLS
     if world.guest != "running":
         return Step(f"libvirt cannot {do}: the guest agent is deaf", answer(world, "error"))
@@ -85,7 +86,9 @@ def _redefine(world: World, action: Action) -> Step:
     """virDomainDefineXML: written, fsynced, renamed; the directory is not fsynced (source)."""
     after = world
     for target, image in action.images:
-        after = put(after, "abcd".index(target), persistent=LETTER[image])
+        index = "abcd".index(target)
+        if after.disks[index].persistent != "-":
+            after = put(after, index, persistent=LETTER[image])
     changed = after.config != "saved" or any(d.persistent != d.durable for d in after.disks)
     names = "".join(d.persistent for d in after.disks)
     return Step(f"libvirt redefines: P={names}", answer(after._replace(config="cached" if changed else "saved"), "ok"))
@@ -95,10 +98,10 @@ def _snapshot(world: World, step: int) -> Step:
     """virDomainSnapshotCreateXML(DISK_ONLY|ATOMIC|NO_METADATA), all disks in one transaction."""
     if step == 0:
         taken = any(d.overlay is not None or d.persistent != "B" for d in world.disks)
-        busy = any(d.live != "B" or d.writes != "B" or d.known or d.mirror != "-" for d in world.disks)
-        if taken or (world.guest != "off" and busy):
+        busy = any(d.writes != "B" or d.live != "B" or d.known or d.job != "-" or d.mirror != "-" for d in world.disks)
+        if taken or (on(world) and (busy or world.migrating)):
             return Step("libvirt refuses the snapshot", answer(world, "error"))
-        if world.guest == "off":  # it succeeds, silently (replayed)
+        if not on(world):  # it succeeds, silently (replayed)
             disks = tuple(_fresh_overlay(d)._replace(persistent="O", snapshot=d.base) for d in world.disks)
             return Step(
                 "libvirt takes the snapshot OFFLINE", answer(world._replace(disks=disks, config="cached"), "ok")
@@ -108,7 +111,8 @@ def _snapshot(world: World, step: int) -> Step:
     if step == 1:
         disks = tuple(d._replace(writes="O", locked=True, snapshot=d.base) for d in world.disks)
         return Step("QEMU switches to the overlays", _next(world._replace(disks=disks), 2))
-    saved = put_all(world, live="O", persistent="O")._replace(config="unsaved")
+    disks = tuple(d._replace(live="O", persistent="O" if d.persistent == "B" else d.persistent) for d in world.disks)
+    saved = world._replace(disks=disks, config="unsaved")
     return Step("libvirt saves its status: L=O", _next(saved, SAVES_CONFIG))
 
 
@@ -122,7 +126,7 @@ def _commit(world: World, index: int, step: int) -> Step:
     disk = world.disks[index]
     if step == 0:
         idle = not disk.known and disk.mirror == "-" and disk.job == "-"
-        if world.guest == "off" or disk.live != "O" or disk.writes != "O" or not idle:
+        if not on(world) or world.migrating or disk.live != "O" or disk.writes != "O" or not idle:
             return Step(named("libvirt refuses the commit", world, index), answer(world, "error"))
         return Step(named("libvirt registers the job", world, index), _next(put(world, index, known=True), 1))
     if step == 1:
@@ -134,7 +138,7 @@ def _pivot(world: World, index: int, step: int) -> Step:
     """virDomainBlockJobAbort(PIVOT): job-complete, job-dismiss, status, config."""
     disk = world.disks[index]
     if step == 0:
-        if world.guest == "off" or not disk.known or disk.job != "ready":
+        if not on(world) or not disk.known or disk.job != "ready":
             return Step(named("libvirt refuses the pivot", world, index), answer(world, "error"))
         after = put(world, index, base=content(disk, "O"), writes="B", job="concluded")
         return Step(named("QEMU pivots to base", world, index), _next(after, 1))
@@ -144,8 +148,10 @@ def _pivot(world: World, index: int, step: int) -> Step:
 
 
 def _pivoted(world: World, index: int) -> World:
-    config = "unsaved" if world.disks[index].persistent == "O" else world.config
-    after = put(world, index, live="B", mirror="-", known=False, locked=False, persistent="B")
+    persistent = world.disks[index].persistent
+    config = "unsaved" if persistent == "O" else world.config  # it changes P only where that names the same image
+    persistent = "B" if persistent == "O" else persistent
+    after = put(world, index, live="B", mirror="-", known=False, locked=False, persistent=persistent)
     return after._replace(config=config)
 
 
@@ -165,11 +171,11 @@ def _saving_fails(world: World, action: Action) -> Step:
 def qemu_gone(world: World) -> World:
     """QEMU has ended. A libvirtd that waits for the snapshot's answer unlinks the overlays it created (source; V2)."""
     after = put_all(world, writes="-", job="-", live="-", mirror="-", known=False, locked=False)
-    after = after._replace(guest="off", frozen=False)
+    after = after._replace(guest="off", frozen=False, migrating=False)
     if not world.call or world.call[0].it.do is Do.REDEFINE:
         return after
     do, step = world.call[0].it.do, world.call[1]
-    if world.libvirtd and do is Do.SNAPSHOT and step in SNAPSHOT_WAITS_FOR_QEMU:
+    if (world.libvirtd or world.stopped) and do is Do.SNAPSHOT and step in SNAPSHOT_WAITS_FOR_QEMU:
         after = put_all(after, overlay=None)
     if step == SAVES_CONFIG and not world.config_full:
         after = after._replace(config="cached")
@@ -178,7 +184,7 @@ def qemu_gone(world: World) -> World:
 
 def libvirtd_gone(world: World) -> World:
     """libvirtd has ended, and its calls with it; QEMU goes on. Whoever waited has an unknown outcome."""
-    return no_answer(world)._replace(libvirtd=False, call=None, doubt=world.agent)
+    return no_answer(world)._replace(libvirtd=False, stopped=False, call=None, doubt=world.agent, migrating=False)
 
 
 def no_answer(world: World) -> World:
@@ -190,12 +196,23 @@ def no_answer(world: World) -> World:
     return world._replace(plan=None, doubt=True)
 
 
-def libvirtd_starts(world: World) -> World:
+def libvirtd_steps(world: World) -> Iterator[Step]:
+    """It comes back: from death with what it finds, from a stop as if nothing had happened."""
+    if world.stopped:
+        answering = 0 if world.sent is not None else ENOUGH
+        yield Step("libvirtd goes on", world._replace(libvirtd=True, stopped=False, answering=answering))
+        if world.plan and world.plan[0] == "wait":
+            yield Step("agent's connection dies of the silence", no_answer(world))
+    elif not world.libvirtd:
+        yield Step("libvirtd starts", _libvirtd_starts(world))
+
+
+def _libvirtd_starts(world: World) -> World:
     """libvirtd reads its files, and reconnects to QEMU and its jobs (replayed, each branch)."""
     if world.config == "unsaved":
         world = world._replace(config="saved", disks=tuple(d._replace(persistent=d.durable) for d in world.disks))
-    world = world._replace(libvirtd=True)
-    if world.guest == "off":
+    world = world._replace(libvirtd=True, answering=0 if world.sent is not None else ENOUGH)
+    if not on(world):
         return world
     for index, disk in enumerate(world.disks):
         if disk.known and disk.job == "concluded":  # it finishes the pivot
@@ -212,7 +229,7 @@ def libvirtd_starts(world: World) -> World:
 def block_job_steps(world: World) -> Iterator[Step]:
     """The active commit: copies what base lacks, in the background; READY when nothing is left."""
     for index, disk in enumerate(world.disks):
-        if disk.job == "-":
+        if disk.job in ("-", "foreign"):
             continue
         if disk.job != "concluded" and disk.writes == "O":
             lag = lagging(disk)

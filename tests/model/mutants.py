@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 from unittest.mock import patch
 
-from tests.model.world import Setting
-from vmbackup.reconcile import machine, rules_off, rules_on, situation
+from tests.model.agent import Agent
+from tests.model.world import Setting, Step, World, put
+from vmbackup.reconcile import clock, machine, rules_off, rules_on, situation
+from vmbackup.reconcile.clock import may_be_in_flight
 from vmbackup.reconcile.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.situation import Case, Rule, Situation
 from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation, Power
@@ -83,6 +86,37 @@ def _not_by_the_intent(s: Situation) -> Action | None:
     return rules_off.off_with_overlay_left(replace(s, disks=disks))
 
 
+def _unlink_unproven(_: Agent, world: World, index: int) -> Step:
+    return Step("agent: UNLINK the overlay", put(world, index, overlay=None)._replace(full=False, kept=world.record))
+
+
+# ---------------------------------------------------------------------------------------------- users
+def _whoever_wrote_p(s: Situation) -> Action | None:
+    return rules_off.off_with_overlay_left(replace(s, intent=replace(s.intent, guarded=False)))
+
+
+def _whatever_was_settled(s: Situation) -> Action | None:
+    disks = tuple(replace(disk, record=replace(disk.record, settled=None)) for disk in s.disks)
+    return rules_off.off_on_overlay(replace(s, disks=disks))
+
+
+def _switch_on(s: Situation) -> Action | None:
+    return rules_on.wait_for_migration(s) if s.record.guard is not Guard.OURS else None
+
+
+def _quarantine_with_guard(s: Situation, reason: str) -> Action:
+    waits = not s.suspended_by_us and s.record.guard is not Guard.NONE
+    return situation.quarantine(replace(s, record=replace(s.record, guard=Guard.NONE)) if waits else s, reason)
+
+
+def _since_the_call(*args: Any, answering_since: float | None, **kwargs: Any) -> bool:
+    return may_be_in_flight(*args, answering_since=answering_since and -inf, **kwargs)
+
+
+def _never_busy(*args: Any, control_idle: bool, **kwargs: Any) -> bool:
+    return may_be_in_flight(*args, control_idle=True, **kwargs)
+
+
 # ---------------------------------------------------------------------------------------------- I5, the guest
 def _let_go_at_once(s: Situation) -> Action | None:
     return Action(Do.RELEASE) if s.intent.deleted else None
@@ -126,7 +160,10 @@ MUTANTS = (
     Mutant(
         "R6",
         "off: what was pivoted is unlinked on an unsettled P",
-        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _unlink_what_was_pivoted),),
+        (
+            _instead("RULES_OFF", rules_off.off_with_overlay_left, _unlink_what_was_pivoted),
+            (Agent, "_unlink", _unlink_unproven),
+        ),
         Setting(faults=2, writes=1),
     ),
     Mutant(
@@ -140,6 +177,54 @@ MUTANTS = (
         "an earlier backup's overlay is copied from",
         (_instead("RULES_ON", rules_on.adopt, _take_it_for_ours),),
         Setting(faults=0, writes=1, orphan=True),
+    ),
+    Mutant(
+        "edits",
+        "an overlay is unlinked without a last look at what P is on disk",
+        ((Agent, "_unlink", _unlink_unproven),),
+        Setting(faults=2, writes=0, edits=True),
+    ),
+    Mutant(
+        "edits",
+        "off: P=B proves that it was pivoted, whoever wrote it",
+        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _whoever_wrote_p),),
+        Setting(faults=2, writes=1, edits=True),
+    ),
+    Mutant(
+        "edits",
+        "off: P=O counts though P was settled on base since the pivot",
+        (_instead("RULES_OFF", rules_off.off_on_overlay, _whatever_was_settled),),
+        Setting(faults=2, writes=2, edits=True),
+    ),
+    Mutant(
+        "migration",
+        "a switch that was intended goes on",
+        (_instead("RULES_ON", rules_on.wait_for_migration, _switch_on),),
+        Setting(faults=1, writes=1, migration=True),
+    ),
+    Mutant(
+        "pauses",
+        "in quarantine the guard stays, and who pauses the guest then is taken for us",
+        ((rules_on, "quarantine", _quarantine_with_guard),),
+        Setting(faults=2, writes=0, pauses=True),
+    ),
+    Mutant(
+        "barrier",
+        "it is shorter than libvirt's own patience",
+        ((clock, "BARRIER_SECONDS", 10.0),),
+        Setting(faults=1, writes=1, clock=True),
+    ),
+    Mutant(
+        "barrier",
+        "it counts from the call, though libvirtd was stopped",
+        ((clock, "may_be_in_flight", _since_the_call),),
+        Setting(faults=1, writes=1, clock=True),
+    ),
+    Mutant(
+        "barrier",
+        "what libvirt is busy with does not count",
+        ((clock, "may_be_in_flight", _never_busy),),
+        Setting(faults=1, writes=1, clock=True),
     ),
     Mutant(
         "I5",

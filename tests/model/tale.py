@@ -13,7 +13,7 @@ AGENT = "agent: "  # does something at once; or it decides, asks libvirt, and is
 DECIDES, ASKS, TOLD = "agent decides: ", "agent asks libvirt: ", "agent is told: "
 _SETTLES = "redefine, sync"
 _BY_ITSELF = ("libvirt", "QEMU")
-_IMAGE = {"B": "base", "O": "overlay", "-": "nothing", "X": "another image"}
+_IMAGE = {"B": "base", "O": "overlay", "-": "nothing", "X": "an image above", "Y": "another image"}
 
 
 def tell(setting: Setting, what: str, labels: Sequence[str], end: World, action: Action) -> str:

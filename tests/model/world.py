@@ -2,12 +2,13 @@
 
 An image is a tuple: the version that each location holds; a location of an overlay is None until it is written, and
 then falls through to base. Only which version of a location is newer matters: they are kept as ranks (`ranked`). All
-guest writes are taken as flushed and acknowledged. Images are named by a letter: B (base), O (our overlay), - (none).
+guest writes are taken as flushed and acknowledged. Images are named by a letter: B (base), O (our overlay), X (an
+overlay that a user put on top), Y (another image, chosen by a user), - (none).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -16,6 +17,8 @@ from vmbackup.reconcile.terms import Action
 
 T = TypeVar("T")
 Versions = tuple[int | None, ...]
+TICK = 16.0  # seconds, of the clock of the barrier (R4)
+ENOUGH = 2  # ticks after which more of them make no difference
 
 
 class Held(Generic[T]):
@@ -31,7 +34,7 @@ class Disk(NamedTuple):
     """One disk, as QEMU, libvirt and the file system have it."""
 
     writes: str = "B"  # T, the image that QEMU writes
-    job: str = "-"  # QEMU's block job: -, copying, ready, concluded (has pivoted, not yet dismissed)
+    job: str = "-"  # QEMU's block job: -, copying, ready, concluded (has pivoted, not yet dismissed), foreign
     live: str = "B"  # L
     mirror: str = "-"  # <mirror> in the live XML: -, pending, ready
     known: bool = False  # libvirt knows a job: blockJobInfo has it
@@ -43,6 +46,7 @@ class Disk(NamedTuple):
     acked: Versions = ()  # the newest acknowledged version of each location
     snapshot: Versions | None = None  # the content when QEMU switched; None once the copy is decided
     copied: Versions = ()
+    below: str = "-"  # what X stands on
 
 
 class World(NamedTuple):
@@ -51,13 +55,18 @@ class World(NamedTuple):
     disks: tuple[Disk, ...]
     record: Held[Record]  # what the agent's journal holds
     kept: Held[Record]  # what a power cut would leave of it: not every line is fsynced
-    libvirtd: bool = True
-    guest: str = "running"  # off, running, suspended (by us), paused (by its user), io-error
+    libvirtd: bool = True  # it answers
+    stopped: bool = False  # it does not, but lives (SIGSTOP), and will go on with what it was asked
+    guest: str = "running"  # off, running, suspended (by us), paused (by its user), io-error, away (migrated)
+    migrating: bool = False
     frozen: bool = False  # its file systems
     config: str = "saved"  # saved: P is durable; cached: written, not yet durable; unsaved: P is libvirt's word only
     full: bool = False  # the overlays' file system
     config_full: bool = False  # the file system of libvirt's configuration
     call: tuple[Held[Action], int] | None = None  # the libvirt call in flight, and its next step
+    sent: int | None = None  # with `clock`: ticks since the call was sent that has no answer in the journal
+    answering: int = ENOUGH  # with `clock`: ticks for which libvirtd has been answering
+    edited: bool = False  # a user has redefined the domain
     vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
     agent: bool = True
     plan: tuple[str, Held[Action]] | None = None  # do: decided; wait: its call is in flight; ok, error: its answer
@@ -95,18 +104,29 @@ class Setting:
     quiesce: bool = False
     paused: bool = False  # the guest was paused by its user before
     config_full: bool = False  # one more fault: libvirt's configuration cannot be saved, in a world as for `live`
+    config_stuck: bool = False  # the same, and it stays so
+    foreign: bool = False  # other block jobs on our disks, and other overlays on top of them
+    edits: bool = False  # users redefine the domain
+    pauses: bool = False  # users pause the guest, and resume it
+    migration: bool = False
+    clock: bool = False  # the barrier (R4) sees the time, not the call; and libvirtd may be stopped for a while
+    residual: str = ""  # what no agent can close (see RESIDUAL)
     limit: int | None = None  # commit.backoffLimit; None: no limit
 
     @property
     def spared(self) -> bool:
         """QEMU and the host do not die while P on disk does not name the image that QEMU writes."""
-        return self.live or self.config_full
+        return self.live or self.config_full or self.config_stuck
 
     def __str__(self) -> str:
-        extras = [name for name in ("orphan", "live", "quiesce", "paused", "config_full") if getattr(self, name)]
+        extras = [name for name in EXTRAS if getattr(self, name)]
+        extras += [f"residual {self.residual}"] if self.residual else []
         extras += [] if self.limit is None else [f"limit {self.limit}"]
         sizes = {"disk": self.disks, "fault": self.faults, "write": self.writes}
         return ", ".join([*(f"{n} {what}{'s' * (n != 1)}" for what, n in sizes.items()), *extras])
+
+
+EXTRAS = tuple(field.name for field in fields(Setting) if field.type == "bool")
 
 
 def start(setting: Setting, record: Held[Record]) -> World:
@@ -135,6 +155,8 @@ def content(disk: Disk, image: str) -> Versions | None:
     """What a guest would read from an image; None if it cannot be opened."""
     if image == "B":
         return disk.base
+    if image == "Y" or (image == "X" and (disk.below == "B" or disk.overlay is not None)):
+        return disk.acked
     if disk.overlay is None:
         return None
     return tuple(b if o is None else o for o, b in zip(disk.overlay, disk.base, strict=True))
@@ -172,12 +194,17 @@ def saved(world: World) -> World:
     return world._replace(config="saved", disks=tuple(d._replace(durable=d.persistent) for d in world.disks))
 
 
+def on(world: World) -> bool:
+    """QEMU runs here."""
+    return world.guest not in ("off", "away")
+
+
 def clean(disk: Disk, guest: str) -> bool:
     """The disk is home: on base, and nothing is left behind."""
     return (
         disk.overlay is None
         and disk.persistent == "B"
-        and (guest == "off" or (disk.live == "B" and disk.writes == "B"))
+        and (guest in ("off", "away") or (disk.live == "B" and disk.writes == "B"))
     )
 
 

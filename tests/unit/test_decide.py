@@ -91,13 +91,36 @@ def test_it_waits(row: Row):
     Row(
         "P=O, settled, commit begun: park", committing(copy=Copy.STORED), off("O", DATA), Do.WAIT, more={"parked": True}
     ),
+    Row("P=O, pivot intended, settled on B since: a user's doing, settle B", pivoted(), off("O", DATA), Do.REDEFINE),
     Row(
-        "P=B, O left, pivot intended, not settled: settle B",
+        "P=B, O left, pivot intended, not settled on B: libvirt's doing or a user's, compare",
+        pivoting(guard=Guard.NONE),
+        off("B", DATA),
+        Do.COMPARE,
+        more={"images": TO_BASE},
+    ),
+    Row(
+        "P=B, O left, pivot intended, Live: the guest ran meanwhile, nothing can be compared: settle B",
         pivoting({"settled": None}, guard=Guard.NONE),
         off("B", DATA),
         Do.REDEFINE,
+        LIVE,
+    ),
+    Row(
+        "P=B, O left, pivot intended, quarantined: nothing",
+        pivoting(guard=Guard.NONE, quarantined="they differ", copy=Copy.STORED),
+        off("B", DATA),
+        Do.WAIT,
+    ),
+    Row(
+        "P=B, O left, pivot intended, the same in both: make P durable",
+        pivoting({"settled": Settled(Image.BASE, durable=False)}, guard=Guard.NONE),
+        off("B", DATA),
+        Do.SYNC_CONFIG,
     ),
     Row("P=B, O left, pivot intended, settled: remove O", pivoted(), off("B", DATA), Do.REMOVE_OVERLAY),
+    Row("P=X, O left, pivot intended: not by P any more", pivoting(guard=Guard.NONE), off("X", DATA), Do.CLEAR_PIVOT),
+    Row("P=X, O left: quarantine", taken(), off("X", DATA), Do.QUARANTINE),
     Row("P=B, O empty, not settled: settle B", record(snapshot=Snapshot.INTENDED), off("B", EMPTY), Do.REDEFINE),
     Row("P=B, O empty, settled: remove O", fresh(snapshot=Snapshot.INTENDED), off("B", EMPTY), Do.REMOVE_OVERLAY),
     Row("P=B, O empty but locked: quarantine", fresh(), off("B", OverlayFile(True, True)), Do.QUARANTINE),

@@ -115,6 +115,18 @@ def test_deletion(row: Row):
         seen(on_overlay(Power.PAUSED), migrating=True),
         Do.RESUME,
     ),
+    Row(
+        "migrating, a switch intended, not suspended yet: wait",
+        fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS),
+        seen(home(), migrating=True),
+        Do.WAIT,
+    ),
+    Row(
+        "migrating, suspended for the snapshot: resume",
+        fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS),
+        seen(home(Power.PAUSED), migrating=True),
+        Do.RESUME,
+    ),
 )
 def test_somebody_elses_job(row: Row):
     row.check()

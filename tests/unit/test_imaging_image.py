@@ -8,9 +8,10 @@ import pytest
 
 from tests.storage import run
 from vmbackup.errors import PermanentError, TransientError
-from vmbackup.imaging import image
+from vmbackup.imaging import CopyControl, image
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.imaging.image import OverlayFile, info, overlay_file, rebase, same_content
+from vmbackup.imaging.image import OverlayFile, info, overlay_file, rebase
+from vmbackup.imaging.merge import same_where_written
 
 UNLOCKED_EMPTY = OverlayFile(locked=False, empty=True)
 UNLOCKED_WITH_DATA = OverlayFile(locked=False, empty=False)
@@ -109,17 +110,22 @@ class TestInfo:
             info(overlay, "qcow2")
 
 
-class TestSameContent:
+class TestSameWhereWritten:
     def test_an_empty_overlay_is_as_its_base(self, base: Path, overlay: Path) -> None:
-        assert same_content(base, "raw", overlay, "qcow2")
+        assert same_where_written(overlay, base, "raw", CopyControl())
 
     def test_one_other_byte_is_seen(self, base: Path, overlay: Path) -> None:
         write(overlay, "write -P 9 1000 1")
-        assert not same_content(base, "raw", overlay, "qcow2")
+        assert not same_where_written(overlay, base, "raw", CopyControl())
+
+    def test_what_base_has_as_well_is_the_same(self, base: Path, overlay: Path) -> None:
+        write(overlay, "write -P 9 1000 1")
+        run("qemu-img", "commit", "-q", "-d", str(overlay))
+        assert same_where_written(overlay, base, "raw", CopyControl())
 
     def test_a_missing_image_is_an_error_and_not_a_difference(self, base: Path) -> None:
         with pytest.raises(PermanentError, match="No such file"):
-            same_content(base, "raw", base.with_name("gone.qcow2"), "qcow2")
+            same_where_written(base.with_name("gone.qcow2"), base, "raw", CopyControl())
 
 
 def test_rebase_changes_the_name_of_the_backing_file_and_no_data(base: Path, overlay: Path) -> None:

@@ -125,16 +125,6 @@ def _backing_file(path: Path) -> str | None:
     return str(path.parent / name) if name else None
 
 
-def same_content(first: Path, first_format: str, second: Path, second_format: str) -> bool:
-    """Whether two images show a guest the same bytes, backing images included. TransientError while one is written."""
-    result = qemu_img(
-        "compare", "-f", first_format, "-F", second_format, str(first), str(second), timeout=COMPARE_SECONDS
-    )
-    if result.returncode not in (0, 1):
-        raise failure_of(result, first)
-    return result.returncode == 0
-
-
 def rebase(path: Path, backing: str, backing_format: str) -> None:
     """Write another backing file into a qcow2's header, data untouched. `backing` is relative to the image's folder."""
     result = qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format, str(path))

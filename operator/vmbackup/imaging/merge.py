@@ -55,7 +55,7 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
         hold_reader_lock(fd)
         with errors_of(base):
             _sync(base)
-        if not _same_where_written(overlay, base, base_format, control):
+        if not same_where_written(overlay, base, base_format, control):
             raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
         control.check()
         with errors_of(overlay):
@@ -91,8 +91,11 @@ def _checked_backing(overlay: Path, base: Path, base_format: str) -> str:
     return found.backing
 
 
-def _same_where_written(overlay: Path, base: Path, base_format: str, control: CopyControl) -> bool:
-    """Whether the base shows all that the overlay holds itself; elsewhere the overlay shows the base anyway."""
+def same_where_written(overlay: Path, base: Path, base_format: str, control: CopyControl) -> bool:
+    """Whether the base shows all that the overlay holds itself; elsewhere the overlay shows the base anyway.
+
+    Raises TransientError while one of them is in use.
+    """
     for start, end in _written(overlay, control):
         parts = [_part(overlay, "qcow2", start, end), _part(base, base_format, start, end)]
         result = qemu_img("compare", "-q", *parts, timeout=COMPARE_SECONDS, control=control)

@@ -14,13 +14,12 @@ from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError, V
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
-from vmbackup.imaging.image import same_content
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.journal import Journal, sync_directory
-from vmbackup.reconcile.merging import Merging
+from vmbackup.reconcile.merging import Merging, shows_the_same
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
@@ -30,6 +29,7 @@ from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
 from vmbackup.reconcile.transition import (
     answered,
+    compared,
     failed,
     merged_offline,
     planned_anew,
@@ -152,9 +152,11 @@ class Acts:
             case Do.MERGE_OFFLINE:
                 return self._merge_offline(action, wish)
             case Do.REMOVE_OVERLAY:
-                return self._remove_overlay(action)
+                return self._remove_overlay(action, view)
             case Do.COMPARE:
-                return self._compare(action)
+                same = shows_the_same(self.record.disk(action.target))
+                self.write(compared(self.record, action, same=same))
+                return 0.0
             case Do.FINISH:
                 return self._finish(action)
             case Do.RECORD_FAILURE:
@@ -245,7 +247,9 @@ class Acts:
         self.write(merged_offline(self.record, target, stamp))
         return 0.0
 
-    def _remove_overlay(self, action: Action) -> float:
+    def _remove_overlay(self, action: Action, view: View) -> float:
+        if (why := self._settling.no_longer_on_base(action.target, view.seen)) is not None:
+            return self._config_failed(why)
         disk = self.record.disk(action.target)
         overlay = Path(disk.overlay)
         merged = self._narration.merged(action.target, overlay)
@@ -264,13 +268,6 @@ class Acts:
             )
         )
         self._narration.disk_home(self.record, action.target)
-        return 0.0
-
-    def _compare(self, action: Action) -> float:
-        disk = self.record.disk(action.target)
-        same = same_content(Path(disk.overlay), "qcow2", Path(disk.base), disk.format)
-        verdict = Action(Do.CLEAR_PIVOT if same else Do.QUARANTINE, action.target, reason=action.reason)
-        self.write(recorded(self.record, verdict))
         return 0.0
 
     def _commit_failed(self, action: Action, why: str, reason: RetryReason) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmbackup.errors import VMBackupError
 from vmbackup.imaging import CopyControl
-from vmbackup.imaging.merge import HeldOverlay, merge
+from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.record import DiskRecord
 from vmbackup.reconcile.terms import Do
@@ -16,6 +16,11 @@ from vmbackup.reconcile.transfer import Transfer
 
 # What is done between the merge and the end of the overlay: from the one to the other no guest may start on it.
 HOLDING = (Do.MERGE_OFFLINE, Do.REDEFINE, Do.SYNC_CONFIG, Do.REMOVE_OVERLAY)
+
+
+def shows_the_same(disk: DiskRecord) -> bool:
+    """Whether the overlay holds nothing that its base lacks. TransientError while one of them is in use."""
+    return same_where_written(Path(disk.overlay), Path(disk.base), disk.format, CopyControl())
 
 
 class Merging:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Settled, Snapshot
 from vmbackup.reconcile.situation import (
     Case,
     Rule,
@@ -28,9 +28,9 @@ def forget_guest(s: Situation) -> Action | None:
 
 
 def off_on_overlay(s: Situation) -> Action | None:
-    """P=O: the overlay is what counts, unless it was merged and no guest could start on it since.
+    """P=O: the overlay is what counts, unless it was merged and no guest could start on it since; R6: no compare.
 
-    R6: no compare in Guarded mode.
+    Settled on B since the pivot was intended, P names O only because somebody has redefined it.
     """
     for disk in s.disks:
         if disk.seen.persistent is not Image.OVERLAY:
@@ -39,11 +39,15 @@ def off_on_overlay(s: Situation) -> Action | None:
             if settled(disk, Image.BASE) and (action := settle(s, [(disk, Image.BASE)])):
                 return action
             return quarantine(s, advice.overlay_gone(disk.record))
+        if disk.record.pivot_intended and disk.record.settled == Settled(Image.BASE, durable=True):
+            return settle(s, [(disk, Image.BASE)])
         if disk.record.pivot_intended and s.intent.guarded:
             return Action(Do.CLEAR_PIVOT, disk.target)
         if disk.record.pivot_intended:  # Live: the guest may have written to either image
             reason = advice.images_differ(disk.record)
-            return quarantine(s, reason) if s.record.quarantined else Action(Do.COMPARE, disk.target, reason=reason)
+            images = ((disk.target, Image.OVERLAY),)
+            compare = Action(Do.COMPARE, disk.target, images=images, reason=reason)
+            return quarantine(s, reason) if s.record.quarantined else compare
         if s.record.snapshot is Snapshot.NONE:
             return Action(Do.ADOPT)
         if s.record.snapshot is Snapshot.INTENDED:
@@ -57,12 +61,20 @@ def off_on_overlay(s: Situation) -> Action | None:
 def off_with_overlay_left(s: Situation) -> Action | None:
     """P=B and O is left: R6: libvirt writes P=B only after QEMU's pivot, so with a pivot intended O is done with.
 
-    So it is if it was merged, and not written since.
+    So it is if it was merged, and not written since. A user may write P=B as well; but a guarded guest has not run from
+    the intent until P was settled on B, so then both images show the same.
     """
     for disk in s.disks:
         if disk.seen.persistent is Image.OVERLAY or disk.overlay is None:
             continue
+        if disk.record.pivot_intended and disk.seen.persistent is Image.OTHER and not settled(disk, Image.BASE):
+            return Action(Do.CLEAR_PIVOT, disk.target)  # P=B, should it ever come, will be a user's doing
         home = disk.done_with and disk.seen.persistent is Image.BASE
+        if home and not disk.overlay.merged and s.intent.guarded and not settled(disk, Image.BASE):
+            if s.record.quarantined:
+                continue
+            reason = advice.overlay_left_off(disk.record)
+            return Action(Do.COMPARE, disk.target, images=((disk.target, Image.BASE),), reason=reason)
         unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is not Image.OTHER
         if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)

@@ -24,10 +24,12 @@ from vmbackup.reconcile.terms import Action, Do, Mirror, Power
 
 
 def wait_for_migration(s: Situation) -> Action | None:
-    """Libvirt refuses a migration during our block job, and we touch nothing during a migration."""
-    if s.seen.migrating and s.record.guard is not Guard.OURS:
-        return thaw_guest(s) or Action(Do.WAIT, reason="the domain is being migrated")
-    return None
+    """Libvirt refuses a migration during our block job, and we switch nothing during a migration."""
+    if not s.seen.migrating:
+        return None
+    if s.suspended_by_us:
+        return settle_if_possible(s) or Action(Do.RESUME)
+    return thaw_guest(s) or Action(Do.WAIT, reason="the domain is being migrated")
 
 
 def follow_the_truth(s: Situation) -> Action | None:

@@ -10,7 +10,7 @@ from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.record import Image
-from vmbackup.reconcile.terms import Action
+from vmbackup.reconcile.terms import Action, Do, Observation
 from vmbackup.reconcile.transition import answered, failed
 
 _ATTEMPTS = 5  # failures in a row after which the guest does not wait for it any longer
@@ -56,8 +56,16 @@ class Settling:
             return f"libvirt's configuration on disk does not name {', '.join(paths.values())}"
         self._failures = 0
         self._observer.config_failing_until = 0.0
-        self._journal.write(answered(self._journal.record, action), durable=False)
+        # A power cut must not take it away in the middle of a pivot: it tells P=B by the pivot from P=B by a user.
+        pivoting = any(disk.pivot_intended for disk in self._journal.record.disks)
+        self._journal.write(answered(self._journal.record, action), durable=pivoting)
         return None
+
+    def no_longer_on_base(self, target: str, seen: Observation) -> str | None:
+        """None if P still names the base, durably: it was settled, but somebody may have redefined the domain since."""
+        if any(disk.target == target and disk.persistent is None for disk in seen.disks):
+            return None
+        return self.sync(Action(Do.SYNC_CONFIG, images=((target, Image.BASE),)))
 
     def may_try_again(self) -> bool:
         """It has failed once more: whether it is to be tried again at once."""

@@ -112,7 +112,7 @@ class Do(StrEnum):
     RECORD_FAILURE = "record-failure"  # (journal) the job vanished without having pivoted
     INTEND_PIVOT = "intend-pivot"  # (journal) and suspend, where guarded
     CLEAR_PIVOT = "clear-pivot"  # (journal)
-    COMPARE = "compare"  # Live only: off on its overlay in the middle of a pivot
+    COMPARE = "compare"  # off in the middle of a pivot: does O show the same as base?
     PIVOT = "pivot"  # (call)
     REMOVE_OVERLAY = "remove-overlay"
     QUARANTINE = "quarantine"  # (journal) touch nothing; a human, or a cold restart, must help
@@ -128,7 +128,7 @@ class Do(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """A decision. `target` names the disk, `images` (REDEFINE, SYNC_CONFIG) what P shall name, by target."""
+    """A decision. `target` names the disk; `images`, by target, what P shall name, or names already (COMPARE)."""
 
     do: Do
     target: str = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import inf
 
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Settled, Snapshot
+from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Record, Settled, Snapshot
 from vmbackup.reconcile.terms import Action, Do
 
 
@@ -111,6 +111,17 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
             return record
         case _:
             return record
+
+
+def compared(record: Record, action: Action, *, same: bool) -> Record:
+    """The record after COMPARE: where P names O, the pivot is over or a quarantine declared; where it names B, too."""
+    target = action.target
+    if not same:
+        told = recorded(record, Action(Do.QUARANTINE, reason=action.reason))
+        return told if action.images == ((target, Image.OVERLAY),) else told.with_disk(target, pivot_intended=False)
+    if action.images == ((target, Image.OVERLAY),):
+        return recorded(record, Action(Do.CLEAR_PIVOT, target))
+    return record.with_disk(target, settled=Settled(Image.BASE, durable=False))
 
 
 def merged_offline(record: Record, target: str, stamp: str) -> Record:

@@ -1,0 +1,35 @@
+"""What an act leaves in the record, where a row of the decision table does not show it."""
+
+from __future__ import annotations
+
+from tests.unit.decisions import TO_BASE, TO_OVERLAY, pivoting
+from vmbackup.reconcile.record import Image, Settled
+from vmbackup.reconcile.terms import Action, Do
+from vmbackup.reconcile.transition import compared
+
+
+def compare(images: tuple[tuple[str, Image], ...]) -> Action:
+    return Action(Do.COMPARE, "vda", images=images, reason="they differ")
+
+
+def test_p_names_base_and_the_overlay_shows_the_same_so_p_is_only_to_be_made_durable():
+    after = compared(pivoting(), compare(TO_BASE), same=True)
+    assert after.disk("vda").settled == Settled(Image.BASE, durable=False)
+    assert after.disk("vda").pivot_intended
+    assert not after.quarantined
+
+
+def test_p_names_base_and_the_overlay_shows_more_so_the_intent_proves_nothing_any_more():
+    after = compared(pivoting(), compare(TO_BASE), same=False)
+    assert after.quarantined == "they differ"
+    assert not after.disk("vda").pivot_intended
+
+
+def test_p_names_the_overlay_and_it_shows_the_same_so_it_is_as_if_never_pivoted():
+    after = compared(pivoting(), compare(TO_OVERLAY), same=True)
+    assert not after.disk("vda").pivot_intended
+    assert not after.quarantined
+
+
+def test_p_names_the_overlay_and_both_were_written():
+    assert compared(pivoting(), compare(TO_OVERLAY), same=False).quarantined == "they differ"
