@@ -319,7 +319,7 @@ class Campaign:
         for uid in self.uids:
             bounds = proof.bounds_of(self.marks, self.subject, uid, certain=undisturbed)
             self.tally.checked(proof.prove_copy(self.subject, uid, bounds))
-        self.tally.checked(proof.prove_tidy(self.subject))
+        self.tally.checked(proof.prove_tidy(self.subject, self.marks))
 
     def _delete(self) -> None:
         """All that this plan made goes; with its data, or without."""

@@ -215,6 +215,11 @@ def _edited(spec: BackupSpec, bandwidths: Mapping[str, int | None]) -> BackupSpe
     return replace(spec, copy=replace(spec.copy, bandwidth=copy), commit=replace(spec.commit, bandwidth=commit))
 
 
+def _note(task: Task, mark: Mapping[str, Any]) -> None:
+    with task.marks.open("a") as marks:
+        print(json.dumps(mark), file=marks)
+
+
 def _mark_moments(task: Task, line: Connection, go_on: threading.Event) -> None:
     passed = 0
 
@@ -223,8 +228,9 @@ def _mark_moments(task: Task, line: Connection, go_on: threading.Event) -> None:
         passed += 1
         if event == SNAPSHOT and when is not When.DURING:
             mark = {"uid": task.uid, "when": when, "bytes": task.serial_log.stat().st_size}
-            with task.marks.open("a") as marks:
-                print(json.dumps(mark), file=marks)
+            _note(task, mark)
+        if event == "redefining":
+            _note(task, {"uid": task.uid, "when": when, "at": time.monotonic()})
         if passed in task.hold_at:
             go_on.clear()
             line.send((passed, f"{when} {event}"))

@@ -142,12 +142,12 @@ def define_again(scene: Scene, fault: Fault) -> None:
 
 
 def edit_description(scene: Scene, fault: Fault) -> None:
-    """A user edits the definition; not between our reading and our writing it, which no agent can close."""
-    if scene.driving.moment is not None and scene.driving.moment[1].endswith("redefining"):
-        raise NotNowError
-    description = f"edited at {time.monotonic():.3f}"
+    begun = time.monotonic()
+    description = f"edited at {begun:.3f}"
     _virsh(scene, "desc", scene.subject.name, "--config", "--new-desc", description)
     scene.subject.description = description
+    scene.driving.let_go()
+    scene.subject.edited = begun, time.monotonic()
 
 
 def edit_bandwidths(scene: Scene, fault: Fault) -> None:

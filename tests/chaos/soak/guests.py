@@ -67,6 +67,7 @@ class Subject:
         self.xml_file.write_text(self._xml())
         self.guest = Guest(host.hypervisor, str(uuid5(NAMESPACE_DNS, name)), name)
         self.description = ""
+        self.edited = (0.0, 0.0)  # the last edit of it, CLOCK_MONOTONIC, in seconds
         self.wanted = GuestState.RUNNING
 
     def start(self) -> None:
@@ -204,7 +205,7 @@ def read_sectors(raw: Path, name: str) -> oracle.Journal:
     for block in range(_BLOCKS):
         number = newest.get(block, 0)
         if block != under_way and not _holds(content, _BULK + block * _BULK_SECTORS, _BULK_SECTORS, number):
-            raise ProofError(f"{name}: block {block} of its bulk is not as it was written with record {number}")
+            raise LostError(f"{name}: block {block} of its bulk is not as it was written with record {number}", 1)
     return oracle.Journal(last)
 
 

@@ -113,10 +113,12 @@ def fill(folder: Path) -> Callable[[], None]:
     filler = folder / ".filler"
     status = os.statvfs(folder)
     size = status.f_bavail * status.f_frsize - (16 << 10)
-    if size > 0:
-        fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
-        try:
-            os.posix_fallocate(fd, 0, size)
-        finally:
-            os.close(fd)
+    with filler.open("wb") as file:
+        while size > 0:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:  # somebody else takes room too
+                size = size * 9 // 10
+            else:
+                break
     return lambda: filler.unlink(missing_ok=True)
