@@ -73,7 +73,7 @@ class Subject:
     def start(self) -> None:
         """Define and start it."""
         self.host.virsh("define", str(self.xml_file))
-        self.defined = self.guest.persistent_xml() or ""
+        self.defined = self.host.patiently(self.guest.persistent_xml) or ""
         self.host.virsh("start", self.name)
 
     def clear_store(self) -> None:

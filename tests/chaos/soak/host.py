@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from sandbox.libvirtd import Libvirtd
 from tests.storage import mounted, run
-from vmbackup.errors import VMBackupError
+from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+
+Answer = TypeVar("Answer")
 
 _AWAY = ("connect", "keepalive", "I/O error", "client socket", "cannot recv", "no domain with matching")
 _TRY_SECONDS = 60.0
@@ -96,6 +98,18 @@ class Host:
                 return self.libvirtd.virsh(*arguments)
             except RuntimeError as error:
                 if time.monotonic() > deadline or not any(word in str(error) for word in _AWAY):
+                    raise
+                time.sleep(0.2)
+
+    def patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """What libvirt answers, asked again where it is away. Raises VMBackupError."""
+        deadline = time.monotonic() + _TRY_SECONDS
+        while True:
+            self._up.wait(_TRY_SECONDS)
+            try:
+                return ask()
+            except TransientError:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
 

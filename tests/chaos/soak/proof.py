@@ -39,8 +39,9 @@ def is_home(subject: Subject) -> bool:
 
 
 def _away_from_home(subject: Subject) -> list[str]:
+    ask = subject.host.patiently
     try:
-        live, persistent = subject.guest.live_xml(), subject.guest.persistent_xml()
+        live, persistent = ask(subject.guest.live_xml), ask(subject.guest.persistent_xml)
     except VMBackupError as error:
         return [str(error)]
     on_disk = (subject.host.libvirtd.config_dir / f"{subject.name}.xml").read_text()
@@ -97,7 +98,7 @@ def prove_tidy(subject: Subject, marks: Path) -> int:
             raise ProofError(f"the journal of {record.uid} has not let go: {record}")
     if held := [path for path in (subject.directory / "locks").glob("*") if _is_held(path)]:
         raise ProofError(f"locks are held: {held}")
-    xml = subject.guest.persistent_xml() or ""
+    xml = subject.host.patiently(subject.guest.persistent_xml) or ""
     description = found[1] if (found := _DESCRIPTION.search(xml)) else ""
     if description != subject.description and not _may_be_lost(subject, marks):
         raise ProofError(f"the description is {description!r}, and should be {subject.description!r}")
