@@ -12,13 +12,17 @@ import pytest
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import Libvirtd
 from sandbox.oracle import prove, prove_one_moment
-from tests.backups import SLOW, BackupFactory, RunningBackup
+from tests.backups import SLOW, BackupFactory, RunningBackup, Told
 from tests.domains import Domain, DomainFactory, wait_until
 from tests.storage import mounted, sha256sum
+from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.wish import Wish
+from vmbackup.stores import open_store
 
 
 def no_overlay_is_left(domain: Domain) -> bool:
@@ -399,3 +403,21 @@ def image_holds(image: Path, pattern: int) -> bool:
     """Whether the first MiB of an image is this pattern."""
     read = subprocess.run(["qemu-io", "-r", "-c", f"read -P {pattern:#x} 0 1M", image], capture_output=True, text=True)
     return read.returncode == 0 and "verification failed" not in read.stdout
+
+
+def test_deleting_a_failed_backup_removes_what_its_store_has_kept_because_it_was_away(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    guest.write("vda", 0x11, length="16M")
+    failed = backup(guest.name, copy={"bandwidth": SLOW, "deadlineSeconds": 1})
+    assert failed.end().reason == "CopyDeadlineExceeded"
+    kept = failed.store / failed.key.namespace / f".{failed.key.name}.{failed.key.uid}.partial"
+    kept.mkdir()
+
+    minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    wish = Wish(BackupSpec.parse(minimal), deleted=True)
+    store = StoreSpec(DirectoryStoreSpec(str(failed.store)))
+    deleted = Backup(failed.node, failed.key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
+    assert deleted.run() is Ending.RELEASED
+    assert not kept.exists()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
-from vmbackup.errors import PermanentError, RefusedError, TransientError
+from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
@@ -158,6 +159,9 @@ class Backup:
             return Ending.FINISHED
         if wish.delete_data and record.copy is Copy.STORED:
             self._open_store().delete(record.location, record.uid)
+        elif record.copy is Copy.FAILED and record.snapshot is Snapshot.DONE:
+            with suppress(VMBackupError):  # the store may have been away at the end, and then kept what was copied
+                self._open_store().discard(self._key)
         journal.remove()
         return Ending.RELEASED
 

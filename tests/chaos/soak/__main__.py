@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that file systems are unmounted then, too
     tally = soak(seed, arguments.minutes * 60, guests=arguments.guests, only=arguments.only, log=arguments.log)
     print(tally.text)
     return 1 if tally.findings else 0

@@ -45,7 +45,7 @@ def soak(
             subjects.append(Subject(host, name))
         until = time.monotonic() + seconds
         threads = [
-            threading.Thread(target=_guest, args=(seed, Campaign(subject, tally), until, plans, ordinals))
+            threading.Thread(target=_guest, args=(seed, Campaign(subject, tally), until, plans, ordinals), daemon=True)
             for subject in subjects
         ]
         for thread in threads:
