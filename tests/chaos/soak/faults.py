@@ -129,7 +129,9 @@ def _is_ours(scene: Scene) -> bool:
 
 
 def define_again(scene: Scene, fault: Fault) -> None:
-    subject = scene.subject
+    subject, record = scene.subject, scene.record()
+    if record is None or not record.disks:  # planned while undefined, its definition gets what the live XML says
+        raise NotNowError
     with suppress(NotNowError):
         _virsh(scene, "undefine", subject.name)
     for _ in range(100):  # the configuration's file system may be full
