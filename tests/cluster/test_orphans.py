@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from tests.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
 from tests.domains import Domain, DomainFactory, wait_until
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.domain_lock import domain_lock
 
@@ -86,8 +89,8 @@ def test_a_backup_whose_journal_is_lost_adopts_its_own_overlay_and_says_so(
     made.patch({"copy": {"bandwidth": None}})
     with commits_fail(guest):
         own_agent.start()
-        wait_until(lambda: overlay in made.chain_message(), "ChainClean names it", SECONDS)
-        assert f"of a backup with the uid {made.uid[:8]}" in made.chain_message()
+        named = f"{overlay} of a backup with the uid {made.uid[:8]}"
+        wait_until(lambda: named in made.chain_message(), "ChainClean names it", SECONDS)
         assert own_agent.metric(COUNT) == 0, "somebody waits for it"
     assert_stored(made.wait())
     assert {"AdoptingOverlay", "AdoptedOverlayHome"} <= set(made.events())
@@ -164,6 +167,50 @@ def test_a_domain_on_which_another_process_is_at_work_is_left_to_it(own_agent: A
         assert own_agent.metric(COUNT) == 0
     wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
     assert_home(guest)
+
+
+@pytest.mark.parametrize("policy", ["Commit", "Report"])
+def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_the_agents_start(
+    own_agent: Agent, domain: DomainFactory, policy: str
+) -> None:
+    guest = domain(size="16M")
+    overlay = suspended_on_its_overlay(guest)
+    started = time.monotonic()
+    own_agent.start(orphan_policy=policy)
+    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
+    assert time.monotonic() - started < 5
+    if policy == "Commit":
+        wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
+        assert_home(guest)
+    else:
+        wait_until(lambda: told(own_agent, "OrphanOverlay", overlay), "it is told", SECONDS)
+        assert guest.live().source == guest.persistent().source == overlay
+        assert not own_agent.records()
+    assert Mark.of(guest.guest.live_xml() or "") is None
+
+
+def test_it_runs_again_also_while_the_api_server_is_away(
+    own_agent: Agent, domain: DomainFactory, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere.kubeconfig"
+    elsewhere.write_text(own_agent.kube.kubeconfig.read_text().replace(own_agent.kube.url, "https://127.0.0.1:1"))
+    guest = domain(size="16M")
+    suspended_on_its_overlay(guest)
+    started = time.monotonic()
+    own_agent.start(kubeconfig=str(elsewhere))
+    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
+    assert time.monotonic() - started < 5
+
+
+def suspended_on_its_overlay(guest: Domain) -> str:
+    """What a backup leaves that dies after its snapshot, with its journal: the overlay."""
+    overlay = guest.overlay()
+    guest.libvirtd.virsh("resume", guest.name)
+    guest.guest.mark(Mark("01234567-89ab", disks=(MarkedDisk("vda", overlay),)))
+    guest.guest.suspend()
+    guest.snapshot()
+    guest.write("vda", 0x11)
+    return overlay
 
 
 def test_off_on_an_orphan_it_is_told_and_committed_after_the_next_start(

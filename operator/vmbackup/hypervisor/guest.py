@@ -20,6 +20,7 @@ from defusedxml.ElementTree import fromstring
 
 from vmbackup.errors import PermanentError, TransientError
 from vmbackup.hypervisor.chain import disks
+from vmbackup.hypervisor.mark import KEY, URI, Mark
 
 if TYPE_CHECKING:
     from vmbackup.hypervisor.connection import Hypervisor
@@ -145,6 +146,12 @@ class Guest:
         return {disk.target: images[disk.alias] for disk in disks(xml) if disk.alias in images}
 
     # -- what changes something
+
+    def mark(self, mark: Mark | None) -> None:
+        """Write into the domain's live metadata who holds its guest still; None takes that away again."""
+        kind, xml = libvirt.VIR_DOMAIN_METADATA_ELEMENT, None if mark is None else mark.xml
+        live = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        self._change("marking", lambda domain: domain.setMetadata(kind, cast("str", xml), KEY, URI, live))
 
     def suspend(self) -> None:
         """Stop the guest's CPUs. A guest that is stopped already stays so."""

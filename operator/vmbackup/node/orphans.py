@@ -22,6 +22,7 @@ from vmbackup.reconcile.orphans import (
     Look,
     OurOverlay,
     foreign_overlays,
+    is_marked,
     is_orphanage,
     look_at,
     nobody_works_on,
@@ -29,7 +30,8 @@ from vmbackup.reconcile.orphans import (
     take_in,
 )
 from vmbackup.reconcile.plan import key_of
-from vmbackup.reconcile.record import Freeze, Guard, Record
+from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.stranded import holds
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.events import NodeRef, Subject
 from vmbackup.report.reporter import StrayReporter
@@ -79,6 +81,11 @@ class Orphans:
         """This process is to end."""
         self._stopped = True
 
+    async def begin(self) -> None:
+        """Before the API server has answered: no guest stands still for it, whose backup is lost."""
+        await self.see()
+        await self._let_go()
+
     async def see(self) -> None:
         """See all domains. Before journals are read: whatever has no journal then, never will have one."""
         try:
@@ -99,13 +106,16 @@ class Orphans:
         self._tell(found)
         for record in gone:
             self.bring_home(record)
+        await self._let_go()
         if self._policy is OrphanPolicy.COMMIT:
-            await self._take_in([orphan for orphan in found if orphan.guest is not None])
+            guests = {orphan.guest.uuid: orphan.guest for orphan in found if orphan.guest is not None}
+            for guest in guests.values():
+                await self._take_in(guest, [orphan.path for orphan in found if orphan.guest is guest])
 
     def bring_home(self, record: Record) -> None:
         """Bring the chain of this record home, whose VMBackup is gone; or only to a safe point, as the policy says."""
         commit = self._policy is OrphanPolicy.COMMIT
-        if record.uid not in self._strays and not self._stopped and (commit or not _at_rest(record)):
+        if record.uid not in self._strays and not self._stopped and (commit or holds(record)):
             self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
 
     # -- what is found
@@ -153,19 +163,22 @@ class Orphans:
         """Whether nobody works on this domain: what somebody works on is no orphan."""
         return await self._premises.threads.call(nobody_works_on, self._premises.node, domain_uuid)
 
-    async def _take_in(self, found: Iterable[_Orphan]) -> None:
-        """Give those that no journal knows a record again, and bring them home."""
-        guests = {orphan.guest.uuid: orphan.guest for orphan in found if orphan.guest is not None}
-        for guest in guests.values():
-            paths = [orphan.path for orphan in found if orphan.guest is guest]
-            spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
-            try:
-                record = await self._premises.threads.call(take_in, self._premises.node, guest, paths, spec)
-            except VMBackupError as error:
-                _log.warning("%s cannot be brought home: %s", ", ".join(paths), error)
-                continue
-            if record is not None:
-                self.bring_home(record)
+    async def _let_go(self) -> None:
+        """Let go of guests that stand still since a backup was lost, whatever the policy."""
+        for look in self._seen:
+            if is_marked(look):
+                await self._take_in(look.guest, [])
+
+    async def _take_in(self, guest: Guest, overlays: Sequence[str]) -> None:
+        """Give what no journal knows a record again, and bring it home."""
+        spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
+        try:
+            record = await self._premises.threads.call(take_in, self._premises.node, guest, overlays, spec)
+        except VMBackupError as error:
+            _log.warning("domain %s: what a lost backup left cannot be taken care of: %s", guest.name, error)
+            return
+        if record is not None:
+            self.bring_home(record)
 
     # -- the way home
 
@@ -179,7 +192,7 @@ class Orphans:
         backup = Backup(
             premises.node,
             key_of(record),
-            wish=lambda: Wish(spec, deleted=True, retry=retry, stop=self._stopped or halfway),
+            wish=lambda: Wish(spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._rests(record))),
             open_store=lambda: self._store(spec),
             reporter=reporter,
         )
@@ -188,7 +201,10 @@ class Orphans:
             premises.queue.park(ticket)
             _log.info("%s is gone, its journal is not: bringing the chain %s", name, "to rest" if halfway else "home")
             await premises.threads.run(backup.run, f"stray-{record.name}")
-            await self._tell_home(record, reporter)
+            if halfway and is_orphanage(record):
+                await premises.threads.call(journals.forget, premises.node.state_dir, record.uid)
+            else:
+                await self._tell_home(record, reporter)
         except Exception:
             _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
         finally:
@@ -196,6 +212,11 @@ class Orphans:
             premises.queue.unreserve(record.uid)
             self._strays.pop(record.uid, None)
             self._count()
+
+    def _rests(self, record: Record) -> bool:
+        """Whether the guest does not stand still for this one any more. Called by its thread."""
+        now = journals.record_of(self._premises.node.state_dir, record.uid)
+        return now is None or not holds(now)
 
     async def _tell_home(self, record: Record, reporter: StrayReporter) -> None:
         """An orphan that was recorded tells itself that it is home."""
@@ -247,9 +268,3 @@ def _left(record: Record) -> list[str]:
 
 def _subject(record: Record, node: NodeRef) -> Subject:
     return node if is_orphanage(record) else BackupRef(record.namespace, record.name, record.uid)
-
-
-def _at_rest(record: Record) -> bool:
-    """Nothing of the guest waits for us."""
-    frozen = record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
-    return record.guard is not Guard.OURS and not frozen and record.call is None

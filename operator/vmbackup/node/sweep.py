@@ -53,6 +53,7 @@ class Sweep:
             if begun(record) and not record.finished:
                 self._premises.queue.reserve(record.domain_uuid, record.uid)
             self._tell_overlays(record)
+        await self._orphans.begin()
         bodies = await self._list()
         if bodies is None:
             bodies = await self._list_at_last(records)

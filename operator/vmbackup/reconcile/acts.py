@@ -18,6 +18,7 @@ from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.holding import Holding
 from vmbackup.reconcile.journal import Journal, sync_directory
 from vmbackup.reconcile.merging import Merging, shows_the_same
 from vmbackup.reconcile.narration import Narration
@@ -27,15 +28,7 @@ from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
 from vmbackup.reconcile.room import patience
 from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
-from vmbackup.reconcile.transition import (
-    answered,
-    compared,
-    failed,
-    merged_offline,
-    planned_anew,
-    recorded,
-    without_switches,
-)
+from vmbackup.reconcile.transition import answered, compared, failed, merged_offline, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
@@ -78,6 +71,7 @@ class Acts:
         self._narration = narration
         self._backoff = backoff
         self._failed: dict[Do, int] = {}
+        self._holding = Holding(journal, guest, narration)
         self._settling = Settling(journal, guest, observer, narration)
 
     @property
@@ -93,11 +87,10 @@ class Acts:
 
     def plan(self, wish: Wish) -> float:
         """Choose the disks, or those that an earlier backup left on their overlay. Raises RefusedError."""
-        blank = replace(planned_anew(self.record), disks=(), skipped=())
         if self.record.snapshot is Snapshot.ADOPTED:
             self._adopted_home()
             self._narration.adopted_home(self.record)
-        self.write(self._planner.plan(blank, wish.spec, self._guest, self._open_store(), self._earlier()))
+        self.write(self._planner.plan(self.record, wish.spec, self._guest, self._open_store, self._earlier()))
         if self.record.snapshot is Snapshot.ADOPTED:
             self._narration.recorded(self.record, Action(Do.ADOPT))
         return 0.0
@@ -281,10 +274,10 @@ class Acts:
 
     def _calls(self) -> dict[Do, Callable[[Action, BackupSpec], object]]:
         return {
-            Do.FREEZE: lambda action, spec: self._guest.freeze(spec.snapshot.freeze_timeout_seconds),
-            Do.THAW: lambda action, spec: self._guest.thaw(spec.snapshot.freeze_timeout_seconds),
-            Do.SUSPEND: lambda action, spec: self._guest.suspend(),
-            Do.RESUME: lambda action, spec: self._guest.resume(),
+            Do.FREEZE: lambda action, spec: self._holding.freeze(spec.snapshot.freeze_timeout_seconds),
+            Do.THAW: lambda action, spec: self._holding.thaw(spec.snapshot.freeze_timeout_seconds),
+            Do.SUSPEND: lambda action, spec: self._holding.suspend(),
+            Do.RESUME: lambda action, spec: self._holding.resume(),
             Do.SNAPSHOT: lambda action, spec: self._snapshot(),
             Do.REDEFINE: lambda action, spec: self._settling.redefine(action),
             Do.COMMIT: lambda action, spec: self._commit(action.target, spec),

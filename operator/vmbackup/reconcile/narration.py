@@ -12,7 +12,7 @@ from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.narrate import Progress, narrate, overlays_left
-from vmbackup.reconcile.record import Guard, Image, Record, Snapshot
+from vmbackup.reconcile.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Observation
 from vmbackup.reconcile.wish import Reporter
 from vmbackup.report.metrics import Metrics
@@ -80,7 +80,9 @@ class Narration:
         """A decision that changed the record alone."""
         if action.do in (Do.CLEAR_GUARD, Do.FORGET_GUEST):
             self._metrics.resumed(record.domain)
-        if action.do in _EVENTS:
+        if action.do is Do.ADOPT and (record.guard is Guard.OURS or record.freeze is Freeze.THAW_DUE):
+            self.event("GuestHeld", "held still by a backup whose journal is lost: letting it go", warning=True)
+        elif action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
             self.event(reason, f"{message}: {', '.join(overlays_left(record, None))}", warning=warning)
 
@@ -90,18 +92,22 @@ class Narration:
             overlays = ", ".join(overlays_left(record, None))
             self.event("AdoptedOverlayHome", f"the overlay that an earlier backup left is home: {overlays}")
 
+    def suspending(self, record: Record) -> None:
+        """From here on the guest may stand still."""
+        self._metrics.suspended(record.domain, time.time())
+
+    def resumed(self, record: Record) -> None:
+        """The guest runs again."""
+        self._metrics.resumed(record.domain)
+
     def calling(self, record: Record, action: Action) -> None:
         """A call is about to be sent."""
-        if action.do is Do.SUSPEND:
-            self._metrics.suspended(record.domain, time.time())
-        elif action.do is Do.FREEZE:
+        if action.do is Do.FREEZE:
             self._frozen_since = time.time()
 
     def answered(self, record: Record, action: Action) -> None:
         """A call was carried out."""
-        if action.do is Do.RESUME:
-            self._metrics.resumed(record.domain)
-        elif action.do is Do.THAW and self._frozen_since is not None:
+        if action.do is Do.THAW and self._frozen_since is not None:
             self._metrics.frozen(time.time() - self._frozen_since)
             self._frozen_since = None
 

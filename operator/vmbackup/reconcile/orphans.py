@@ -10,11 +10,13 @@ from typing import Any
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
+from vmbackup.hypervisor.mark import Mark
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.domain_lock import domain_lock
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.plan import left_on_overlay
 from vmbackup.reconcile.record import Copy, Record, Snapshot
+from vmbackup.reconcile.stranded import Standing, standing, stranded, taken_back
 
 _UID = "orphan-"
 
@@ -36,6 +38,11 @@ def look_at(guests: Iterable[Guest]) -> Iterator[Look]:
         except VMBackupError as error:
             if error.reason != "DomainNotFound":
                 raise
+
+
+def is_marked(look: Look) -> bool:
+    """Whether a backup holds its guest still, or has left its mark."""
+    return look.live is not None and Mark.of(look.live) is not None
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ def is_orphanage(record: Record) -> bool:
 def take_in(node: Node, guest: Guest, overlays: Iterable[str], spec: dict[str, Any]) -> Record | None:
     """Start a journal for those of these overlays that the guest is on: its VMBackup is gone, its end is to come home.
 
-    None: the guest is on none of them (any more), or another process is at work on its domain. `spec`: of a VMBackup.
-    Raises VMBackupError.
+    So too for a guest that stands still since a lost backup, whose mark it bears. None: there is neither (any more), or
+    another process is at work on its domain. `spec`: of a VMBackup. Raises VMBackupError.
     """
     uid = f"{_UID}{guest.uuid}"
     with _at_once(node, uid) as mine, _at_once(node, guest.uuid) as held:
@@ -93,12 +100,13 @@ def take_in(node: Node, guest: Guest, overlays: Iterable[str], spec: dict[str, A
             return None
         records = node.records()
         earlier = [record for record in records if record.uid == uid]
-        others = {disk.overlay for record in records if record.uid != uid for disk in record.disks}
+        begun = [record for record in records if record.uid != uid and record.snapshot is not Snapshot.NONE]
+        others = {disk.overlay for record in begun for disk in record.disks}
         wanted = set(overlays) | {disk.overlay for record in earlier for disk in record.disks}
         live, persistent = guest.live_xml(), guest.persistent_xml()
+        if mark := stranded(guest, live, records):
+            wanted |= {disk.overlay for disk in mark.disks}
         left = [disk for disk in left_on_overlay(live, persistent, earlier) if disk.overlay in wanted - others]
-        if not left:
-            return None
         record = Record(
             uid,
             namespace="",
@@ -113,8 +121,23 @@ def take_in(node: Node, guest: Guest, overlays: Iterable[str], spec: dict[str, A
             finished=True,
             orphan=True,
         )
+        if mark and live:
+            record = taken_back(record, mark, guest, live, persistent)
+        elif not left:
+            _clear_mark(guest, live, records)
+            return None
         Journal.start(node.state_dir, record).close()
         return record
+
+
+def _clear_mark(guest: Guest, live: str | None, records: Iterable[Record]) -> None:
+    """Take away a mark that was only left: a guest that somebody suspends later is not to be taken for held by us.
+
+    It is no call of a backup, so in no journal: at its worst it takes away the second copy of one that has begun since.
+    """
+    mark = Mark.of(live) if live else None
+    if mark is not None and standing(mark, records) is not Standing.KNOWN and guest.control_idle():
+        guest.mark(None)
 
 
 def nobody_works_on(node: Node, domain_uuid: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging import image
 from vmbackup.reconcile.record import DiskRecord, Record, Snapshot
 from vmbackup.reconcile.room import with_room
+from vmbackup.reconcile.stranded import stranded, taken_back
+from vmbackup.reconcile.transition import planned_anew
 from vmbackup.stores.base import BackupKey, DiskSource, SourceImage, Store
 
 
@@ -25,14 +27,26 @@ class Planner:
     hypervisor: Hypervisor
     overlay_dir: Path | None = None
 
-    def plan(self, record: Record, spec: BackupSpec, guest: Guest, store: Store, earlier: Iterable[Record]) -> Record:
+    def plan(
+        self,
+        record: Record,
+        spec: BackupSpec,
+        guest: Guest,
+        open_store: Callable[[], Store],
+        earlier: Iterable[Record],
+    ) -> Record:
         """The record with its disks chosen, or with those that an earlier backup left on their overlay (PROTOCOL R7).
 
-        `earlier`: the records of other backups of this domain. Raises RefusedError naming the field and the cure.
+        So it is with a guest that a lost one left suspended. `earlier`: the records of other backups of this domain.
+        Raises RefusedError naming the field and the cure.
         """
-        live, persistent = guest.live_xml(), guest.persistent_xml()
-        record = replace(record, domain=guest.name, domain_uuid=guest.uuid)
-        if left := left_on_overlay(live, persistent, earlier):
+        live, persistent, earlier = guest.live_xml(), guest.persistent_xml(), list(earlier)
+        mark = stranded(guest, live, [*earlier, record])
+        record = replace(planned_anew(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
+        left = left_on_overlay(live, persistent, earlier)
+        if mark and live:
+            return taken_back(replace(record, disks=left), mark, guest, live, persistent)
+        if left:
             return replace(record, disks=left, snapshot=Snapshot.ADOPTED)
         if live is None:
             raise not_running(guest.name)
@@ -40,7 +54,7 @@ class Planner:
         disks = self.admit(guest, chosen, record.uid, image_uses(self.hypervisor.guests()))
         if persistent is not None:
             disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
-        key = key_of(record)
+        key, store = key_of(record), open_store()
         store.check(key, [source_of(disk) for disk in disks])
         disks = with_room(disks, {disk.target: store.writes(key, source_of(disk)) for disk in disks})
         facts = chain.domain_facts(live)
