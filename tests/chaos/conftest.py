@@ -16,41 +16,49 @@ _numbers = count(1)
 
 
 class Stage:
-    """Keeps one guest for all scenarios of a module; another one where a scenario has left it away from home."""
+    """Keeps its guests for all scenarios of a module; one that a scenario has left away from home is replaced."""
 
     def __init__(self, libvirtd: Libvirtd, directory: Path) -> None:
         self._libvirtd = libvirtd
         self._directory = directory
-        self._witness: Witness | None = None
+        self._witnesses: list[Witness] = []
 
-    def witness(self) -> Witness:
-        """A guest at home that writes."""
-        if self._witness is not None and not (self._witness.is_home() and self._running(self._witness)):
-            self.clear()
-        if self._witness is None:
+    def witnesses(self, count: int, patch: pytest.MonkeyPatch) -> list[Witness]:
+        """So many guests at home that write. Their snapshots are watched."""
+        self._libvirtd.start()
+        for witness in [witness for witness in self._witnesses if not _at_rest(witness)]:
+            self._clear(witness)
+        while len(self._witnesses) < count:
             guest = make_guest(self._libvirtd, self._directory, f"chaos-{next(_numbers)}", dirty_kib_per_second=128)
-            self._witness = Witness(self._libvirtd, guest)
-            guest.wait_for_agent()
-        self._witness.guest.wait_for_more(3)
-        return self._witness
-
-    def _running(self, witness: Witness) -> bool:
-        if witness.state() == "shut off":
-            witness.guest.start()
+            self._witnesses.append(Witness(self._libvirtd, guest))
+        for witness in self._witnesses[:count]:
             witness.guest.wait_for_agent()
-        return witness.state() == "running"
+            witness.guest.wait_for_more(3)
+            witness.watch_snapshots(patch)
+        return self._witnesses[:count]
 
-    def clear(self) -> None:
-        """The guest is gone, and its images too."""
-        if self._witness is None:
-            return
+    def clear(self, keep: int = 0) -> None:
+        """No guest is left, or no more than these, and none of the others' images."""
+        for witness in self._witnesses[keep:]:
+            self._clear(witness)
+
+    def _clear(self, witness: Witness) -> None:
         with suppress(KeyError):
-            self._libvirtd.kill_guest(self._witness.name)
+            self._libvirtd.kill_guest(witness.name)
         with suppress(RuntimeError):
-            self._libvirtd.virsh("undefine", self._witness.name)
-        for image in [*self._witness.overlays(), *map(Path, self._witness.bases.values())]:
+            self._libvirtd.virsh("undefine", witness.name)
+        for image in [*witness.overlays(), *map(Path, witness.bases.values())]:
             image.unlink(missing_ok=True)
-        self._witness = None
+        self._witnesses.remove(witness)
+
+
+def _at_rest(witness: Witness) -> bool:
+    """Whether it can be used again."""
+    if not witness.is_home():
+        return False
+    if witness.state() == "shut off":
+        witness.guest.start()
+    return witness.state() == "running"
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +70,7 @@ def stage(libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def witness(stage: Stage, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> Witness:
+def witness(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Witness:
     """A Linux guest at home that appends records to a raw and a qcow2 disk, and its witness."""
-    libvirtd.start()
-    found = stage.witness()
-    found.watch_snapshots(monkeypatch)
-    return found
+    stage.clear(keep=1)
+    return stage.witnesses(1, monkeypatch)[0]

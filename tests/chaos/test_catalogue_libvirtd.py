@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from functools import partial
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory, RunningBackup
+from tests.backups import SLOW, BackupFactory, RunningBackup
+from tests.chaos.conftest import Stage
 from tests.chaos.proof import Witness
-from tests.chaos.windows import LostCall, dies_before_the_mirror, dies_having_pivoted, dies_having_switched
+from tests.chaos.windows import CaughtCall, dies_before_the_mirror, dies_having_pivoted, dies_having_switched
 from tests.domains import wait_until
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.hypervisor.guest import Guest
+from vmbackup.hypervisor import connection
+from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile import clock
+from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.driver import Ending
+from vmbackup.stores.base import BackupKey
 
 
 @pytest.fixture
@@ -42,7 +51,7 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scenario 3, V9: killed in the snapshot, libvirtd comes back with every XML naming a base that is stale."""
-    snapshot = LostCall(monkeypatch, "snapshot")
+    snapshot = CaughtCall(monkeypatch, witness.name, "taking the snapshot")
     running = backup(witness.name)
     snapshot.wait()
     dies_having_switched(libvirtd, witness.name, {disk.target: disk.overlay for disk in running.record.disks})
@@ -61,7 +70,7 @@ def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """V8: killed in the pivot, libvirtd believes for ever in a mirror that is ready, and names the overlay."""
-    pivot = LostCall(monkeypatch, "pivot")
+    pivot = CaughtCall(monkeypatch, witness.name, "pivoting vda")
     running = backup(witness.name)
     pivot.wait()
     dies_having_pivoted(libvirtd, witness.name, "vda")
@@ -79,7 +88,7 @@ def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """V10: killed while it started the commit, libvirtd never shows it READY."""
-    commit = LostCall(monkeypatch, "commit", partial(Guest.commit, bandwidth=1 << 20))
+    commit = CaughtCall(monkeypatch, witness.name, "starting the commit of vda", sent=True)
     running = backup(witness.name, commit={"bandwidth": "1Mi"})
     commit.wait()
     dies_before_the_mirror(libvirtd, witness.name, "vda")
@@ -90,3 +99,72 @@ def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     assert report.outcome is Outcome.SUCCEEDED, report
     assert all(disk.attempts == 1 for disk in report.disks), "it was the same job to the end"
     witness.prove(running)
+
+
+@pytest.fixture
+def wide_backup(
+    node: Node, libvirtd: Libvirtd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[BackupFactory]:
+    """Starts backups of which some may be held in a call while the others go on."""
+    monkeypatch.setattr(connection, "_SLOTS", 10)
+    wide = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
+
+    def start(domain: str, **spec: object) -> RunningBackup:
+        minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
+        key = BackupKey("tests", domain, str(uuid.uuid4()))
+        return RunningBackup(replace(node, hypervisor=wide), key, minimal | spec, tmp_path / "store")
+
+    yield start
+    wide.close()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("seconds", [22, pytest.param(60, marks=pytest.mark.chaos)])
+def test_a_libvirtd_that_stands_still_loses_nothing_wherever_the_backups_are(
+    stage: Stage, wide_backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """V6, V7, R4: the calls in flight are carried out when it goes on, long after everybody has given them up."""
+    copying, committing, switching, deleted, suspended, pivoting = stage.witnesses(6, monkeypatch)
+    calls = [
+        CaughtCall(monkeypatch, witness.name, name)
+        for witness, name in [
+            (switching, "taking the snapshot"),
+            (deleted, "taking the snapshot"),
+            (suspended, "suspending"),
+            (pivoting, "pivoting vda"),
+        ]
+    ]
+    slow = {"copy": {"bandwidth": SLOW}}
+    runs = {
+        copying: wide_backup(copying.name, **slow),
+        committing: wide_backup(committing.name, commit={"bandwidth": SLOW}, **slow),
+    }
+    runs[committing].wait_for_copying()
+    committing.write_tail("vda", 0x5A)
+    runs[committing].edit("copy", bandwidth="10Gi")
+    runs |= {witness: wide_backup(witness.name) for witness in (switching, deleted, suspended, pivoting)}
+    for call in calls:
+        call.wait()
+    runs[copying].wait_for_copying()
+    runs[committing].wait_for(lambda report: any(disk.merged_bytes for disk in report.disks), "committing")
+
+    libvirtd.stop_signal()
+    try:
+        for call in calls:
+            call.send()
+        runs[deleted].ask(deleted=True)
+        runs[suspended].ask(deleted=True)
+        time.sleep(seconds)
+    finally:
+        libvirtd.cont()
+    runs[copying].edit("copy", bandwidth="10Gi")
+    runs[committing].edit("commit", bandwidth="10Gi")
+
+    for witness in (deleted, suspended):
+        assert runs[witness].ending is Ending.RELEASED
+        witness.prove()
+    for witness in (copying, committing, switching, pivoting):
+        assert runs[witness].end().outcome is Outcome.SUCCEEDED, runs[witness].report
+        witness.prove(runs[witness])
+    for witness in (switching, deleted, suspended, pivoting):
+        assert "UnknownOutcome" in runs[witness].told.reasons

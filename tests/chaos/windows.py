@@ -16,39 +16,46 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.domains import wait_until
 from vmbackup.errors import UnknownOutcomeError
-from vmbackup.hypervisor.guest import Guest
+from vmbackup.hypervisor.connection import Hypervisor
 
 _SECONDS = 60
 
 
-class LostCall:
-    """The next call of a method of Guest, whose answer gets lost; `sent`: what of it is carried out.
+class CaughtCall:
+    """The next call of this name ("taking the snapshot", "pivoting vda", …) for a domain: the backup is held in it.
 
-    The backup is held in it from `wait` until `lose`.
+    `sent`: after libvirtd has answered; else before it is asked. `send` or `lose` ends that.
     """
 
-    def __init__(
-        self, patch: pytest.MonkeyPatch, method: str, sent: Callable[..., object] = lambda *_, **__: None
-    ) -> None:
-        real = getattr(Guest, method)
-        begun, over = threading.Event(), threading.Event()
-        self._begun, self._over = begun, over
+    def __init__(self, patch: pytest.MonkeyPatch, domain: str, name: str, *, sent: bool = False) -> None:
+        call = Hypervisor.call
+        self._caught, self._over = threading.Event(), threading.Event()
+        self._lost = False
 
-        def held(guest: Guest, *arguments: object, **options: object) -> None:
-            patch.setattr(Guest, method, real)
-            sent(guest, *arguments, **options)
-            begun.set()
-            over.wait(_SECONDS)
-            raise UnknownOutcomeError(f"{guest.name}: {method}: the answer was lost", reason="ConnectionLost")
+        def held(hypervisor: Hypervisor, doing: str, function: Callable[..., object], *, mutating: bool = False) -> Any:
+            if doing != f"{domain}: {name}" or not mutating or self._caught.is_set():
+                return call(hypervisor, doing, function, mutating=mutating)
+            if sent:
+                call(hypervisor, doing, function, mutating=mutating)
+            self._caught.set()
+            assert self._over.wait(_SECONDS)
+            if self._lost:
+                raise UnknownOutcomeError(f"{doing}: the answer was lost", reason="ConnectionLost")
+            return call(hypervisor, doing, function, mutating=mutating)
 
-        patch.setattr(Guest, method, held)
+        patch.setattr(Hypervisor, "call", held)
 
     def wait(self) -> None:
         """Wait for the call."""
-        assert self._begun.wait(_SECONDS), "there was no such call"
+        assert self._caught.wait(_SECONDS), "there was no such call"
+
+    def send(self) -> None:
+        """Let it go to libvirtd."""
+        self._over.set()
 
     def lose(self) -> None:
         """Let the backup see that there will be no answer."""
+        self._lost = True
         self._over.set()
 
 

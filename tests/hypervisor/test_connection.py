@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.synchronize import Event
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -15,8 +19,11 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.domains import DomainFactory, wait_until
 from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError
+from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+
+ROUNDS = 3
 
 
 @pytest.fixture
@@ -173,3 +180,45 @@ def test_a_change_that_was_never_sent_is_merely_to_be_tried_again(
         made.guest.resume()
     killer.join()
     assert error.value.reason == "HypervisorAway"
+
+
+def test_a_libvirtd_that_falls_silent_on_many_calls_at_once_does_not_take_this_process_along(
+    mortal: Libvirtd, domain: DomainFactory
+) -> None:
+    """libvirt's client library crashes where several threads wait on one connection that its keepalive closes."""
+    name = domain().name
+    spawn = multiprocessing.get_context("spawn")
+    asked = spawn.Event()
+    process = spawn.Process(target=ask_until_lost, args=(mortal.uri, mortal.config_dir, name, asked), daemon=True)
+    process.start()
+    for _ in range(ROUNDS):
+        assert asked.wait(20)
+        asked.clear()
+        mortal.stop_signal()
+        assert asked.wait(20), f"it has ended: {process.exitcode}"
+        asked.clear()
+        mortal.cont()
+    process.join(20)
+    assert process.exitcode == 0
+
+
+def ask_until_lost(uri: str, config_dir: Path, name: str, asked: Event) -> None:
+    """In a process of its own: eight threads ask for the guest's state, through each loss of the connection."""
+    connection._KEEPALIVE_SECONDS, connection._KEEPALIVE_COUNT = 1, 2
+    hypervisor = Hypervisor(uri, config_dir=config_dir)
+    guest = hypervisor.guest(name)
+
+    def ask(generation: int) -> None:
+        while hypervisor.generation == generation and hypervisor.answering_since is not None:
+            with suppress(TransientError):
+                guest.state()
+
+    for _ in range(ROUNDS):
+        wait_until(hypervisor.ping, "the connection")
+        with ThreadPoolExecutor(8) as pool:
+            asking = pool.map(ask, [hypervisor.generation] * 8)
+            asked.set()
+            list(asking)
+        asked.set()
+        time.sleep(0.5)
+    hypervisor.close()

@@ -1,4 +1,8 @@
-"""The connection to libvirtd: one event loop thread, events, keepalive, and opening again when it was lost."""
+"""The connection to libvirtd: one event loop thread, events, keepalive, and opening again when it was lost.
+
+It is made of several connections of libvirt's, each with one call at a time: where several threads wait for answers on
+one and the keepalive closes it, libvirt's client library crashes (9.0, virNetClientIOEventLoop: the process is gone).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +30,7 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent libvirtd is given up after 20 s (measured)
-_SLOTS = 4  # libvirtd stops reading from a client with 5 calls in flight, keepalive answers included
+_SLOTS = 4  # calls at once, each on a connection of its own
 _FIRST_OPEN_SECONDS = 5.0
 _REOPEN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ALIVE_POLL_SECONDS = 2.0
@@ -49,7 +54,9 @@ class Hypervisor:
         self.config_dir = config_dir or _default_config_dir(uri)
         self.generation = 0
         self._opened = 0.0
-        self._connection: libvirt.virConnect | None = None
+        self._connections: tuple[libvirt.virConnect, ...] = ()  # the first is for events alone
+        self._free: deque[libvirt.virConnect] = deque()  # those of the others that no call is on
+        self._held = threading.local()
         self._event_ids: list[int] = []
         self._slots = threading.BoundedSemaphore(_SLOTS)
         self._lock = threading.Lock()
@@ -71,8 +78,8 @@ class Hypervisor:
     @property
     def answering_since(self) -> float | None:
         """CLOCK_BOOTTIME, in seconds, since which libvirtd has answered without a break; None while it does not."""
-        connection, opened = self._connection, self._opened
-        return opened if connection is not None and _is_alive(connection) else None
+        connections, opened = self._connections, self._opened
+        return opened if _are_alive(connections) else None
 
     def ping(self) -> bool:
         """Whether libvirtd answers now; a silent one is given up within the keepalive limit of 20 s."""
@@ -126,10 +133,9 @@ class Hypervisor:
         return unsubscribe
 
     def call(self, doing: str, function: Callable[[libvirt.virConnect], Result], *, mutating: bool = False) -> Result:
-        """Run `function` on the connection, with libvirt's errors classified. For Guest alone."""
-        with self._slots:
-            connection = self._connection
-            if connection is None or not _is_alive(connection):
+        """Run `function` on a connection, with libvirt's errors classified. For Guest alone."""
+        with self.one_connection(doing) as connection:
+            if not _is_alive(connection):
                 self._lost.set()
                 raise away(doing, self.uri)
             try:
@@ -137,7 +143,27 @@ class Hypervisor:
             except libvirt.libvirtError as error:
                 raise classify(error, doing, mutating=mutating) from error
 
-    # -- the keeper: the only thread that opens, replaces and closes the connection
+    @contextmanager
+    def one_connection(self, doing: str) -> Generator[libvirt.virConnect]:
+        """All calls of this thread in here are on the same connection: what one of them returns belongs to it."""
+        held: libvirt.virConnect | None = getattr(self._held, "connection", None)
+        if held is not None:
+            yield held
+            return
+        with self._slots:
+            free = self._free
+            try:
+                self._held.connection = free.pop()
+            except IndexError:
+                self._lost.set()
+                raise away(doing, self.uri) from None
+            try:
+                yield self._held.connection
+            finally:
+                free.append(self._held.connection)
+                self._held.connection = None
+
+    # -- the keeper: the only thread that opens, replaces and closes the connections
 
     def _keep_open(self) -> None:
         attempt = 0
@@ -157,36 +183,34 @@ class Hypervisor:
             self._drop()
 
     def _open(self) -> None:
-        connection = libvirt.open(self.uri)
-        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
-        connection.registerCloseCallback(self._on_close, None)
-        self._event_ids = [connection.domainEventRegisterAny(None, e, self._on_event, None) for e in _EVENTS]
+        events, *others = connections = [libvirt.open(self.uri) for _ in range(1 + _SLOTS)]
+        for connection in connections:
+            connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+        events.registerCloseCallback(self._on_close, None)
+        self._event_ids = [events.domainEventRegisterAny(None, e, self._on_event, None) for e in _EVENTS]
         self.generation += 1
         self._opened = time.clock_gettime(time.CLOCK_BOOTTIME)
-        self._connection = connection
+        self._connections, self._free = tuple(connections), deque(others)
         _log.info("connected to %s", self.uri)
         self._wake_all()
 
     def _wait_for_loss(self) -> None:
-        while not self._closing.is_set() and self._connection and _is_alive(self._connection):
+        while not self._closing.is_set() and _are_alive(self._connections):
             self._lost.wait(_ALIVE_POLL_SECONDS)
             self._lost.clear()
 
     def _drop(self) -> None:
-        connection, self._connection = self._connection, None
+        connections, self._connections, self._free = self._connections, (), deque()
         if not self._closing.is_set():
             _log.warning("lost the connection to %s", self.uri)
         self._wake_all()
-        if connection is None:
-            return
-        # It is closed when the last call in flight lets go of it: close() here would free it under that call.
-        for event_id in self._event_ids:
+        # Each is closed when the last call in flight lets go of it: close() here would free it under that call.
+        for events in connections[:1]:
+            for event_id in self._event_ids:
+                with suppress(libvirt.libvirtError):
+                    events.domainEventDeregisterAny(event_id)
             with suppress(libvirt.libvirtError):
-                connection.domainEventDeregisterAny(event_id)
-        with suppress(libvirt.libvirtError):
-            connection.unregisterCloseCallback()
-
-    # -- events
+                events.unregisterCloseCallback()
 
     def _on_close(self, _connection: libvirt.virConnect, _reason: int, _opaque: object) -> None:
         self._lost.set()
@@ -225,6 +249,12 @@ def _run_event_loop() -> None:
 
 def _ignore(_context: object, _error: object) -> None:
     """libvirt's own handler writes every error to stderr; they are all raised as well."""
+
+
+def _are_alive(connections: Iterable[libvirt.virConnect]) -> bool:
+    """Whether all of them are; none at all are not."""
+    alive = [_is_alive(connection) for connection in connections]
+    return bool(alive) and all(alive)
 
 
 def _is_alive(connection: libvirt.virConnect) -> bool:

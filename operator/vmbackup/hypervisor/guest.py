@@ -252,9 +252,10 @@ class Guest:
 
     def _on_domain(self, doing: str, function: Callable[[libvirt.virDomain], Result], *, mutating: bool) -> Result:
         doing = f"{self.name}: {doing}"
-        # apart from the call: a change whose lookup failed was never asked for
-        domain = self._hypervisor.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
-        return self._hypervisor.call(doing, lambda _: function(domain), mutating=mutating)
+        with self._hypervisor.one_connection(doing):
+            # apart from the call: a change whose lookup failed was never asked for
+            domain = self._hypervisor.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
+            return self._hypervisor.call(doing, lambda _: function(domain), mutating=mutating)
 
     def _while_on(self, doing: str, ask: Callable[[libvirt.virDomain], Result], *, otherwise: Result) -> Result:
         """What `ask` says, or `otherwise` where libvirt can ask it of a running domain only."""
