@@ -35,13 +35,12 @@ class CaughtCall:
         def held(hypervisor: Hypervisor, doing: str, function: Callable[..., object], *, mutating: bool = False) -> Any:
             if doing != f"{domain}: {name}" or not mutating or self._caught.is_set():
                 return call(hypervisor, doing, function, mutating=mutating)
-            if sent:
-                call(hypervisor, doing, function, mutating=mutating)
+            answer = call(hypervisor, doing, function, mutating=mutating) if sent else None
             self._caught.set()
             assert self._over.wait(_SECONDS)
             if self._lost:
                 raise UnknownOutcomeError(f"{doing}: the answer was lost", reason="ConnectionLost")
-            return call(hypervisor, doing, function, mutating=mutating)
+            return answer if sent else call(hypervisor, doing, function, mutating=mutating)
 
         patch.setattr(Hypervisor, "call", held)
 
@@ -50,7 +49,7 @@ class CaughtCall:
         assert self._caught.wait(_SECONDS), "there was no such call"
 
     def send(self) -> None:
-        """Let it go to libvirtd."""
+        """Let it go to libvirtd, or its answer to the backup."""
         self._over.set()
 
     def lose(self) -> None:
