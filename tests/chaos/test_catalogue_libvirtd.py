@@ -33,11 +33,11 @@ def cold_restart(witness: Witness) -> None:
     witness.guest.wait_for_agent()
 
 
-def is_quarantined(running: RunningBackup, message: str) -> None:
+def is_quarantined(running: RunningBackup, *words: str) -> None:
     """Wait until it is, with the guest running and told what to do."""
     report = running.wait_for(lambda report: report.reason == "Quarantined", "Quarantined")
     assert report.phase is Phase.FAILED
-    assert message in report.message
+    assert all(word in report.message for word in words), report.message
     assert ("Quarantined", report.chain_message) in running.told.events
 
 
@@ -51,7 +51,8 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     snapshot.wait()
     dies_having_switched(libvirtd, witness.name, {disk.target: disk.overlay for disk in running.record.disks})
     snapshot.lose()
-    is_quarantined(running, "shut the guest down and start it again")
+    overlay = running.record.disk("vdb").overlay
+    is_quarantined(running, f"disk vdb: QEMU writes {overlay}", "shut the guest down and start it again")
     witness.prove(running, left=["vda", "vdb"])
     assert {witness.source("vda"), witness.source("vdb")} == set(witness.bases.values())
     cold_restart(witness)
@@ -70,7 +71,7 @@ def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart
     pivot.wait()
     dies_having_pivoted(libvirtd, witness.name, "vda")
     pivot.lose()
-    is_quarantined(running, "shut the guest down and start it again")
+    is_quarantined(running, f"disk vda: QEMU writes {witness.bases['vda']}", "shut the guest down and start it again")
     assert witness.written() == witness.bases | {"vdb": witness.source("vdb")}
     witness.guest.wait_for_more(2)
     cold_restart(witness)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ class OneDomain:
     libvirt_state: int
     libvirt_reason: int
     libvirt_id: int
+
+    def one_connection(self, _doing: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def call(self, _doing: str, function: Callable[[Any], Any], *, mutating: bool = False) -> Any:
         return function(self)

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     STORED = "Stored"
     DOMAIN_OFF = "DomainOff"
     WAITING_FOR_CALLS = "WaitingForCalls"
+    WAITING_FOR_OTHERS = "WaitingForOthers"
     COPY_FAILED = "CopyFailed"
     OVERLAY_SPACE_LOW = "OverlaySpaceLow"
     COMMIT_FAILED = "CommitFailed"

@@ -14,7 +14,12 @@ from rich.text import Text
 from vmbackup.api.status import Phase, Reason, Report
 
 _LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
-_WAITS = (Reason.QUEUED, Reason.DOMAIN_OFF, Reason.WAITING_FOR_CALLS)  # no event tells of them
+_WAITS = (
+    Reason.QUEUED,
+    Reason.DOMAIN_OFF,
+    Reason.WAITING_FOR_CALLS,
+    Reason.WAITING_FOR_OTHERS,
+)  # no event tells of them
 
 
 class LineConsole(Console):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmbackup.reconcile.record import DiskRecord
+from vmbackup.reconcile.record import DiskRecord, Record
 
 _COLD_RESTART = "shut the guest down and start it again (a reboot from inside is not enough)"
 
@@ -83,6 +83,14 @@ def foreign_job(disk: DiskRecord) -> str:
     return (
         f"disk {disk.target}: another block job is running on {disk.overlay or 'it'}: wait for its end, or end it "
         f"(virsh blockjob)"
+    )
+
+
+def migrating(record: Record) -> str:
+    """A job of the whole domain that is somebody else's."""
+    return (
+        f"domain {record.domain} is being migrated, saved or backed up by somebody else: wait for its end, or end it "
+        f"(virsh domjobinfo {record.domain})"
     )
 
 

@@ -116,6 +116,8 @@ def _headline(
         return copy_failure(record), record.copy_error
     if action is not None and action.do is Do.WAIT and seen is not None and seen.call_in_flight:
         return Reason.WAITING_FOR_CALLS, action.reason
+    if action is not None and action.others:
+        return Reason.WAITING_FOR_OTHERS, action.reason
     if parked and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
         return _while_off(record, seen, action)
     return _running(record, phase)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.reconcile.situation import (
@@ -29,7 +31,7 @@ def wait_for_migration(s: Situation) -> Action | None:
         return None
     if s.suspended_by_us:
         return settle_if_possible(s) or Action(Do.RESUME)
-    return thaw_guest(s) or Action(Do.WAIT, reason="the domain is being migrated")
+    return thaw_guest(s) or Action(Do.WAIT, reason=advice.migrating(s.record), others=True)
 
 
 def follow_the_truth(s: Situation) -> Action | None:
@@ -175,7 +177,8 @@ def commit_and_pivot(s: Situation) -> Action | None:
     if all(s.exhausted(disk) for disk in s.on_overlay):
         return Action(Do.GIVE_UP)
     until = [action.until for action in actions if action.until is not None]
-    return Action(Do.WAIT, reason="the commit is running", until=min(until, default=None))
+    waiting = next((action for action in actions if action.others), Action(Do.WAIT, reason="the commit is running"))
+    return replace(waiting, until=min(until, default=None))
 
 
 def _way_home(s: Situation, disk: Case) -> Action:
@@ -191,7 +194,7 @@ def _way_home(s: Situation, disk: Case) -> Action:
     if s.may_pivot(disk):
         return _pivot(s, disk)
     if seen.foreign_job:
-        return Action(Do.WAIT, disk.target, reason=advice.foreign_job(disk.record))
+        return Action(Do.WAIT, disk.target, reason=advice.foreign_job(disk.record), others=True)
     if not seen.job and seen.mirror is not Mirror.NONE:
         return quarantine(s, advice.job_unknown(disk.record))
     if not seen.job:
@@ -247,7 +250,7 @@ def take_snapshot(s: Situation) -> Action | None:
         return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
     busy = [disk.record for disk in s.disks if disk.seen.foreign_job]
     if busy and not s.suspended_by_us:
-        return thaw_guest(s) or Action(Do.WAIT, reason=advice.foreign_job(busy[0]))
+        return thaw_guest(s) or Action(Do.WAIT, reason=advice.foreign_job(busy[0]), others=True)
     if s.intent.quiesce and s.record.freeze is Freeze.NONE and s.seen.power is Power.RUNNING:
         return Action(Do.FREEZE)
     if s.intent.quiesce_required and s.record.freeze is not Freeze.FROZEN:

@@ -135,5 +135,6 @@ class Action:
     images: tuple[tuple[str, Image], ...] = ()
     reason: str = ""
     until: float | None = None  # WAIT: CLOCK_BOOTTIME, seconds; None: until something happens
+    others: bool = False  # WAIT: for what somebody else does with this domain
     parked: bool = False  # WAIT: nothing can be done until a human or the guest acts
     guard: Guard = Guard.NONE  # INTEND_*: who keeps the guest still during the switch
