@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey
+
+_log = logging.getLogger(__name__)
 
 SLOW = "1Mi"  # bytes per second: a copy or commit of 8 MiB and more can be caught in the middle
 
@@ -64,6 +67,7 @@ class RunningBackup:
         try:
             self._ending.append(self._backup.run())
         except Exception as error:
+            _log.exception("%s has ended", self.key)
             self._errors.append(error)
 
     def raise_its_error(self, seconds: float = 60) -> None:
@@ -96,7 +100,10 @@ class RunningBackup:
 
     def wait_for(self, reached: Callable[[Report], bool], what: str, seconds: float = 60) -> Report:
         """Wait until the newest report is like that."""
-        wait_until(lambda: reached(self.report), f"{what}; it is {self.report}", seconds)
+        try:
+            wait_until(lambda: reached(self.report), what, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; it is {self.report}") from error
         return self.report
 
     def wait_for_phase(self, phase: Phase) -> Report:

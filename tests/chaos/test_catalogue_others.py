@@ -18,7 +18,7 @@ from tests.chaos.steps import comes_home, hurry, in_a_copy
 from tests.chaos.windows import CaughtCall
 from tests.domains import wait_until
 from tests.kill_points import Deed, Driving, Moment, Task, When
-from vmbackup.api.status import Outcome
+from vmbackup.api.status import DiskState, Outcome, Report
 from vmbackup.imaging.locks import hold_reader_lock
 
 
@@ -26,6 +26,12 @@ def mirror_elsewhere(witness: Witness, target: str, to: Path) -> None:
     """A block job of somebody else, which does not end by itself."""
     arguments = ["--path", target, "--dest", str(to), "--format", "qcow2", "--transient-job"]
     witness.libvirtd.virsh("blockcopy", witness.name, *arguments)
+
+
+def is_all_that_is_left(report: Report, target: str, reason: str) -> bool:
+    """Every other disk is home, and this one is not, for this reason."""
+    away = [disk.target for disk in report.disks if disk.state is not DiskState.HOME]
+    return away == [target] and report.reason == reason
 
 
 def end_mirror(witness: Witness, target: str) -> None:
@@ -53,7 +59,7 @@ def test_a_block_job_that_somebody_starts_in_the_middle_delays_the_way_home_alon
     running = in_a_copy(witness, backup)
     mirror_elsewhere(witness, "vdb", tmp_path / "mirror.qcow2")
     hurry(running)
-    report = running.wait_for(lambda report: report.reason == "WaitingForOthers", "WaitingForOthers")
+    report = running.wait_for(lambda report: is_all_that_is_left(report, "vdb", "WaitingForOthers"), "vdb alone")
     assert "disk vdb: another block job is running" in report.message
     assert report.backup_complete
     witness.prove(running, left=["vdb"])
@@ -101,24 +107,24 @@ def test_an_overlay_that_somebody_puts_on_top_of_ours_is_left_alone_until_they_t
 
 
 @contextmanager
-def served_by_qemu_nbd(image: str, image_format: str, socket: Path) -> Generator[None]:
-    """Somebody reads the image with QEMU's lock: nobody may write it."""
-    command = ["qemu-nbd", "--read-only", "--persistent", "-f", image_format, "-k", str(socket), image]
-    with subprocess.Popen(command) as server:
+def read_by_qemu_img(image: str, image_format: str, to: Path) -> Generator[None]:
+    """Somebody copies the image, slowly, with QEMU's lock: nobody may write it."""
+    with subprocess.Popen(["qemu-img", "convert", "-r", "64K", "-f", image_format, "-O", "raw", image, to]) as reader:
         try:
-            wait_until(socket.exists, "it serves")
+            wait_until(to.exists, "it reads")
             yield
         finally:
-            server.terminate()
+            reader.kill()
 
 
 def test_a_reader_of_the_base_delays_the_commit_which_is_tried_again_until_it_goes(
     witness: Witness, backup: BackupFactory, tmp_path: Path
 ) -> None:
     running = in_a_copy(witness, backup)
-    with served_by_qemu_nbd(witness.bases["vda"], "raw", tmp_path / "nbd"):
+    running.edit("commit", backoffLimit=1000)
+    with read_by_qemu_img(witness.bases["vda"], "raw", tmp_path / "theirs"):
         hurry(running)
-        report = running.wait_for(lambda report: report.reason == "CommitRetrying", "CommitRetrying")
+        report = running.wait_for(lambda report: is_all_that_is_left(report, "vda", "CommitRetrying"), "vda alone")
         assert "disk vda" in report.message
         assert "lock" in report.message
         assert witness.bases["vda"] in report.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import DiskRecord
+from vmbackup.reconcile.record import DiskRecord, Record
 
 DISK = DiskRecord("vda", base="/images/web.raw", overlay="/images/web.vmb-1.qcow2")
 TOLD = {
@@ -34,4 +34,8 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 def test_every_advice_is_in_this_table() -> None:
     functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
-    assert len(functions) == len(TOLD)
+    assert len(functions) == len(TOLD) + 1  # and the one of the whole domain, below
+
+
+def test_a_job_of_the_whole_domain_is_named_with_its_cure() -> None:
+    assert "virsh domjobinfo web" in advice.migrating(Record("uid", "default", "nightly", domain="web"))

@@ -27,6 +27,7 @@ _EVENTS: dict[Do, tuple[str, str, bool]] = {
 # Where a guest stays on its overlay until somebody does something: what, besides what the message says.
 _LEFT = {
     Reason.QUARANTINED: "",
+    Reason.WAITING_FOR_OTHERS: "; somebody else's job on this domain is waited for",
     Reason.DOMAIN_OFF: "; start the guest, and the commit goes on",
     Reason.COMMIT_LIMIT_REACHED: "; spec.commit.backoffLimit is reached: the guest stays on its overlay; "
     "mend the cause, then set the annotation vmbackup.dev/retry",
