@@ -9,18 +9,28 @@ import argparse
 import sys
 
 from tests.model.checker import Checker
+from tests.model.residual import RESIDUALS
 from tests.model.world import EXTRAS, Setting
 
 LARGE = (
-    Setting(disks=1, faults=3, writes=2),
-    Setting(disks=2, faults=1, writes=2),
-    Setting(disks=2, faults=2, writes=1),
-    Setting(disks=2, faults=1, writes=1, orphan=True),
-    Setting(disks=1, faults=2, writes=2, quiesce=True),
-    Setting(disks=1, faults=2, writes=2, paused=True),
-    Setting(disks=1, faults=2, writes=2, live=True),
-    Setting(disks=1, faults=2, writes=2, limit=1),
-    Setting(disks=1, faults=2, writes=2, config_full=True),
+    Setting(disks=2, faults=3, writes=3),
+    Setting(disks=2, faults=2, writes=2, orphan=True),
+    Setting(disks=2, faults=2, writes=1, quiesce=True),
+    Setting(disks=2, faults=2, writes=1, paused=True, pauses=True),
+    Setting(disks=2, faults=2, writes=2, live=True),
+    Setting(disks=2, faults=2, writes=1, limit=1),
+    Setting(disks=2, faults=2, writes=1, config_full=True),
+    Setting(disks=2, faults=2, writes=1, config_stuck=True),
+    Setting(disks=2, faults=2, writes=1, foreign=True),
+    Setting(disks=2, faults=2, writes=1, edits=True),
+    Setting(disks=2, faults=2, writes=1, migration=True),
+    Setting(disks=2, faults=2, writes=1, clock=True),
+    Setting(disks=2, faults=2, writes=1, offline=True, room=True),
+    Setting(
+        disks=1, faults=3, writes=2, foreign=True, migration=True, pauses=True, clock=True, offline=True, room=True
+    ),
+    Setting(disks=1, faults=3, writes=2, edits=True),
+    Setting(disks=1, faults=3, writes=2, orphan=True, quiesce=True, offline=True, limit=1),
 )
 
 
@@ -41,6 +51,10 @@ def main() -> int:
         result = Checker(setting).run()
         print(result, flush=True)
         sound = sound and result.sound
+    for residual in RESIDUALS if len(settings) > 1 else ():
+        result = Checker(residual.setting).run()
+        print(f"Cannot be closed: {residual.what}. {result}", flush=True)
+        sound = sound and set(result.violations) == residual.breaks
     return 0 if sound else 1
 
 

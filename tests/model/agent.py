@@ -10,29 +10,20 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of, lagging
+from tests.model import merging
+from tests.model.eyes import Eyes, look, observation
+from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of
 from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
-from tests.model.world import ENOUGH, TICK, Disk, Held, Kind, Setting, Step, World, named, on, put, put_all, saved
+from tests.model.world import ENOUGH, TICK, Held, Kind, Setting, Step, World, named, on, put, put_all, saved
 from vmbackup.reconcile import clock, machine, transition
+from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.record import Call, Copy, DiskRecord, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+from vmbackup.reconcile.terms import Action, Do, Intent
 
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
 BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0
 NO_LIMIT = 10**6
 UNSETTLED = "sync: it names others"
-
-IMAGE = {"B": Image.BASE, "O": Image.OVERLAY, "X": Image.OTHER, "Y": Image.OTHER}
-POWER = {
-    "off": Power.OFF,
-    "running": Power.RUNNING,
-    "suspended": Power.PAUSED,
-    "paused": Power.PAUSED,
-    "io-error": Power.IO_ERROR,
-    "away": Power.OFF,
-}
-MIRROR = {"-": Mirror.NONE, "pending": Mirror.PENDING, "ready": Mirror.READY}
-Eyes = tuple[Any, ...]
 
 
 class Agent:
@@ -82,6 +73,13 @@ class Agent:
 
     def faults(self, world: World) -> Iterator[Step]:
         """Failures of the agent's own work."""
+        if self.setting.residual == "journal" and world.agent and world.plan is None:
+            lost = world._replace(record=self.fresh, kept=self.fresh, agent=False, doubt=False, copying=False)
+            yield Step("FAULT: the agent is killed, and its journal is lost", lost, Kind.FAULT)
+        for index, disk in enumerate(world.disks):
+            if disk.merge in merging.RUNNING and world.plan is None:
+                failed = self._merge_failed(world, index)
+                yield Step("FAULT: " + failed.label, failed.world, Kind.FAULT)
         if world.copying and world.plan is None:
             reason = Action(Do.FAIL_BACKUP, reason="copy")
             yield Step(
@@ -99,7 +97,10 @@ class Agent:
         do = action.it.do
         nothing = do in (Do.WAIT, Do.DONE) or (do is Do.COPY and world.copying and not _copied(world))
         nothing = nothing or (do is Do.RELEASE and world.vmbackup == "released")
-        if not nothing:
+        nothing = nothing or (do is Do.MERGE_OFFLINE and any(map(merging.under_way, world.disks)))
+        if nothing and do not in HOLDING and merging.let_go(world) is not world:
+            yield Step(AGENT + "let go of the overlays", merging.let_go(world))
+        elif not nothing:
             yield Step(DECIDES + do, world._replace(plan=("do", action), doubt=doubt))
         elif doubt != world.doubt:
             yield Step(AGENT + "the doubt is gone", world._replace(doubt=doubt))
@@ -107,8 +108,7 @@ class Agent:
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
         deleted = world.vmbackup != "wanted"
-        disks = tuple(map(_visible, world.disks))
-        eyes = (world.guest, self._in_flight(world), world.deaf, world.config_failing, world.migrating, disks)
+        eyes = look(world, in_flight=self._in_flight(world))
         key = (world.record, eyes, world.doubt, deleted)
         if (known := self._cache.get(key)) is None:
             known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
@@ -139,18 +139,18 @@ class Agent:
             guarded=not self.setting.live,
             quiesce=self.setting.quiesce,
             backoff_limit=self.limit,
+            offline=self.setting.offline,
         )
-        seen = _observation(eyes, truth=False)
+        seen = observation(record, eyes, truth=False)
         if not seen.call_in_flight and machine.needs_truth(record, seen, doubt=doubt):
-            seen = _observation(eyes, truth=True)
+            seen = observation(record, eyes, truth=True)
             doubt = doubt and any(disk.written is not disk.live for disk in seen.disks)
         return self.hold(machine.decide(intent, record, seen)), doubt
 
     # ------------------------------------------------------------------------------------------ act
     def _act(self, world: World, action: Held[Action]) -> Step:
         do = action.it.do
-        if do is not Do.COPY:
-            world = world._replace(copying=False)
+        world = _cleared(world, do)
         if do in CALLS:
             return self._send(world, action)
         done = world._replace(plan=None)
@@ -169,6 +169,8 @@ class Agent:
                 return Step(AGENT + "plan anew", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
                 return self._unlink(done, index)
+            case Do.MERGE_OFFLINE:
+                return self._merge(done, action)
             case Do.RECORD_FAILURE:
                 record = self._failed(world.record, action)
                 return Step(AGENT + "record-failure", done._replace(record=record, kept=record))
@@ -225,8 +227,33 @@ class Agent:
             if synced.label.endswith(UNSETTLED):
                 return synced
             world = synced.world
-        after = put(world, index, overlay=None)._replace(full=False, kept=world.record)
+        record = self._record(
+            ("unlinked", index), world.record, lambda r: r.with_disk("abcd"[index], commit_running=False, merged="")
+        )
+        after = put(world, index, overlay=None, merge=merging.NONE, unwritten=False)
+        after = after._replace(full=False, room_low=False, record=record, kept=record)
         return Step(named(AGENT + "UNLINK the overlay", world, index), after)
+
+    def _merge(self, world: World, action: Held[Action]) -> Step:
+        """Begin to merge, or take what has come of it."""
+        index = next((n for n, disk in enumerate(world.disks) if disk.merge in merging.RUNNING), None)
+        if index is None:
+            index = index_of(action.it)
+            begun = merging.begin(merging.let_go(world), index)
+            if begun is not None:
+                return Step(named(AGENT + "begin to merge", world, index), begun)
+        elif world.disks[index].merge == merging.COMPARES and merging.same(world.disks[index]):
+            record = self._record(
+                ("merged", index), world.record, lambda r: transition.merged_offline(r, "abcd"[index], "stamp")
+            )
+            after = put(world, index, merge=merging.HELD, unwritten=True)._replace(record=record, kept=record)
+            return Step(named(AGENT + "the overlay holds nothing new", world, index), after)
+        return self._merge_failed(world, index)
+
+    def _merge_failed(self, world: World, index: int) -> Step:
+        record = self._failed(world.record, self.hold(Action(Do.MERGE_OFFLINE, "abcd"[index])))
+        after = merging.let_go(world)._replace(plan=None, record=record, kept=record)
+        return Step(named(AGENT + "merging has failed", world, index), after)
 
     def _compare(self, world: World, action: Held[Action]) -> Step:
         """Overlay over base against base."""
@@ -291,56 +318,16 @@ class Agent:
         return 0 if self.setting.limit is None else min(failures, self.limit + 1)
 
 
+def _cleared(world: World, do: Do) -> World:
+    """Without what runs in the background and would be in the way."""
+    if do is not Do.COPY:
+        world = world._replace(copying=False)
+    return world if do in HOLDING else merging.let_go(world)
+
+
 def _back_off_over(record: Record) -> Record:
     return record.with_every_disk(retry_at=BACKOFF_OVER)
 
 
 def _copied(world: World) -> bool:
     return all(None not in disk.copied for disk in world.disks)
-
-
-def _visible(disk: Disk) -> Eyes:
-    """What an agent could see of a disk, QEMU's own word included. A locked overlay is not looked into."""
-    file = (
-        "-"
-        if disk.overlay is None
-        else "locked"
-        if disk.locked
-        else "data"
-        if disk.overlay.count(None) < len(disk.overlay)
-        else "empty"
-    )
-    at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
-    return disk.live, disk.persistent, file, disk.mirror, disk.known, at_end, disk.job == "foreign", disk.writes
-
-
-def _observation(eyes: Eyes, *, truth: bool) -> Observation:
-    guest, in_flight, deaf, config_failing, migrating, disks = eyes
-    seen: list[DiskSeen] = []
-    for n, (live, persistent, file, mirror, known, at_end, foreign, writes) in enumerate(disks):
-        overlay = None if file == "-" else OverlayFile(locked=file == "locked", empty=file == "empty")
-        seen.append(
-            DiskSeen(
-                target="abcd"[n],
-                live=_image(live),
-                persistent=_image(persistent),
-                overlay=overlay,
-                mirror=MIRROR[mirror],
-                job=known,
-                job_at_end=at_end,
-                foreign_job=foreign,
-                written=_image(writes) if truth else None,
-            )
-        )
-    return Observation(
-        POWER[guest],
-        tuple(seen),
-        call_in_flight=in_flight,
-        migrating=migrating,
-        config_failing=config_failing,
-        thaw_after=1.0 if deaf else 0.0,
-    )
-
-
-def _image(letter: str) -> Image | None:
-    return IMAGE.get(letter)

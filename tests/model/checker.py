@@ -67,7 +67,7 @@ class Checker:
     def steps(self, world: World, *, faults: bool = True, writes: bool = True) -> Iterator[Step]:
         """Everything that may happen next."""
         yield from self.progress(world)
-        yield from free_steps(world, lambda: self.agent.idle(world))
+        yield from free_steps(world, lambda: self.agent.idle(world), self.setting.residual)
         if writes:
             yield from guest_writes(world)
         if faults:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tests.model.libvirt import libvirtd_gone, no_answer, qemu_gone
+from tests.model.merging import NONE, left_by_a_dead_agent, merge_steps
 from tests.model.user import may_boot, user_faults
 from tests.model.world import ENOUGH, TICK, Kind, Setting, Step, World, content, named, on, put, saved
 
@@ -20,12 +21,12 @@ BOOT_FAILS = "user boots the guest: it cannot open its image"
 NEWEST = 9  # newer than every version (see world.ranked)
 
 
-def free_steps(world: World, idle: Callable[[], bool]) -> Iterator[Step]:
+def free_steps(world: World, idle: Callable[[], bool], residual: str) -> Iterator[Step]:
     """What guest and user may do at any time, or never. `idle`: the agent has nothing to do."""
     settled = world.plan is None and world.call is None and all(d.durable == d.writes for d in world.disks)
     if world.guest == "paused" and settled:
         yield Step("user resumes the guest", world._replace(guest="running"))
-    if may_boot(world, idle):
+    if may_boot(world, idle, residual):
         yield from _boot(world)
 
 
@@ -39,7 +40,7 @@ def guest_writes(world: World) -> Iterator[Step]:
                 if world.full and disk.overlay[n] is None and on(world):
                     yield Step("QEMU pauses the guest: no space for its overlay", world._replace(guest="io-error"))
                     continue
-                written = {"overlay": (*disk.overlay[:n], NEWEST, *disk.overlay[n + 1 :])}
+                written = {"overlay": (*disk.overlay[:n], NEWEST, *disk.overlay[n + 1 :]), "unwritten": False}
             elif disk.writes == "B":
                 written = {"base": (*disk.base[:n], NEWEST, *disk.base[n + 1 :])}
             else:
@@ -70,6 +71,8 @@ def background_steps(world: World, setting: Setting) -> Iterator[Step]:
         yield Step("user frees space for the configuration", world._replace(config_full=False))
     if world.libvirtd and world.config == "cached":
         yield Step("time passes: the configuration becomes durable", saved(world))
+    if setting.offline:
+        yield from merge_steps(world)
     if setting.clock:
         yield from clock_steps(world)
 
@@ -91,7 +94,8 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     spared = (setting.spared and (world.call is not None or apart)) or (world.edited and apart)
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
-        dead = world._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
+        dead = left_by_a_dead_agent(world)
+        dead = dead._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
         yield _fault("the agent is killed", dead)
         if waiting and world.call and world.call[1] == 0:
             yield _fault("the agent is killed before its call is sent", dead._replace(call=None))
@@ -105,14 +109,21 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
         yield _fault("power cut", _power_cut(world))
     if waiting:
         yield _fault("the call times out, and is still in flight", no_answer(world))
-    if not world.full and any(d.overlay is not None for d in world.disks):
-        yield _fault("the overlays' file system is full", world._replace(full=True))
-    if (setting.config_full or setting.config_stuck) and not world.config_full:
-        yield _fault("the configuration's file system is full", world._replace(config_full=True))
+    yield from _space_runs_out(world, setting)
     for index, disk in enumerate(world.disks):
         if disk.job in ("copying", "ready") and world.libvirtd and not world.call:
             yield _fault(named("QEMU's job fails", world, index), put(world, index, job="-", mirror="-", known=False))
     yield from user_faults(world, setting)
+
+
+def _space_runs_out(world: World, setting: Setting) -> Iterator[Step]:
+    used = any(disk.overlay is not None for disk in world.disks)
+    if used and not world.full:
+        yield _fault("the overlays' file system is full", world._replace(full=True))
+    if used and setting.room and not world.room_low:
+        yield _fault("the overlays' file system runs low", world._replace(room_low=True))
+    if (setting.config_full or setting.config_stuck) and not world.config_full:
+        yield _fault("the configuration's file system is full", world._replace(config_full=True))
 
 
 def _fault(label: str, world: World) -> Step:
@@ -122,7 +133,7 @@ def _fault(label: str, world: World) -> Step:
 def _power_cut(world: World) -> World:
     off = libvirtd_gone(world)
     off = qemu_gone(off) if on(off) else off
-    disks = tuple(d._replace(persistent=d.durable) for d in off.disks)
+    disks = tuple(d._replace(persistent=d.durable, merge=NONE) for d in off.disks)
     off = off._replace(disks=disks, config="saved", record=off.kept)
     off = off._replace(plan=None, call=None, sent=None, answering=ENOUGH, config_full=False)
     return off._replace(agent=False, doubt=False, copying=False, deaf=False, config_failing=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.model.environment import BOOT_FAILS
+from tests.model.merging import locked
 from tests.model.user import others
 from tests.model.world import Disk, Setting, Step, World, clean, content, needed
 from vmbackup.reconcile.record import Copy, Snapshot
@@ -28,11 +29,8 @@ class Invariants:
         decided = after.plan[1].it.do if before.plan is None and after.plan else None
         if decided in SWITCHING and before.migrating:
             return "MIGRATION a switch of images goes on meanwhile"
-        if (
-            decided is Do.QUARANTINE
-            and not before.edited
-            and all(d.writes == d.live and not others(d) for d in before.disks)
-        ):
+        alone = not self.setting.residual and not before.edited and not any(map(others, before.disks))
+        if decided is Do.QUARANTINE and alone and all(d.writes == d.live for d in before.disks):
             return "ALARM quarantine, though libvirt and QEMU agree"
         if after.disks is not before.disks and (what := _violated_by_unlink(before, after)):
             return what
@@ -51,7 +49,7 @@ class Invariants:
         for disk in after.disks:
             if content(disk, disk.writes) != disk.acked:
                 return "I1 the running image lacks acknowledged writes"
-            excused = self.setting.spared or after.edited or others(disk)
+            excused = self.setting.spared or self.setting.residual or after.edited or others(disk)
             if writable and disk.durable != disk.writes and not excused:
                 return "KEY the guest can write, and P on disk names another image"
         if before.guest == "paused" and before.call and before.call[0].it.do is Do.RESUME and after.guest == "running":
@@ -69,7 +67,7 @@ class Invariants:
 
     def home(self, world: World) -> bool:
         """I4: chain clean, or off with a P that holds everything, or quarantine; never left suspended or frozen."""
-        if world.plan or world.guest == "suspended" or world.frozen:
+        if world.plan or world.guest == "suspended" or world.frozen or any(map(locked, world.disks)):
             return False
         record = world.record.it
         if record.quarantined or (world.vmbackup == "released" and not record.orphan):

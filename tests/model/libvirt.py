@@ -118,7 +118,7 @@ def _snapshot(world: World, step: int) -> Step:
 
 def _fresh_overlay(disk: Disk) -> Disk:
     nothing = (None,) * len(disk.base)
-    return disk._replace(overlay=nothing, copied=nothing)
+    return disk._replace(overlay=nothing, copied=nothing, unwritten=False)
 
 
 def _commit(world: World, index: int, step: int) -> Step:

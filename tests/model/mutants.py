@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 from unittest.mock import patch
 
+from tests.model import merging
 from tests.model.agent import Agent
 from tests.model.world import Setting, Step, World, put
 from vmbackup.reconcile import clock, machine, rules_off, rules_on, situation
@@ -88,6 +89,15 @@ def _not_by_the_intent(s: Situation) -> Action | None:
 
 def _unlink_unproven(_: Agent, world: World, index: int) -> Step:
     return Step("agent: UNLINK the overlay", put(world, index, overlay=None)._replace(full=False, kept=world.record))
+
+
+# ---------------------------------------------------------------------------------------------- commit.offline
+def _anything_merged_counts(s: Situation) -> Action | None:
+    def held(disk: Case) -> Case:
+        file = disk.overlay and replace(disk.overlay, held=True)
+        return replace(disk, seen=replace(disk.seen, overlay=file))
+
+    return rules_off.off_on_overlay(replace(s, disks=tuple(map(held, s.disks))))
 
 
 # ---------------------------------------------------------------------------------------------- users
@@ -177,6 +187,18 @@ MUTANTS = (
         "an earlier backup's overlay is copied from",
         (_instead("RULES_ON", rules_on.adopt, _take_it_for_ours),),
         Setting(faults=0, writes=1, orphan=True),
+    ),
+    Mutant(
+        "offline",
+        "what was merged is not compared",
+        ((merging, "same", lambda _: True),),
+        Setting(faults=2, writes=2, offline=True),
+    ),
+    Mutant(
+        "offline",
+        "what was merged counts without the lock",
+        (_instead("RULES_OFF", rules_off.off_on_overlay, _anything_merged_counts),),
+        Setting(faults=2, writes=2, offline=True),
     ),
     Mutant(
         "edits",

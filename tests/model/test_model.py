@@ -6,6 +6,7 @@ import pytest
 
 from tests.model.checker import Checker
 from tests.model.mutants import MUTANTS, Mutant
+from tests.model.residual import RESIDUALS, Residual
 from tests.model.world import Setting
 
 SETTINGS = (
@@ -23,6 +24,8 @@ SETTINGS = (
     Setting(disks=1, faults=2, writes=1, migration=True),
     Setting(disks=1, faults=2, writes=1, pauses=True),
     Setting(disks=1, faults=2, writes=1, foreign=True),
+    Setting(disks=1, faults=2, writes=1, offline=True),
+    Setting(disks=1, faults=1, writes=2, room=True),
 )
 
 
@@ -39,6 +42,13 @@ def test_a_violation_is_found_without(mutant: Mutant):
         result = Checker(mutant.setting).run(stop_at_first=True)
     print(result)
     assert not result.sound, f"{mutant.repair} taken out ({mutant.without}), and {result.states} states show nothing"
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda residual: residual.what)
+def test_what_no_agent_can_close_is_this_and_nothing_else(residual: Residual):
+    result = Checker(residual.setting).run()
+    print(result)
+    assert set(result.violations) == residual.breaks
 
 
 def test_a_violation_is_told_in_a_few_lines():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from tests.model.merging import NONE, may_start
 from tests.model.world import Disk, Kind, Setting, Step, World, named, on, put, put_all
 from vmbackup.reconcile.record import Copy, Guard
 
@@ -48,11 +49,17 @@ def user_steps(world: World, idle: Callable[[], bool]) -> Iterator[Step]:
         yield Step("user's migration succeeds: the guest is away, and undefined here", _undefined(_migrated(world)))
 
 
-def may_boot(world: World, idle: Callable[[], bool]) -> bool:
+def may_boot(world: World, idle: Callable[[], bool], residual: str) -> bool:
     """A: whether the user, or autostart, boots the guest now. Who has edited its disks waits for the agent's look."""
-    if world.guest != "off" or not world.libvirtd or world.call or world.config != "saved":
+    if world.guest != "off" or not world.libvirtd:
         return False
-    return (world.plan is None or world.plan[0] != "do") and (not world.edited or idle())
+    if residual == "reboot":
+        return may_start(world)
+    if world.call or world.config != "saved":
+        return False
+    merging = any(disk.merge != NONE or disk.unwritten for disk in world.disks)  # then at any moment: locks must do
+    between = world.plan is None or world.plan[0] != "do" or merging
+    return between and may_start(world) and (not world.edited or idle())
 
 
 def _does(label: str, world: World) -> Step:

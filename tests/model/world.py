@@ -47,6 +47,8 @@ class Disk(NamedTuple):
     snapshot: Versions | None = None  # the content when QEMU switched; None once the copy is decided
     copied: Versions = ()
     below: str = "-"  # what X stands on
+    merge: str = "-"  # with `offline`: where merging it stands, see merging.py
+    unwritten: bool = False  # the overlay's file is as it was when it was found to hold nothing new
 
 
 class World(NamedTuple):
@@ -62,6 +64,7 @@ class World(NamedTuple):
     frozen: bool = False  # its file systems
     config: str = "saved"  # saved: P is durable; cached: written, not yet durable; unsaved: P is libvirt's word only
     full: bool = False  # the overlays' file system
+    room_low: bool = False  # there
     config_full: bool = False  # the file system of libvirt's configuration
     call: tuple[Held[Action], int] | None = None  # the libvirt call in flight, and its next step
     sent: int | None = None  # with `clock`: ticks since the call was sent that has no answer in the journal
@@ -109,8 +112,10 @@ class Setting:
     edits: bool = False  # users redefine the domain
     pauses: bool = False  # users pause the guest, and resume it
     migration: bool = False
+    offline: bool = False  # commit.offline
+    room: bool = False  # the overlays' file system may run low before it is full
     clock: bool = False  # the barrier (R4) sees the time, not the call; and libvirtd may be stopped for a while
-    residual: str = ""  # what no agent can close (see RESIDUAL)
+    residual: str = ""  # which part of assumption A is lifted: resume, reboot, journal, window (see residual.py)
     limit: int | None = None  # commit.backoffLimit; None: no limit
 
     @property

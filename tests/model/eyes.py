@@ -1,0 +1,113 @@
+"""What the agent can see of the world, and nothing else; T only where it has asked QEMU (R3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.model import merging
+from tests.model.libvirt import lagging
+from tests.model.world import Disk, World
+from vmbackup.reconcile.record import Image, Record
+from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+
+IMAGE = {"B": Image.BASE, "O": Image.OVERLAY, "X": Image.OTHER, "Y": Image.OTHER}
+POWER = {
+    "off": Power.OFF,
+    "away": Power.OFF,
+    "running": Power.RUNNING,
+    "suspended": Power.PAUSED,
+    "paused": Power.PAUSED,
+    "io-error": Power.IO_ERROR,
+}
+MIRROR = {"-": Mirror.NONE, "pending": Mirror.PENDING, "ready": Mirror.READY}
+
+
+class DiskEyes(NamedTuple):
+    """One disk."""
+
+    live: str
+    persistent: str
+    file: str  # -, locked (and so not looked into), data, empty
+    unwritten: bool
+    held: bool
+    mirror: str
+    known: bool
+    at_end: bool
+    foreign: bool
+    writes: str  # seen only when QEMU is asked
+
+
+class Eyes(NamedTuple):
+    """A look at the world."""
+
+    guest: str
+    in_flight: bool
+    deaf: bool
+    config_failing: bool
+    room_low: bool
+    migrating: bool
+    disks: tuple[DiskEyes, ...]
+
+
+def look(world: World, *, in_flight: bool) -> Eyes:
+    """At the world as it is now."""
+    disks = tuple([_look(disk) for disk in world.disks])
+    return Eyes(world.guest, in_flight, world.deaf, world.config_failing, world.room_low, world.migrating, disks)
+
+
+def _look(disk: Disk) -> DiskEyes:
+    at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
+    return DiskEyes(
+        disk.live,
+        disk.persistent,
+        _file(disk),
+        disk.unwritten,
+        disk.merge == merging.HELD,
+        disk.mirror,
+        disk.known,
+        at_end,
+        disk.job == "foreign",
+        disk.writes,
+    )
+
+
+def _file(disk: Disk) -> str:
+    if disk.overlay is None:
+        return "-"
+    if disk.locked or disk.merge == merging.STRAYS:
+        return "locked"
+    return "data" if disk.overlay.count(None) < len(disk.overlay) else "empty"
+
+
+def observation(record: Record, eyes: Eyes, *, truth: bool) -> Observation:
+    """What decide() gets."""
+    disks = tuple(
+        DiskSeen(
+            target="abcd"[n],
+            live=IMAGE.get(disk.live),
+            persistent=IMAGE.get(disk.persistent),
+            overlay=_overlay_file(record, n, disk),
+            mirror=MIRROR[disk.mirror],
+            job=disk.known,
+            job_at_end=disk.at_end,
+            foreign_job=disk.foreign,
+            written=IMAGE.get(disk.writes) if truth else None,
+        )
+        for n, disk in enumerate(eyes.disks)
+    )
+    return Observation(
+        POWER[eyes.guest],
+        disks,
+        call_in_flight=eyes.in_flight,
+        migrating=eyes.migrating,
+        config_failing=eyes.config_failing,
+        room_low="low" if eyes.room_low else "",
+        thaw_after=1.0 if eyes.deaf else 0.0,
+    )
+
+
+def _overlay_file(record: Record, n: int, disk: DiskEyes) -> OverlayFile | None:
+    if disk.file == "-":
+        return None
+    merged = disk.unwritten and bool(record.disks[n].merged)
+    return OverlayFile(locked=disk.file == "locked", empty=disk.file == "empty", merged=merged, held=disk.held)
