@@ -17,6 +17,7 @@ TOLD = {
     "overlay in use": (advice.overlay_in_use(DISK), "lsof"),
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
     "foreign image": (advice.foreign_image(DISK), "virsh blockcommit"),
+    "base changed": (advice.base_changed(DISK), "Put the original back"),
     "foreign definition": (advice.foreign_definition(DISK), "virsh edit"),
     "foreign job": (advice.foreign_job(DISK), "virsh blockjob"),
     "image changed": (advice.image_changed(DISK), "make a new VMBackup"),

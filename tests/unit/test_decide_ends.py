@@ -132,6 +132,14 @@ def test_somebody_elses_job(row: Row):
     row.check()
 
 
+def on_ready(power: Power = Power.RUNNING, **more: Any) -> Observation:
+    return on_overlay(power, mirror=Mirror.READY, job=True, job_at_end=True, **more)
+
+
+def off_changed(persistent: str) -> Observation:
+    return Observation(Power.OFF, (disk_seen(None, persistent, DATA, base_changed=True),))
+
+
 @rows(
     Row("L is another image, O left: quarantine", taken(), on("X", "X", DATA), Do.QUARANTINE),
     Row("… suspended by us: resume first", taken(guard=Guard.OURS), on("X", "X", DATA, Power.PAUSED), Do.RESUME),
@@ -145,6 +153,27 @@ def test_somebody_elses_job(row: Row):
     Row("off, P was changed, no O: done", finished(), off("X"), Do.DONE),
 )
 def test_an_image_that_is_not_ours(row: Row):
+    row.check()
+
+
+@rows(
+    Row("copying", taken(), on_overlay(base_changed=True), Do.QUARANTINE),
+    Row("the copy is taken", taken(copy=Copy.TAKEN), on_overlay(base_changed=True), Do.QUARANTINE),
+    Row(
+        "a pivot was intended: it is not any more",
+        pivoting(guard=Guard.NONE),
+        on_ready(base_changed=True),
+        Do.CLEAR_PIVOT,
+    ),
+    Row("… suspended by us", pivoting(), on_ready(Power.PAUSED, base_changed=True), Do.RESUME),
+    Row("O is left", pivoted(), on("B", "B", DATA, base_changed=True), Do.QUARANTINE),
+    Row("nothing begun: refuse", fresh(), home(base_changed=True), Do.REFUSE),
+    Row("quarantined: it stays so", taken(quarantined="why"), on_overlay(base_changed=True), Do.WAIT),
+    Row("the original is back", taken(quarantined="why"), on_overlay(), Do.LIFT_QUARANTINE),
+    Row("off: not merged", taken(copy=Copy.TAKEN), off_changed("O"), Do.QUARANTINE, {"offline": True}),
+    Row("off, pivoted: not unlinked", pivoted(), off_changed("B"), Do.QUARANTINE),
+)
+def test_a_base_that_is_another_file_now(row: Row):
     row.check()
 
 

@@ -70,6 +70,15 @@ def foreign_image(disk: DiskRecord) -> str:
     )
 
 
+def base_changed(disk: DiskRecord) -> str:
+    """B is not the file any more that it was when O was put on it."""
+    return (
+        f"disk {disk.target}: {disk.base} was replaced, removed or cut off by somebody, and {disk.overlay} fits only "
+        "what it was: nothing is merged. Put the original back under this name. If it is gone, do not stop the guest "
+        "while it runs, since QEMU may still have it: copy the disk to a new image (virsh blockcopy --pivot)"
+    )
+
+
 def foreign_definition(disk: DiskRecord) -> str:
     """P is neither B nor O, and O is there."""
     return (

@@ -73,6 +73,7 @@ class Observer:
                 live=_image(disk, live.get(disk.target)) if on else None,
                 persistent=_image(disk, persistent.get(disk.target)) if persistent_xml else None,
                 overlay=self._overlay(disk),
+                base_changed=_base_changed(disk),
             )
             disks.append(_with_job(seen, live.get(disk.target), job))
         copying = record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN
@@ -143,6 +144,19 @@ def _named(disk: DiskRecord, path: str | None) -> Image:
 
 def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
     return _named(disk, found.source if found else None)
+
+
+def _base_changed(disk: DiskRecord) -> bool:
+    """Whether somebody has replaced, removed or cut off base: nobody writes it while there is an overlay."""
+    if not disk.base_inode:
+        return False
+    try:
+        status = Path(disk.base).stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # not to be seen at the moment, which says nothing about it
+        return False
+    return status.st_ino != disk.base_inode or status.st_size < disk.base_bytes
 
 
 def _with_job(seen: DiskSeen, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:

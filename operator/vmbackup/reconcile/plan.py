@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,12 +83,16 @@ class Planner:
         if info.data_file or info.encrypted:
             what = "keeps its data in another file" if info.data_file else "is encrypted"
             raise RefusedError(f"disk {disk.target}: {base} {what}, which is not supported", reason="DiskNotEligible")
+        status = Path(base).stat()
+        is_file = stat.S_ISREG(status.st_mode)
         return DiskRecord(
             target=disk.target,
             base=base,
             overlay=overlay,
             format=disk.format,
             virtual_bytes=info.virtual_bytes,
+            base_inode=status.st_ino if is_file else 0,
+            base_bytes=status.st_size if is_file else 0,
             total_bytes=info.virtual_bytes,
             backing=tuple((below.path, below.format) for below in disk.chain),
         )

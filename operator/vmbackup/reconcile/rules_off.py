@@ -15,6 +15,7 @@ from vmbackup.reconcile.situation import (
     settle,
     settled,
     snapshot_wanted,
+    spare_changed_base,
 )
 from vmbackup.reconcile.terms import Action, Do
 
@@ -144,6 +145,7 @@ def refuse_off(s: Situation) -> Action | None:
 RULES_OFF: tuple[Rule, ...] = (
     forget_guest,
     off_on_overlay,
+    spare_changed_base,
     off_with_overlay_left,
     merge_offline,
     park,

@@ -20,6 +20,7 @@ from vmbackup.reconcile.situation import (
     settle_if_possible,
     settle_live,
     snapshot_wanted,
+    spare_changed_base,
     thaw_guest,
 )
 from vmbackup.reconcile.terms import Action, Do, Mirror, Power
@@ -244,7 +245,7 @@ def take_snapshot(s: Situation) -> Action | None:
     if s.record.snapshot is Snapshot.ADOPTED:
         return Action(Do.PLAN)  # R7: with a fresh record
     for disk in s.disks:
-        if Image.OTHER in (disk.seen.live, disk.seen.persistent):
+        if disk.seen.base_changed or Image.OTHER in (disk.seen.live, disk.seen.persistent):
             return Action(Do.REFUSE, reason=advice.image_changed(disk.record))
     if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
         return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
@@ -273,6 +274,7 @@ RULES_ON: tuple[Rule, ...] = (
     thaw,
     clear_pivot,
     settle_overlay,
+    spare_changed_base,
     copy_or_fail,
     remove_overlay,
     resume_after_io_error,

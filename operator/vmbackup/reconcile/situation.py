@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, DiskRecord, Freeze, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
 
@@ -84,7 +85,7 @@ class Situation:
     def may_pivot(self, disk: Case) -> bool:
         """The job may be pivoted, P can be settled, and the next attempt is due."""
         due = not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
-        return ready(disk) and due and not self.seen.config_failing
+        return ready(disk) and due and not self.seen.config_failing and not disk.seen.base_changed
 
     def exhausted(self, disk: Case) -> bool:
         """No further attempt is made to bring this disk home."""
@@ -138,6 +139,7 @@ def consistent(disk: Case) -> bool:
         and disk.seen.persistent in (None, Image.OTHER, disk.seen.live)
         and (disk.on_overlay or disk.overlay is None)
         and (disk.seen.job or disk.seen.mirror is Mirror.NONE)
+        and not disk.seen.base_changed
     )
 
 
@@ -152,6 +154,14 @@ def quarantine(situation: Situation, reason: str) -> Action:
     if not situation.record.quarantined:
         return Action(Do.QUARANTINE, reason=reason)
     return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
+
+
+def spare_changed_base(s: Situation) -> Action | None:
+    """Base is another file than the one below O: no copy of it is the snapshot, and O is merged into no other."""
+    for disk in s.disks:
+        if disk.seen.base_changed and (disk.on_overlay or disk.overlay is not None):
+            return quarantine(s, advice.base_changed(disk.record))
+    return None
 
 
 def thaw_guest(s: Situation) -> Action | None:

@@ -52,6 +52,7 @@ class DiskSeen:
     job_at_end: bool = False  # its current equals its end: a hint, never proof of READY
     foreign_job: bool = False  # somebody else's block job
     written: Image | None = None  # T; None: not asked
+    base_changed: bool = False  # base is not the file any more that it was, or was cut off
 
     @property
     def truth(self) -> Image | None:
