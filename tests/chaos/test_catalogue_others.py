@@ -121,7 +121,7 @@ def test_a_reader_of_the_base_delays_the_commit_which_is_tried_again_until_it_go
     witness: Witness, backup: BackupFactory, tmp_path: Path
 ) -> None:
     running = in_a_copy(witness, backup)
-    running.edit("commit", backoffLimit=1000)
+    running.edit("commit", backoffLimit=100)
     with read_by_qemu_img(witness.bases["vda"], "raw", tmp_path / "theirs"):
         hurry(running)
         report = running.wait_for(lambda report: is_all_that_is_left(report, "vda", "CommitRetrying"), "vda alone")
