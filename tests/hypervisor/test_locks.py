@@ -19,6 +19,8 @@ from vmbackup.imaging.copy import clone_or_copy, copy_file, opened_image
 from vmbackup.imaging.image import OverlayFile, info, overlay_file
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.imaging.merge import same_where_written
+from vmbackup.reconcile import merging
+from vmbackup.reconcile.record import DiskRecord
 
 pytest_plugins = ("tests.fixtures_storage",)
 
@@ -243,3 +245,21 @@ def test_an_image_in_use_is_described_but_not_compared(qemu: Callable[..., Qemu]
     with pytest.raises(TransientError, match="is in use") as error:
         same_where_written(path, other, "raw", CopyControl())
     assert error.value.reason == "ImageBusy"
+
+
+def test_nobody_can_write_to_images_while_they_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, overlay = tmp_path / "base.raw", tmp_path / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "raw", str(base), "1M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay))
+    refused: list[str] = []
+
+    def compare(*_: object) -> bool:
+        for image, kind in ((base, "raw"), (overlay, "qcow2")):
+            write = ["qemu-io", "-f", kind, "-c", "write 0 4k", str(image)]
+            refused.append(subprocess.run(write, capture_output=True, text=True, check=False).stderr)
+        return same_where_written(overlay, base, "raw", CopyControl())
+
+    monkeypatch.setattr(merging, "same_where_written", compare)
+    assert merging.shows_the_same(DiskRecord("vda", base=str(base), overlay=str(overlay), format="raw"))
+    assert all('Failed to get "write" lock' in each for each in refused)
+    assert len(refused) == 2

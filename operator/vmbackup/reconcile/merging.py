@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmbackup.errors import VMBackupError
 from vmbackup.imaging import CopyControl
+from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.record import DiskRecord
@@ -19,8 +20,19 @@ HOLDING = (Do.MERGE_OFFLINE, Do.REDEFINE, Do.SYNC_CONFIG, Do.REMOVE_OVERLAY)
 
 
 def shows_the_same(disk: DiskRecord) -> bool:
-    """Whether the overlay holds nothing that its base lacks. TransientError while one of them is in use."""
-    return same_where_written(Path(disk.overlay), Path(disk.base), disk.format, CopyControl())
+    """Whether the overlay holds nothing that its base lacks. TransientError while one of them is in use.
+
+    No guest can start on either meanwhile: what it wrote would be taken for a difference, and quarantined for good.
+    """
+    overlay, base, control = Path(disk.overlay), Path(disk.base), CopyControl()
+    with _read(overlay, control), _read(base, control):
+        return same_where_written(overlay, base, disk.format, control)
+
+
+@contextmanager
+def _read(image: Path, control: CopyControl) -> Generator[None]:
+    with opened_image(image) as fd, control.reading(fd):
+        yield
 
 
 class Merging:
