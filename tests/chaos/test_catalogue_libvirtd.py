@@ -51,8 +51,8 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     snapshot.wait()
     dies_having_switched(libvirtd, witness.name, {disk.target: disk.overlay for disk in running.record.disks})
     snapshot.lose()
-    overlay = running.record.disk("vdb").overlay
-    is_quarantined(running, f"disk vdb: QEMU writes {overlay}", "shut the guest down and start it again")
+    overlay = running.record.disk("vda").overlay
+    is_quarantined(running, f"disk vda: QEMU writes {overlay}", "shut the guest down and start it again")
     witness.prove(running, left=["vda", "vdb"])
     assert {witness.source("vda"), witness.source("vdb")} == set(witness.bases.values())
     cold_restart(witness)
