@@ -111,6 +111,8 @@ INVALID_BACKUPS = [
     Invalid("spec.commit.backoffLimit", -1, WHOLE.format(0, 100), "greater than or equal to 0"),
     Invalid("spec.commit.backoffLimit", 101, WHOLE.format(0, 100), "less than or equal to 100"),
     Invalid("spec.commit.stallPolicy", "Abort", "Hold, Throttle, Pause", '"Hold", "Throttle", "Pause"'),
+    Invalid("spec.commit.stallPauseSeconds", 0, WHOLE.format(1, 300), "greater than or equal to 1"),
+    Invalid("spec.commit.stallPauseSeconds", 301, WHOLE.format(1, 300), "less than or equal to 300"),
     Invalid("spec.commit.offline", "yes", "give true or false", "must be of type boolean"),
     Invalid("spec.switchPolicy", "guarded", "Guarded, Live", '"Guarded", "Live"'),
     Invalid("spec.deletionPolicy", "Keep", "Retain, Delete", '"Retain", "Delete"'),
@@ -120,6 +122,9 @@ INVALID_BACKUPS = [
     Invalid("spec.snapshot.quiesced", True, "remove them or correct their names", "unknown field"),
     Invalid("spec.storeRef.path", "/var", "remove them or correct their names", "unknown field"),
 ]
+
+LIVE_PAUSE: dict[str, Any] = {"switchPolicy": "Live", "commit.stallPolicy": "Pause"}
+"""Each is valid, both are not."""
 
 INVALID_STORES = [
     Invalid("spec", {}, "directory", "give exactly one kind of store: directory"),
@@ -144,6 +149,8 @@ VALID_BACKUPS: list[dict[str, Any]] = [
     {"copy.bandwidth": "2000000000m", "commit.bandwidth": "1.5e7"},
     {"copy.bandwidth": ".5Gi", "copy.deadlineSeconds": 1},
     {"commit.backoffLimit": 0, "commit.stallPolicy": "Throttle", "commit.offline": True},
+    {"commit.stallPolicy": "Pause", "commit.stallPauseSeconds": 300},
+    {"switchPolicy": "Live", "commit.stallPolicy": "Throttle"},
     {"switchPolicy": "Live", "deletionPolicy": "Delete", "ttlSecondsAfterFinished": 0},
     {"snapshot": {}, "copy": {}, "commit": {}},
 ]

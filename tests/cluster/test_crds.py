@@ -17,6 +17,7 @@ from tests.manifests import (
     IMMUTABLE,
     INVALID_BACKUPS,
     INVALID_STORES,
+    LIVE_PAUSE,
     MUTABLE,
     VALID_BACKUPS,
     VALID_PATHS,
@@ -79,6 +80,13 @@ def test_an_invalid_backup_is_refused_with_its_field_and_cure(api: CustomObjects
         create_backup(api, body, **DRY)
     assert invalid.field in refusal(refused.value)
     assert (invalid.schema_says or invalid.cure) in refusal(refused.value)
+
+
+def test_a_guest_that_is_never_suspended_is_not_paused_for_a_commit_either(api: CustomObjectsApi) -> None:
+    with pytest.raises(ApiException) as refused:
+        create_backup(api, backup("live-pause", NAMESPACE, **LIVE_PAUSE), **DRY)
+    assert "spec.commit.stallPolicy" in refusal(refused.value)
+    assert "give Hold or Throttle, since switchPolicy Live never suspends the guest" in refusal(refused.value)
 
 
 @pytest.mark.parametrize("invalid", INVALID_STORES, ids=str)
@@ -155,7 +163,13 @@ def test_defaults_are_filled_in_group_by_group(api: CustomObjectsApi) -> None:
         "storeRef": {"name": "local"},
         "snapshot": {"quiesce": "Try", "freezeTimeoutSeconds": 10},
         "copy": {"deadlineSeconds": 14400},
-        "commit": {"deadlineSeconds": 3600, "backoffLimit": 6, "stallPolicy": "Hold", "offline": False},
+        "commit": {
+            "deadlineSeconds": 3600,
+            "backoffLimit": 6,
+            "stallPolicy": "Hold",
+            "stallPauseSeconds": 10,
+            "offline": False,
+        },
         "switchPolicy": "Guarded",
         "deletionPolicy": "Retain",
     }

@@ -15,6 +15,7 @@ from tests.model.eyes import Eyes, look, observation
 from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of
 from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
 from tests.model.world import ENOUGH, TICK, Held, Kind, Setting, Step, World, named, on, put, put_all, saved
+from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile import clock, machine, transition
 from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.record import Call, Copy, DiskRecord, Image, Record, Snapshot
@@ -22,6 +23,7 @@ from vmbackup.reconcile.terms import Action, Do, Intent
 
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
 BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0
+PAUSE_OVER, PAUSE = 0.0, 1.0
 NO_LIMIT = 10**6
 UNSETTLED = "sync: it names others"
 
@@ -50,14 +52,7 @@ class Agent:
             return
         if world.vmbackup == "released" and not world.record.it.orphan:
             return
-        if any(disk.retry_at for disk in world.record.it.disks):
-            over = self._record("back-off", world.record, _back_off_over)
-            kept = self._record("back-off", world.kept, _back_off_over)
-            yield Step("time passes: the back-off is over", world._replace(record=over, kept=kept))
-        if world.deaf:
-            yield Step("time passes: thawing may be tried again", world._replace(deaf=False))
-        if world.config_failing:
-            yield Step("time passes: settling P may be tried again", world._replace(config_failing=False))
+        yield from self._time_passes(world)
         if world.copying:
             yield from self._copy(world)
         if world.plan is None:
@@ -70,6 +65,20 @@ class Agent:
             yield self._act(world, world.plan[1])
         elif world.plan[0] != "wait":
             yield self._take_answer(world, *world.plan)
+
+    def _time_passes(self, world: World) -> Iterator[Step]:
+        if any(disk.retry_at for disk in world.record.it.disks):
+            over = self._record("back-off", world.record, _back_off_over)
+            kept = self._record("back-off", world.kept, _back_off_over)
+            yield Step("time passes: the back-off is over", world._replace(record=over, kept=kept))
+        if world.record.it.pause_until:
+            over = self._record("pause", world.record, _pause_over)
+            kept = self._record("pause", world.kept, _pause_over)
+            yield Step("time passes: the pause is over", world._replace(record=over, kept=kept))
+        if world.deaf:
+            yield Step("time passes: thawing may be tried again", world._replace(deaf=False))
+        if world.config_failing:
+            yield Step("time passes: settling P may be tried again", world._replace(config_failing=False))
 
     def faults(self, world: World) -> Iterator[Step]:
         """Failures of the agent's own work."""
@@ -140,10 +149,12 @@ class Agent:
             quiesce=self.setting.quiesce,
             backoff_limit=self.limit,
             offline=self.setting.offline,
+            stall_policy=StallPolicy.PAUSE if self.setting.stall else StallPolicy.HOLD,
+            stall_pause=PAUSE,
         )
-        seen = observation(record, eyes, truth=False)
+        seen = observation(record, eyes, truth=False, late=self.setting.stall)
         if not seen.call_in_flight and machine.needs_truth(record, seen, doubt=doubt):
-            seen = observation(record, eyes, truth=True)
+            seen = observation(record, eyes, truth=True, late=self.setting.stall)
             doubt = doubt and any(disk.written is not disk.live for disk in seen.disks)
         return self.hold(machine.decide(intent, record, seen)), doubt
 
@@ -327,6 +338,10 @@ def _cleared(world: World, do: Do) -> World:
 
 def _back_off_over(record: Record) -> Record:
     return record.with_every_disk(retry_at=BACKOFF_OVER)
+
+
+def _pause_over(record: Record) -> Record:
+    return replace(record, pause_until=PAUSE_OVER)
 
 
 def _copied(world: World) -> bool:

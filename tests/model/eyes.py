@@ -79,8 +79,8 @@ def _file(disk: Disk) -> str:
     return "data" if disk.overlay.count(None) < len(disk.overlay) else "empty"
 
 
-def observation(record: Record, eyes: Eyes, *, truth: bool) -> Observation:
-    """What decide() gets."""
+def observation(record: Record, eyes: Eyes, *, truth: bool, late: bool) -> Observation:
+    """What decide() gets; `late`: every commit that is not READY is past its deadline."""
     disks = tuple(
         DiskSeen(
             target="abcd"[n],
@@ -90,6 +90,7 @@ def observation(record: Record, eyes: Eyes, *, truth: bool) -> Observation:
             mirror=MIRROR[disk.mirror],
             job=disk.known,
             job_at_end=disk.at_end,
+            overdue=late and disk.known and disk.mirror != "ready",
             foreign_job=disk.foreign,
             written=IMAGE.get(disk.writes) if truth else None,
         )

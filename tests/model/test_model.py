@@ -26,6 +26,7 @@ SETTINGS = (
     Setting(disks=1, faults=2, writes=1, foreign=True),
     Setting(disks=1, faults=2, writes=1, offline=True),
     Setting(disks=1, faults=1, writes=2, room=True),
+    Setting(disks=1, faults=2, writes=1, stall=True),
 )
 
 

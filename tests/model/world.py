@@ -115,6 +115,7 @@ class Setting:
     offline: bool = False  # commit.offline
     room: bool = False  # the overlays' file system may run low before it is full
     clock: bool = False  # the barrier (R4) sees the time, not the call; and libvirtd may be stopped for a while
+    stall: bool = False  # stallPolicy: Pause, and every commit is late at once
     residual: str = ""  # which part of assumption A is lifted: resume, reboot, journal, window (see residual.py)
     limit: int | None = None  # commit.backoffLimit; None: no limit
 

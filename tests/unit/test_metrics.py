@@ -60,6 +60,7 @@ def test_every_counter_starts_at_0_for_every_label_value(metrics: Metrics) -> No
 
 def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: Path) -> None:
     metrics.overlay("web-01", "vda", tmp_path, since=0)
+    metrics.stalled("web-01", "vda")
     metrics.suspended("web-01", since=0)
     metrics.succeeded("web-01", at=0)
     shown = {(name, tuple(sorted(key for key, _ in labels))) for name, labels in scrape(metrics)}
@@ -78,6 +79,7 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
         ("vmbackup_overlay_free_bytes", ("domain", "target")),
         ("vmbackup_overlay_age_seconds", ("domain", "target")),
         ("vmbackup_last_success_timestamp_seconds", ("domain",)),
+        ("vmbackup_commit_stalled", ("domain", "target")),
         ("vmbackup_guest_suspended_seconds", ("domain",)),
         ("vmbackup_orphan_overlays", ()),
         ("vmbackup_build_info", ("version",)),
@@ -141,6 +143,16 @@ def test_an_overlay_that_cannot_be_seen_does_not_break_a_scrape(metrics: Metrics
     assert value(metrics, "vmbackup_overlay_bytes", **disk) is None
     assert value(metrics, "vmbackup_overlay_free_bytes", **disk) is None
     assert value(metrics, "vmbackup_overlay_age_seconds", **disk) is not None
+
+
+def test_a_late_commit_is_shown_until_it_has_converged_or_its_overlay_is_gone(metrics: Metrics) -> None:
+    for end in (metrics.converged, metrics.overlay_gone):
+        metrics.stalled("web-01", "vda")
+        metrics.stalled("web-01", "vdb")
+        assert value(metrics, "vmbackup_commit_stalled", domain="web-01", target="vda") == 1
+        end("web-01", "vda")
+        assert value(metrics, "vmbackup_commit_stalled", domain="web-01", target="vda") is None
+        assert value(metrics, "vmbackup_commit_stalled", domain="web-01", target="vdb") == 1
 
 
 def test_a_suspended_guest_is_shown_until_it_is_resumed(metrics: Metrics) -> None:

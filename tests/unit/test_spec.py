@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.manifests import INVALID_BACKUPS, INVALID_STORES, VALID_BACKUPS, VALID_PATHS, Invalid, backup_spec
+from tests.manifests import (
+    INVALID_BACKUPS,
+    INVALID_STORES,
+    LIVE_PAUSE,
+    VALID_BACKUPS,
+    VALID_PATHS,
+    Invalid,
+    backup_spec,
+)
 from vmbackup.api.spec import (
     BackupSpec,
     CommitSpec,
@@ -65,6 +73,12 @@ def test_what_is_left_out_has_the_defaults_of_the_api() -> None:
     )
 
 
+def test_a_guest_that_is_never_suspended_is_not_paused_for_a_commit_either() -> None:
+    cure = "give Hold or Throttle, since switchPolicy Live never suspends the guest"
+    with pytest.raises(RefusedError, match=f"spec.commit.stallPolicy is 'Pause': {cure}"):
+        BackupSpec.parse(backup_spec(**LIVE_PAUSE))
+
+
 def test_every_field_is_read() -> None:
     parsed = BackupSpec.parse(
         backup_spec(
@@ -75,7 +89,8 @@ def test_every_field_is_read() -> None:
                 "bandwidth": 100 << 20,
                 "deadlineSeconds": 7,
                 "backoffLimit": 2,
-                "stallPolicy": "Pause",
+                "stallPolicy": "Throttle",
+                "stallPauseSeconds": 20,
                 "offline": True,
             },
             switchPolicy="Live",
@@ -90,7 +105,7 @@ def test_every_field_is_read() -> None:
         disks=("vda", "vdb"),
         snapshot=SnapshotSpec(Quiesce.SKIP, 3),
         copy=CopySpec(200 << 20, 5),
-        commit=CommitSpec(100 << 20, 7, 2, StallPolicy.PAUSE, offline=True),
+        commit=CommitSpec(100 << 20, 7, 2, StallPolicy.THROTTLE, 20, offline=True),
         switch_policy=SwitchPolicy.LIVE,
         deletion_policy=DeletionPolicy.DELETE,
         ttl_seconds_after_finished=9,

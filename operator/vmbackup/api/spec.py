@@ -87,6 +87,7 @@ class CommitSpec:
     deadline_seconds: int = 3600
     backoff_limit: int = 6
     stall_policy: StallPolicy = StallPolicy.HOLD
+    stall_pause_seconds: int = 10
     offline: bool = False
 
 
@@ -131,6 +132,7 @@ class BackupSpec:
                 deadline_seconds=commit.integer("deadlineSeconds", 3600, 1, 31536000),
                 backoff_limit=commit.integer("backoffLimit", 6, 0, 100),
                 stall_policy=commit.choice("stallPolicy", StallPolicy.HOLD),
+                stall_pause_seconds=commit.integer("stallPauseSeconds", 10, 1, 300),
                 offline=commit.boolean("offline", False),
             ),
             switch_policy=top.choice("switchPolicy", SwitchPolicy.GUARDED),
@@ -139,6 +141,8 @@ class BackupSpec:
         )
         for fields in (snapshot, copy, commit, store, top):
             fields.refuse_unknown()
+        if parsed.commit.stall_policy is StallPolicy.PAUSE and parsed.switch_policy is SwitchPolicy.LIVE:
+            raise commit.bad("stallPolicy", "give Hold or Throttle, since switchPolicy Live never suspends the guest")
         return parsed
 
 
@@ -183,7 +187,8 @@ class _Fields:
         self._read.add(name)
         return self._values.get(name)
 
-    def _bad(self, name: str, cure: str) -> RefusedError:
+    def bad(self, name: str, cure: str) -> RefusedError:
+        """The error that names this field, its value and the cure."""
         return RefusedError(f"{self._path}.{name} is {self._values.get(name)!r}: {cure}")
 
     def group(self, name: str, *, required: bool = False) -> Any:
@@ -197,7 +202,7 @@ class _Fields:
         if value is None:
             raise RefusedError(f"{self._path}.{name} is required: {cure}")
         if not isinstance(value, str) or form.fullmatch(value) is None:
-            raise self._bad(name, cure)
+            raise self.bad(name, cure)
         return value
 
     def targets(self, name: str) -> list[str]:
@@ -205,16 +210,16 @@ class _Fields:
         if value is None:
             return []
         if not isinstance(value, list):
-            raise self._bad(name, "give a list of disk targets such as [vda, vdb]")
+            raise self.bad(name, "give a list of disk targets such as [vda, vdb]")
         items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
         if not items:
-            raise self._bad(name, "name at least one disk target such as vda, or leave disks out for all")
+            raise self.bad(name, "name at least one disk target such as vda, or leave disks out for all")
         if len(items) > _MOST_DISKS:
-            raise self._bad(name, f"name at most {_MOST_DISKS} disks")
+            raise self.bad(name, f"name at most {_MOST_DISKS} disks")
         if any(not isinstance(item, str) or _TARGET.fullmatch(item) is None for item in items):
-            raise self._bad(name, "give the target of a disk such as vda, as `virsh domblklist` shows it")
+            raise self.bad(name, "give the target of a disk such as vda, as `virsh domblklist` shows it")
         if len(set(items)) != len(items):
-            raise self._bad(name, "give each disk target once")
+            raise self.bad(name, "give each disk target once")
         return items
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -226,7 +231,7 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self._bad(name, f"give a whole number from {low} to {high}")
+            raise self.bad(name, f"give a whole number from {low} to {high}")
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -234,7 +239,7 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self._bad(name, "give true or false")
+            raise self.bad(name, "give true or false")
         return value
 
     def choice(self, name: str, default: Choice) -> Choice:
@@ -245,7 +250,7 @@ class _Fields:
             return type(default)(value)
         except ValueError:
             known = ", ".join(type(default))
-            raise self._bad(name, f"give one of {known}") from None
+            raise self.bad(name, f"give one of {known}") from None
 
     def bandwidth(self, name: str) -> int | None:
         value = self._get(name)
@@ -254,9 +259,9 @@ class _Fields:
         try:
             rate = parse_quantity(value)
         except ValueError:
-            raise self._bad(name, "give bytes per second as a quantity such as 200Mi") from None
+            raise self.bad(name, "give bytes per second as a quantity such as 200Mi") from None
         if rate < 1024 * 1024:
-            raise self._bad(name, "give at least 1Mi (bytes per second), or leave it out for no limit")
+            raise self.bad(name, "give at least 1Mi (bytes per second), or leave it out for no limit")
         return rate
 
     def refuse_unknown(self) -> None:

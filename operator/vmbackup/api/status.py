@@ -30,6 +30,7 @@ class Reason(StrEnum):
     BRINGING_CHAIN_HOME = "BringingChainHome"
     COMMITTING = "Committing"
     COMMIT_RETRYING = "CommitRetrying"
+    COMMIT_NOT_CONVERGING = "CommitNotConverging"
     SHIPPING = "Shipping"
     SUCCEEDED = "Succeeded"
     OVERLAY_ACTIVE = "OverlayActive"

@@ -38,6 +38,9 @@ _COMMIT_FLAGS = (
     | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
     | libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
 )
+BYTE_LIMITS = tuple(
+    f"{what}_bytes_sec{burst}" for what in ("total", "read", "write") for burst in ("", "_max", "_max_length")
+)
 _PERSISTENT_FLAGS = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
 
 
@@ -125,6 +128,13 @@ class Guest:
         answer = self._while_on("asking for the domain's job", lambda domain: domain.jobInfo(), otherwise=None)
         return answer is not None and cast("list[int]", answer)[0] != libvirt.VIR_DOMAIN_JOB_NONE
 
+    def byte_limits(self, target: str) -> dict[str, int]:
+        """What limits the bytes per second of a disk now, by libvirt's names (BYTE_LIMITS), without zeros."""
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        doing = f"asking for the limits of {target}"
+        tune = cast("dict[str, Any]", self._read(doing, lambda domain: domain.blockIoTune(target, flags)))
+        return {name: int(tune[name]) for name in BYTE_LIMITS if tune.get(name)}
+
     def written_images(self) -> dict[str, str]:
         """QEMU's own word: the file that each disk writes, by disk target (PROTOCOL R3).
 
@@ -196,6 +206,15 @@ class Guest:
         flags = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
         doing = f"setting the bandwidth of the block job of {target}"
         self._change(doing, lambda domain: domain.blockJobSetSpeed(target, bandwidth or 0, flags))
+
+    def limit_bytes(self, target: str, limits: Mapping[str, int]) -> None:
+        """Limit the bytes per second of a disk until QEMU ends; what is not named of BYTE_LIMITS becomes unlimited.
+
+        The limits of operations per second stay, and so does the persistent XML. Disks of one <group_name> share them.
+        """
+        tune = {name: limits.get(name, 0) for name in BYTE_LIMITS}
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        self._change(f"limiting {target}", lambda domain: domain.setBlockIoTune(target, tune, flags))
 
     def pivot(self, target: str) -> None:
         """Let QEMU write the base again. Success says nothing about the persistent XML on disk: settle it."""

@@ -24,20 +24,19 @@ from vmbackup.reconcile.merging import Merging, shows_the_same
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
-from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
+from vmbackup.reconcile.quiescing import Quiescing
+from vmbackup.reconcile.record import Copy, Record, Snapshot
 from vmbackup.reconcile.room import patience
 from vmbackup.reconcile.settling import Settling
 from vmbackup.reconcile.terms import Action, Do, Power
-from vmbackup.reconcile.transition import answered, compared, failed, merged_offline, recorded, without_switches
+from vmbackup.reconcile.throttling import Throttling
+from vmbackup.reconcile.transition import compared, failed, merged_offline, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
 from vmbackup.stores.base import Store
 
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
-_NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
 _SHIP_ATTEMPTS = 10
 _SHIP_PAUSE = 5.0  # seconds
-_THAW_ATTEMPTS = 20
-_THAW_PAUSE = 3.0  # seconds
 _AGAIN = 0.2  # seconds before a step inside a switch of images is tried again
 
 
@@ -73,6 +72,8 @@ class Acts:
         self._failed: dict[Do, int] = {}
         self._holding = Holding(journal, guest, narration)
         self._settling = Settling(journal, guest, observer, narration)
+        self._throttling = Throttling(journal, guest, narration)
+        self._quiescing = Quiescing(journal, observer, narration)
 
     @property
     def record(self) -> Record:
@@ -125,13 +126,13 @@ class Acts:
         self._merging.let_go()
 
     def tend(self, view: View, wish: Wish) -> None:
-        """While waiting: let a changed bandwidth take effect, and say it once when a commit passes its deadline."""
+        """While waiting: let a changed bandwidth take effect."""
         for target, job in view.jobs.items():
             wanted = wish.spec.commit.bandwidth or 0
             if job.kind == "active-commit" and job.bandwidth != wanted:
                 limit = partial(self._guest.set_job_bandwidth, target, wanted or None)
                 send(self._journal, Action(Do.WAIT, target), limit)
-        self._narration.commit_progress(self.record, view.jobs, wish.spec.commit)
+        self._narration.commit_progress(view.jobs)
 
     # -- every other action
 
@@ -146,16 +147,12 @@ class Acts:
                 return self._merge_offline(action, wish)
             case Do.REMOVE_OVERLAY:
                 return self._remove_overlay(action, view)
-            case Do.COMPARE:
-                same = shows_the_same(self.record.disk(action.target))
-                self.write(compared(self.record, action, same=same))
-                return 0.0
-            case Do.FINISH:
-                return self._finish(action)
+            case Do.COMPARE | Do.FINISH | Do.SYNC_CONFIG:
+                return self._steps()[action.do](action)
+            case Do.THROTTLE | Do.UNTHROTTLE:
+                return self._throttling.perform(action, view.jobs.get(action.target), wish.spec.commit.deadline_seconds)
             case Do.RECORD_FAILURE:
                 return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
-            case Do.SYNC_CONFIG:
-                return 0.0 if (why := self._settling.sync(action)) is None else self._config_failed(why)
             case Do.FAIL_BACKUP:
                 low = Reason.OVERLAY_SPACE_LOW if action.reason == view.seen.room_low else ""
                 return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else low)
@@ -169,6 +166,18 @@ class Acts:
                 self.write(recorded(self.record, action))
                 self._narration.recorded(self.record, action)
                 return 0.0
+
+    def _steps(self) -> dict[Do, Callable[[Action], float]]:
+        return {
+            Do.COMPARE: self._compare,
+            Do.FINISH: self._finish,
+            Do.SYNC_CONFIG: self._sync_config,
+        }
+
+    def _compare(self, action: Action) -> float:
+        same = shows_the_same(self.record.disk(action.target))
+        self.write(compared(self.record, action, same=same))
+        return 0.0
 
     def _fail_backup(self, why: str, reason: str = "") -> float:
         failed = recorded(self.record, Action(Do.FAIL_BACKUP, reason=why))
@@ -281,7 +290,7 @@ class Acts:
             Do.SNAPSHOT: lambda action, spec: self._snapshot(),
             Do.REDEFINE: lambda action, spec: self._settling.redefine(action),
             Do.COMMIT: lambda action, spec: self._commit(action.target, spec),
-            Do.PIVOT: lambda action, spec: self._guest.pivot(action.target),
+            Do.PIVOT: lambda action, spec: self._holding.pivot(action.target),
         }
 
     def _call(self, action: Action, wish: Wish) -> float:
@@ -334,9 +343,14 @@ class Acts:
         count = self._failed[action.do] = self._failed.get(action.do, 0) + 1
         match action.do:
             case Do.FREEZE:
-                return self._freeze_failed(wish, why, reason)
+                required = wish.spec.snapshot.quiesce is Quiesce.REQUIRE
+                self._quiescing.freeze_failed(why, reason, required=required)
+                if required:
+                    return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
+                return 0.0
             case Do.THAW:
-                return self._thaw_failed(count, why, reason)
+                self._quiescing.thaw_failed(count, why, reason)
+                return 0.0
             case Do.SNAPSHOT:
                 return self._fail_backup(f"the snapshot failed: {why}", "SnapshotFailed")
             case Do.COMMIT:
@@ -357,31 +371,15 @@ class Acts:
         for target in pivoting:
             pivot = Action(Do.PIVOT, target)
             self._commit_failed(pivot, f"the guest could not be suspended: {why}", RetryReason.PIVOT_FAILED)
-        if not pivoting:
+        if self.record.pause_until:  # it was for a commit to converge
+            self.write(replace(self.record, pause_until=0.0), durable=False)
+        elif not pivoting:
             self._fail_backup(f"the guest could not be suspended: {why}", "SuspendFailed")
         return 0.0
 
-    def _freeze_failed(self, wish: Wish, why: str, reason: str) -> float:
-        """Not frozen, as far as is known; but a guest agent that was asked in vain may still freeze later: thaw."""
-        refused = reason in _NO_AGENT
-        record = failed(replace(self.record, call=None), Action(Do.FREEZE), why, retry_at=0.0)
-        self.write(replace(record, freeze=Freeze.TRIED) if refused else record)
-        if wish.spec.snapshot.quiesce is Quiesce.REQUIRE:
-            return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
-        self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
-        return 0.0
-
-    def _thaw_failed(self, count: int, why: str, reason: str) -> float:
-        if reason in _NO_AGENT:  # then nothing is frozen: a run that was killed while freezing could not know that
-            self.write(answered(replace(self.record, call=None), Action(Do.THAW)))
-            return 0.0
-        self._observer.thaw_after = boottime() + _THAW_PAUSE
-        if count >= _THAW_ATTEMPTS:
-            self.write(replace(self.record, call=None, freeze=Freeze.TRIED))
-            self._narration.event(
-                "ThawFailed", f"gave up thawing, thaw it by hand (virsh domfsthaw): {why}", warning=True
-            )
-        return 0.0
+    def _sync_config(self, action: Action) -> float:
+        why = self._settling.sync(action)
+        return 0.0 if why is None else self._config_failed(why)
 
     def _config_failed(self, why: str) -> float:
         """P cannot be settled. Before the snapshot that ends the backup; later the guest does not wait for ever."""

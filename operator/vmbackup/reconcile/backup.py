@@ -139,7 +139,8 @@ class Backup:
         try:
             journal.write(taken_up, durable=False)
         except PermanentError as error:
-            if taken_up.guard is not Guard.OURS and taken_up.freeze is not Freeze.THAW_DUE:
+            throttled = any(disk.throttle for disk in taken_up.disks)
+            if taken_up.guard is not Guard.OURS and taken_up.freeze is not Freeze.THAW_DUE and not throttled:
                 raise
             journal.give_up(without_switches(taken_up))  # the guest comes first
             self._journal_error = error

@@ -18,6 +18,7 @@ from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.stall import with_overdue
 from vmbackup.reconcile.terms import Action, Do, Intent
 from vmbackup.reconcile.wish import Wish
 
@@ -94,8 +95,10 @@ class Driver:
             self._acts.let_go()
 
     def _may_stop(self) -> bool:
-        """Never with the guest suspended or frozen by us."""
-        return self._record.guard is not Guard.OURS and self._record.freeze is not Freeze.FROZEN
+        """Never with the guest suspended or frozen by us; nor slowed down, unless that cannot be changed now."""
+        throttled = any(disk.throttle is not None for disk in self._record.disks)
+        slowed = throttled and self._record.call is None and not self._hiccups
+        return self._record.guard is not Guard.OURS and self._record.freeze is not Freeze.FROZEN and not slowed
 
     def _thaw_due(self) -> bool:
         """Frozen by an earlier run. An agent that does not answer is not asked for ever."""
@@ -108,7 +111,7 @@ class Driver:
                 self._acts.write(taken_up_again(self._record, wish.retry))
             if not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted:
                 return self._plan(wish)
-            view = self._observe()
+            view = self._observe(wish)
             action = self._decide(wish, view)
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
             if self._journal_error is None:
@@ -142,7 +145,7 @@ class Driver:
             self._narration.event(error.reason, str(error), warning=True)
         return pause
 
-    def _observe(self) -> View:
+    def _observe(self, wish: Wish) -> View:
         if self._hypervisor.generation != self._generation:
             self._generation = self._hypervisor.generation
             self._doubt = True
@@ -154,7 +157,7 @@ class Driver:
             view = self._observer.observe(self._record, doubt=True)
         if view.seen.disks and all(disk.written is not None and disk.written is disk.live for disk in view.seen.disks):
             self._doubt = False
-        return view
+        return replace(view, seen=with_overdue(self._record, view.seen, wish.spec.commit.deadline_seconds))
 
     def _decide(self, wish: Wish, view: View) -> Action:
         intent = Intent(
@@ -164,6 +167,9 @@ class Driver:
             quiesce_required=wish.spec.snapshot.quiesce is Quiesce.REQUIRE,
             backoff_limit=wish.spec.commit.backoff_limit,
             offline=wish.spec.commit.offline,
+            stall_policy=wish.spec.commit.stall_policy,
+            stall_pause=wish.spec.commit.stall_pause_seconds,
+            leaving=wish.stop or self._journal_error is not None,
         )
         return decide(intent, self._record, view.seen)
 

@@ -35,6 +35,12 @@ class Holding:
         self._narration.suspending(record)
         self._guest.suspend()
 
+    def pivot(self, target: str) -> None:
+        """Switch a disk back. A guest that was suspended before that was intended is marked with it now."""
+        if self._journal.record.guard is Guard.OURS:
+            self._mark(frozen=False)
+        self._guest.pivot(target)
+
     def resume(self) -> None:
         """Let the guest run."""
         record = self._journal.record

@@ -10,6 +10,8 @@ from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, R
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Observation, Power
 
+NOT_CONVERGED = "the commit has not converged within spec.commit.deadlineSeconds"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -120,7 +122,7 @@ def _headline(
         return Reason.WAITING_FOR_OTHERS, action.reason
     if parked and record.snapshot in (Snapshot.DONE, Snapshot.ADOPTED):
         return _while_off(record, seen, action)
-    return _running(record, phase)
+    return _running(record, seen, phase)
 
 
 def _while_off(record: Record, seen: Observation | None, action: Action | None) -> tuple[str, str]:
@@ -136,7 +138,7 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
     return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
 
 
-def _running(record: Record, phase: Phase) -> tuple[str, str]:
+def _running(record: Record, seen: Observation | None, phase: Phase) -> tuple[str, str]:
     match phase:
         case Phase.PENDING if record.snapshot is Snapshot.ADOPTED:
             overlays = ", ".join(overlays_left(record, None))
@@ -151,6 +153,8 @@ def _running(record: Record, phase: Phase) -> tuple[str, str]:
             return Reason.FINISHED, "every disk is home, and the copy is stored"
         case Phase.PIVOTED:
             return Reason.SHIPPING, "every disk is home; the copy is being completed in the store"
+        case _ if overdue := _overdue(record, seen):
+            return Reason.COMMIT_NOT_CONVERGING, overdue
         case _ if record.copy is Copy.FAILED:
             return Reason.BRINGING_CHAIN_HOME, record.copy_error
         case _ if any(disk.failures for disk in record.disks):
@@ -174,6 +178,20 @@ def _named(disk: DiskRecord) -> str:
 def _is_home(disk: DiskSeen) -> bool:
     here = disk.persistent if disk.live is None else disk.live
     return here in (Image.BASE, None) and disk.overlay is None
+
+
+def _overdue(record: Record, seen: Observation | None) -> str:
+    """Which commits do not converge, and what is done about it."""
+    late = [record.disk(disk.target) for disk in seen.disks if disk.overdue] if seen else []
+    return "; ".join(f"disk {disk.target}: {NOT_CONVERGED}: {_remedy(record, disk)}" for disk in late)
+
+
+def _remedy(record: Record, disk: DiskRecord) -> str:
+    if record.pause_until:
+        return "the guest is suspended until it has, for spec.commit.stallPauseSeconds at most"
+    if disk.throttle is not None and disk.throttle.limits and not disk.throttle.yielded:
+        return f"the guest may write {disk.throttle.limits[-1]} bytes/s to it until it has"
+    return "it goes on; raise spec.commit.bandwidth, let the guest write less, or change spec.commit.stallPolicy"
 
 
 def _chain(record: Record, seen: Observation | None, *, home: bool) -> tuple[str, str]:

@@ -6,14 +6,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from vmbackup.api.spec import CommitSpec, StallPolicy
 from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
-from vmbackup.reconcile.narrate import Progress, narrate, overlays_left
+from vmbackup.reconcile.narrate import NOT_CONVERGED, Progress, narrate, overlays_left
 from vmbackup.reconcile.record import Freeze, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do, Observation
+from vmbackup.reconcile.terms import Action, Do, Mirror, Observation
 from vmbackup.reconcile.wish import Reporter
 from vmbackup.report.metrics import Metrics
 
@@ -47,7 +46,8 @@ class Narration:
         self._last_progress: float | None = None
         self._ended = ended
         self._frozen_since: float | None = None
-        self._late: set[tuple[str, int]] = set()
+        self._overdue: set[tuple[str, int]] = set()  # target and number of the attempt
+        self._paused_since: float | None = None
         self._unproven = False
         self._left = ""
 
@@ -70,6 +70,7 @@ class Narration:
         self._left = left
         if seen is not None:
             self._tell_overlays(record, seen)
+            self._tell_overdue(record, seen)
         if record.finished and report.outcome is not None and not self._ended:
             self._ended = True
             self._metrics.finished(report.outcome)
@@ -83,6 +84,10 @@ class Narration:
             self._metrics.resumed(record.domain)
         if action.do is Do.ADOPT and (record.guard is Guard.OURS or record.freeze is Freeze.THAW_DUE):
             self.event("GuestHeld", "held still by a backup whose journal is lost: letting it go", warning=True)
+        elif action.do is Do.INTEND_PAUSE:
+            disk = f"disk {action.target}: the guest is suspended until its commit has converged, for "
+            bound = "spec.commit.stallPauseSeconds at most (spec.commit.stallPolicy: Pause)"
+            self.event("GuestSuspended", disk + bound, warning=True)
         elif action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
             self.event(reason, f"{message}: {', '.join(overlays_left(record, None))}", warning=warning)
@@ -108,7 +113,11 @@ class Narration:
 
     def answered(self, record: Record, action: Action) -> None:
         """A call was carried out."""
-        if action.do is Do.THAW and self._frozen_since is not None:
+        if action.do is Do.RESUME:
+            self._tell_resumed()
+        elif action.do is Do.SUSPEND and record.pause_until:
+            self._paused_since = boottime()
+        elif action.do is Do.THAW and self._frozen_since is not None:
             self._metrics.frozen(time.time() - self._frozen_since)
             self._frozen_since = None
 
@@ -125,24 +134,42 @@ class Narration:
         """A commit is, or may have to be, tried again."""
         self._metrics.retried(reason)
 
-    def commit_progress(self, record: Record, jobs: Mapping[str, BlockJob], spec: CommitSpec) -> None:
-        """How far the commits are; once for each attempt that it is past its deadline."""
+    def commit_progress(self, jobs: Mapping[str, BlockJob]) -> None:
+        """How far the commits are."""
         for target, job in jobs.items():
             if job.kind != "active-commit":
                 continue
             if job.current > self._merged.get(target, 0):
                 self._last_progress = time.time()
             self._merged[target] = job.current
-            disk = record.disk(target)
-            started, attempt = disk.commit_started, (target, disk.attempts)
-            if started is None or attempt in self._late or boottime() - started < spec.deadline_seconds:
-                continue
-            self._late.add(attempt)
-            cure = "raise spec.commit.bandwidth, or let the guest write less"
-            if spec.stall_policy is not StallPolicy.HOLD:
-                cure += f" (stallPolicy {spec.stall_policy} is not carried out yet: the job is held)"
-            late = f"disk {target}: the commit has not converged in {spec.deadline_seconds} s and goes on: {cure}"
-            self.event("CommitDeadlineExceeded", late, warning=True)
+
+    def throttled(self, target: str, limit: int) -> None:
+        """The guest's writes to a disk are slowed down, or more so."""
+        self.event("GuestThrottled", f"disk {target}: the guest may write {limit} bytes/s until its commit has "
+                   "converged (spec.commit.stallPolicy: Throttle)", warning=True)  # fmt: skip
+
+    def unthrottled(self, target: str) -> None:
+        """The end of that."""
+        self.event("GuestUnthrottled", f"disk {target}: the guest may write as fast as before")
+
+    def limits_yielded(self, target: str) -> None:
+        """Somebody else has changed what we had set."""
+        self.event("IoTuneChanged", f"disk {target}: its limits (iotune) were changed while its commit was held "
+                   "back by the guest's writes: they are left as they are now", warning=True)  # fmt: skip
+
+    def not_throttled(self, target: str, why: str) -> None:
+        """The guest's writes cannot be slowed down."""
+        self.event("ThrottleFailed", f"disk {target}: its writes cannot be slowed down: {why}", warning=True)
+
+    def not_unthrottled(self, target: str, original: Mapping[str, int], why: str) -> None:
+        """What we had set is left."""
+        tune = {"total_bytes_sec": 0, "read_bytes_sec": 0, "write_bytes_sec": 0, **original}
+        options = " ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in tune.items() if value or "write" in name
+        )
+        cure = f"virsh blkdeviotune DOMAIN {target} --live {options}"
+        self.event("UnthrottleFailed", f"disk {target}: its writes are still slowed down, set it back by hand "
+                   f"({cure}): {why}", warning=True)  # fmt: skip
 
     def merged(self, target: str, overlay: Path) -> int:
         """Bytes that the commit of a disk has merged: by its job, or what its overlay takes on disk."""
@@ -182,6 +209,26 @@ class Narration:
             self._metrics.phase_left(self._phase, now - self._phase_since)
         self._phase, self._phase_since, self._last_progress = report.phase, now, now
         self.event(report.phase, report.message, warning=report.phase is Phase.FAILED)
+
+    def _tell_resumed(self) -> None:
+        if self._paused_since is not None:
+            seconds, self._paused_since = boottime() - self._paused_since, None
+            self.event("GuestResumed", f"the guest runs again; it was suspended for {seconds:.1f} s to let a commit "
+                       "converge, and is not suspended for that again in this attempt")  # fmt: skip
+
+    def _tell_overdue(self, record: Record, seen: Observation) -> None:
+        for disk in seen.disks:
+            attempt = (disk.target, record.disk(disk.target).attempts)
+            if disk.overdue:
+                self._metrics.stalled(record.domain, disk.target)
+                if attempt not in self._overdue:
+                    self.event("CommitDeadlineExceeded", f"disk {disk.target}: {NOT_CONVERGED}", warning=True)
+                self._overdue.add(attempt)
+            elif attempt in self._overdue:
+                self._metrics.converged(record.domain, disk.target)
+                self._overdue.discard(attempt)
+                if disk.mirror is Mirror.READY or disk.live is Image.BASE:
+                    self.event("CommitConverged", f"disk {disk.target}: the commit has converged")
 
     def _tell_overlays(self, record: Record, seen: Observation) -> None:
         if record.snapshot is Snapshot.NONE:

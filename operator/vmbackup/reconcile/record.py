@@ -73,6 +73,19 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Throttle:
+    """How we slow down the guest's writes to one disk, so that its commit converges (vmbackup.reconcile.stall)."""
+
+    original: tuple[tuple[str, int], ...]  # of its live <iotune>: what limits bytes, as it was found, without zeros
+    limits: tuple[int, ...] = ()  # bytes per second, one after the other as we set them
+    pending: bool = False  # whether the last of them was really set is not known
+    merged: int = 0  # bytes that the job had merged when we last looked whether it converges
+    remaining: int = 0  # bytes that it had still to merge then
+    next_at: float = 0.0  # CLOCK_BOOTTIME, seconds: when to look again
+    yielded: bool = False  # somebody else has changed it since, or it cannot be set: it is left as it is
+
+
+@dataclass(frozen=True)
 class DiskRecord:
     """One disk."""
 
@@ -91,6 +104,8 @@ class DiskRecord:
     commit_running: bool = False  # an attempt whose end was not seen yet
     commit_started: float | None = None  # CLOCK_BOOTTIME, seconds
     commit_seconds: float | None = None
+    pause_used: bool = False  # the guest was suspended already to let this attempt converge
+    throttle: Throttle | None = None
     pivot_intended: bool = False
     merged: str = ""  # while off, and compared: the stamp of the overlay, which says that it was not written since
     settled: Settled | None = None
@@ -123,6 +138,7 @@ class Record:
     skipped: tuple[tuple[str, str], ...] = ()  # target, why it is left out
     snapshot: Snapshot = Snapshot.NONE
     guard: Guard = Guard.NONE
+    pause_until: float = 0.0  # CLOCK_BOOTTIME, seconds: how long it may stay suspended for a commit; 0: it may not
     freeze: Freeze = Freeze.NONE
     io_error: bool = False  # the guest was paused by an I/O error while on its overlay: we resume it, once
     copy: Copy = Copy.OPEN

@@ -21,9 +21,10 @@ from vmbackup.reconcile.terms import Action, Do
 
 
 def forget_guest(s: Situation) -> Action | None:
-    """QEMU is gone, and with it whatever we had suspended or frozen."""
+    """QEMU is gone, and with it whatever we had suspended, frozen or slowed down."""
     frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
-    if s.record.guard is not Guard.NONE or frozen or s.record.io_error:
+    throttled = any(disk.record.throttle is not None for disk in s.disks)
+    if s.record.guard is not Guard.NONE or frozen or throttled or s.record.io_error:
         return Action(Do.FORGET_GUEST)
     return None
 

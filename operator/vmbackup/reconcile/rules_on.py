@@ -22,6 +22,7 @@ from vmbackup.reconcile.situation import (
     snapshot_wanted,
     spare_changed_base,
     thaw_guest,
+    unthrottle,
 )
 from vmbackup.reconcile.terms import Action, Do, Mirror, Power
 
@@ -99,8 +100,8 @@ def correct_persistent(s: Situation) -> Action | None:
 
 
 def resume_guest(s: Situation) -> Action | None:
-    """Suspended by us, and no switch of images is due: settle P=L (R2), then resume."""
-    if s.record.guard is Guard.NONE or s.pivot_due:
+    """Suspended by us, and neither a switch of images nor a commit needs it: settle P=L (R2), then resume."""
+    if s.record.guard is Guard.NONE or s.pivot_due or s.pausing:
         return None
     freeze_anew = s.record.freeze is Freeze.THAW_DUE and s.record.quiesced is None  # frozen by a run that is gone
     if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED and not freeze_anew:
@@ -167,6 +168,31 @@ def resume_after_io_error(s: Situation) -> Action | None:
     return Action(Do.RESUME) if due else None
 
 
+def escalate(s: Situation) -> Action | None:
+    """A commit does not converge: slow down the guest's writes, or suspend it, once in an attempt and for a while."""
+    if s.pausing:
+        return Action(Do.SUSPEND) if s.seen.power is Power.RUNNING else None
+    for disk in s.on_overlay:
+        if disk.seen.overdue and s.under_way(disk) and (action := _throttle(s, disk) or _pause(s, disk)):
+            return action
+    return None
+
+
+def _throttle(s: Situation, disk: Case) -> Action | None:
+    throttle = disk.record.throttle
+    due = throttle is None or (not throttle.yielded and s.seen.now >= throttle.next_at)
+    return Action(Do.THROTTLE, disk.target) if due and s.throttling(disk) else None
+
+
+def _pause(s: Situation, disk: Case) -> Action | None:
+    """Never together with a switch of images, nor with the guest frozen; and P is settled: see settle_overlay."""
+    thawed = s.record.freeze not in (Freeze.FROZEN, Freeze.THAW_DUE)
+    free = s.record.guard is Guard.NONE and s.seen.power is Power.RUNNING and thawed
+    if not s.may_pause or not free or disk.record.pause_used:
+        return None
+    return Action(Do.INTEND_PAUSE, disk.target, until=s.seen.now + s.intent.stall_pause)
+
+
 def commit_and_pivot(s: Situation) -> Action | None:
     """L=O and the copy is decided: commit, READY, guarded pivot. Failed attempts are made again after a while."""
     if not s.on_overlay or s.record.gave_up:
@@ -178,6 +204,8 @@ def commit_and_pivot(s: Situation) -> Action | None:
     if all(s.exhausted(disk) for disk in s.on_overlay):
         return Action(Do.GIVE_UP)
     until = [action.until for action in actions if action.until is not None]
+    if s.pausing:
+        until.append(s.record.pause_until)
     waiting = next((action for action in actions if action.others), Action(Do.WAIT, reason="the commit is running"))
     return replace(waiting, until=min(until, default=None))
 
@@ -272,12 +300,14 @@ RULES_ON: tuple[Rule, ...] = (
     correct_persistent,
     resume_guest,
     thaw,
+    unthrottle,
     clear_pivot,
     settle_overlay,
     spare_changed_base,
     copy_or_fail,
     remove_overlay,
     resume_after_io_error,
+    escalate,
     commit_and_pivot,
     stay_on_overlay,
     settle_base,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, DiskRecord, Freeze, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
@@ -82,6 +83,27 @@ class Situation:
         """A disk is about to be pivoted."""
         return any(disk.record.pivot_intended and self.may_pivot(disk) for disk in self.on_overlay)
 
+    @property
+    def may_pause(self) -> bool:
+        """The guest may be suspended so that a commit converges."""
+        asked = self.intent.stall_policy is StallPolicy.PAUSE and self.intent.guarded
+        return asked and not self.intent.leaving and not self.seen.config_failing
+
+    @property
+    def pausing(self) -> bool:
+        """It is, or is about to be: until every commit that is under way has been pivoted, or the time is over."""
+        in_time = self.record.guard is Guard.OURS and self.seen.now < self.record.pause_until
+        return in_time and self.may_pause and any(self.under_way(disk) for disk in self.on_overlay)
+
+    def throttling(self, disk: Case) -> bool:
+        """The guest's writes to this disk may be slowed down so that its commit converges."""
+        asked = self.intent.stall_policy is StallPolicy.THROTTLE and not self.intent.leaving
+        return asked and disk.on_overlay and self.under_way(disk)
+
+    def under_way(self, disk: Case) -> bool:
+        """The job of an attempt to bring this disk home is running."""
+        return disk.seen.job and not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+
     def may_pivot(self, disk: Case) -> bool:
         """The job may be pivoted, P can be settled, and the next attempt is due."""
         due = not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
@@ -149,7 +171,7 @@ def quarantine(situation: Situation, reason: str) -> Action:
         return settle_if_possible(situation) or Action(Do.RESUME)
     if situation.record.guard is not Guard.NONE:  # whoever pauses the guest from now on is not us
         return Action(Do.CLEAR_GUARD)
-    if action := thaw_guest(situation):
+    if action := thaw_guest(situation) or unthrottle(situation):
         return action
     if not situation.record.quarantined:
         return Action(Do.QUARANTINE, reason=reason)
@@ -168,6 +190,16 @@ def thaw_guest(s: Situation) -> Action | None:
     """Frozen by us: thaw. An agent that does not answer is asked again later, and blocks nothing."""
     frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
     return Action(Do.THAW) if frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after else None
+
+
+def unthrottle(s: Situation) -> Action | None:
+    """The end of an attempt, however it ended: the guest writes as fast as before."""
+    if s.suspended_by_us:
+        return None
+    for disk in s.disks:
+        if disk.record.throttle is not None and not s.throttling(disk):
+            return Action(Do.UNTHROTTLE, disk.target)
+    return None
 
 
 def let_go(situation: Situation) -> Action | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile.record import Guard, Image
 
 
@@ -50,6 +51,7 @@ class DiskSeen:
     mirror: Mirror = Mirror.NONE
     job: bool = False  # blockJobInfo knows an active commit
     job_at_end: bool = False  # its current equals its end: a hint, never proof of READY
+    overdue: bool = False  # our job has passed commit.deadlineSeconds, and is not READY
     foreign_job: bool = False  # somebody else's block job
     written: Image | None = None  # T; None: not asked
     base_changed: bool = False  # base is not the file any more that it was, or was cut off
@@ -84,6 +86,9 @@ class Intent:
     quiesce_required: bool = False
     backoff_limit: int = 6
     offline: bool = False  # commit.offline: merge also while the guest is off
+    stall_policy: StallPolicy = StallPolicy.HOLD
+    stall_pause: float = 0.0  # seconds
+    leaving: bool = False  # this run is to end: it leaves no guest suspended or slowed down
 
 
 class Do(StrEnum):
@@ -99,7 +104,7 @@ class Do(StrEnum):
     THAW = "thaw"  # (call)
     SUSPEND = "suspend"  # (call)
     RESUME = "resume"  # (call)
-    FORGET_GUEST = "forget-guest"  # (journal) QEMU is gone, and with it what we had suspended or frozen
+    FORGET_GUEST = "forget-guest"  # (journal) QEMU is gone, and with it what we had suspended, frozen or slowed down
     RECORD_IO_ERROR = "record-io-error"  # (journal) paused while on its overlay: to be resumed, once, when home
     CLEAR_GUARD = "clear-guard"  # (journal) nothing of ours is suspended any more
     SNAPSHOT = "snapshot"  # (call)
@@ -110,6 +115,9 @@ class Do(StrEnum):
     BEGIN_COMMIT = "begin-commit"  # (journal) from here on base is not the point in time any more
     COMMIT = "commit"  # (call)
     MERGE_OFFLINE = "merge-offline"  # off: merge O into base, compare them, hold O, note that in the journal
+    THROTTLE = "throttle"  # (call) slow down the guest's writes, or look whether that was enough
+    UNTHROTTLE = "unthrottle"  # (call)
+    INTEND_PAUSE = "intend-pause"  # (journal) and suspend, until the commit is READY or `until`
     RECORD_FAILURE = "record-failure"  # (journal) the job vanished without having pivoted
     INTEND_PIVOT = "intend-pivot"  # (journal) and suspend, where guarded
     CLEAR_PIVOT = "clear-pivot"  # (journal)
@@ -135,7 +143,7 @@ class Action:
     target: str = ""
     images: tuple[tuple[str, Image], ...] = ()
     reason: str = ""
-    until: float | None = None  # WAIT: CLOCK_BOOTTIME, seconds; None: until something happens
+    until: float | None = None  # WAIT, INTEND_PAUSE: CLOCK_BOOTTIME, seconds; None: until something happens
     others: bool = False  # WAIT: for what somebody else does with this domain
     parked: bool = False  # WAIT: nothing can be done until a human or the guest acts
     guard: Guard = Guard.NONE  # INTEND_*: who keeps the guest still during the switch

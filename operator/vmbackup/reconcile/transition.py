@@ -25,15 +25,19 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.RECORD_SNAPSHOT:
             return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE)
         case Do.CLEAR_GUARD:
-            return replace(record, guard=Guard.NONE)
+            return replace(record, guard=Guard.NONE, pause_until=0.0)
         case Do.FORGET_GUEST:
-            return replace(_unfrozen(record, Freeze.NONE), guard=Guard.NONE, io_error=False)
+            anew = _unfrozen(record.with_every_disk(throttle=None), Freeze.NONE)
+            return replace(anew, guard=Guard.NONE, pause_until=0.0, io_error=False)
         case Do.RECORD_IO_ERROR:
             return replace(record, io_error=True)
         case Do.FAIL_BACKUP | Do.REFUSE:
             return replace(record, copy=Copy.FAILED, copy_error=action.reason)
         case Do.BEGIN_COMMIT:
             return record.with_disk(target, commit_begun=True)
+        case Do.INTEND_PAUSE:
+            marked = record.with_every_disk(pause_used=True)
+            return replace(marked, guard=Guard.OURS, pause_until=action.until or 0.0)
         case Do.INTEND_PIVOT:
             intended = record.with_disk(target, pivot_intended=True, settled=None)
             return replace(intended, guard=action.guard)
@@ -62,7 +66,7 @@ def begun(record: Record, action: Action) -> Record:
         case Do.FREEZE:
             return replace(record, freeze=Freeze.FROZEN)
         case Do.COMMIT:
-            return record.with_disk(action.target, commit_running=True)
+            return record.with_disk(action.target, commit_running=True, pause_used=False)
         case _:
             return record
 
@@ -76,7 +80,12 @@ def answered(record: Record, action: Action) -> Record:
             tried = record.quiesced is False or record.snapshot is Snapshot.DONE
             return _unfrozen(record, Freeze.TRIED if tried else Freeze.NONE)
         case Do.RESUME:
-            return replace(record, io_error=False)
+            return replace(record, io_error=False, pause_until=0.0)
+        case Do.THROTTLE:
+            throttle = record.disk(action.target).throttle
+            return record.with_disk(action.target, throttle=throttle and replace(throttle, pending=False))
+        case Do.UNTHROTTLE:
+            return record.with_disk(action.target, throttle=None)
         case Do.REDEFINE | Do.SYNC_CONFIG:
             for target, image in action.images:
                 settled = Settled(image, durable=action.do is Do.SYNC_CONFIG)
@@ -130,7 +139,11 @@ def merged_offline(record: Record, target: str, stamp: str) -> Record:
 
 
 def resumed_after_crash(record: Record) -> Record:
-    """The record as a new run takes it up: what an earlier one had frozen is thawed at once."""
+    """The record as a new run takes it up: what an earlier one had frozen is thawed at once.
+
+    So is a guest resumed that it had suspended for a commit.
+    """
+    record = replace(record, pause_until=0.0)
     if record.freeze is not Freeze.FROZEN:
         return record
     return _unfrozen(record, Freeze.THAW_DUE)
@@ -144,8 +157,9 @@ def of_this_boot(record: Record, boot_id: str, now: float) -> Record:
     """
     if record.boot_id == boot_id:
         return record
-    anew = record.with_every_disk(commit_started=None, retry_at=0.0)
-    return replace(anew, boot_id=boot_id, snapshot_at=None if record.snapshot_at is None else now)
+    anew = record.with_every_disk(commit_started=None, retry_at=0.0, throttle=None)
+    snapshot_at = None if record.snapshot_at is None else now
+    return replace(anew, boot_id=boot_id, snapshot_at=snapshot_at, pause_until=0.0)
 
 
 def _unfrozen(record: Record, freeze: Freeze) -> Record:

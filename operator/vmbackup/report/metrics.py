@@ -113,6 +113,14 @@ class Metrics:
         """A disk is home, or its overlay is accounted for elsewhere."""
         self._present.overlay_gone(domain, target)
 
+    def stalled(self, domain: str, target: str) -> None:
+        """The commit of a disk is past its deadline."""
+        self._present.stalled(domain, target)
+
+    def converged(self, domain: str, target: str) -> None:
+        """It is not any more."""
+        self._present.converged(domain, target)
+
     def suspended(self, domain: str, since: float) -> None:
         """A guest is suspended by us since then."""
         self._present.suspended(domain, since)
@@ -150,6 +158,7 @@ class _Present(Collector):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._overlays: dict[tuple[str, str], _Overlay] = {}
+        self._stalled: set[tuple[str, str]] = set()
         self._suspended: dict[str, float] = {}
         self._last_success: dict[str, float] = {}
 
@@ -160,6 +169,15 @@ class _Present(Collector):
     def overlay_gone(self, domain: str, target: str) -> None:
         with self._lock:
             self._overlays.pop((domain, target), None)
+            self._stalled.discard((domain, target))
+
+    def stalled(self, domain: str, target: str) -> None:
+        with self._lock:
+            self._stalled.add((domain, target))
+
+    def converged(self, domain: str, target: str) -> None:
+        with self._lock:
+            self._stalled.discard((domain, target))
 
     def suspended(self, domain: str, since: float) -> None:
         with self._lock:
@@ -176,6 +194,7 @@ class _Present(Collector):
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             overlays = dict(self._overlays)
+            stalled = set(self._stalled)
             suspended = dict(self._suspended)
             last_success = dict(self._last_success)
         now = time.time()
@@ -195,6 +214,13 @@ class _Present(Collector):
             if (sizes := overlay.sizes()) is not None:
                 size.add_metric(labels, sizes[0])
                 free.add_metric(labels, sizes[1])
+        late = GaugeMetricFamily(
+            "vmbackup_commit_stalled",
+            "1 while the commit of a disk is past commit.deadlineSeconds.",
+            labels=["domain", "target"],
+        )
+        for labels in stalled:
+            late.add_metric(labels, 1)
         pause = GaugeMetricFamily(
             "vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", labels=["domain"]
         )
@@ -205,4 +231,4 @@ class _Present(Collector):
         )
         for domain, at in last_success.items():
             success.add_metric([domain], at)
-        yield from (size, free, age, pause, success)
+        yield from (size, free, age, late, pause, success)
