@@ -169,7 +169,7 @@ def test_a_long_hole_can_be_cancelled(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Cancelled):
         digest_file(source, control)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # the whole of it would take many minutes
 
 
 def test_a_full_target_is_named_with_its_cure(random_file: Path, small_disk: Path) -> None:
