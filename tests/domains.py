@@ -84,6 +84,10 @@ class DomainFactory(Protocol):
     ) -> Domain: ...
 
 
+GuestFactory = Callable[[int], list[Domain]]
+"""Makes so many running guests with a raw and a qcow2 disk."""
+
+
 def make_disk(directory: Path, target: str, kind: str, size: str = "64M") -> DiskSpec:
     """Make an empty image: raw, qcow2, or chain (a qcow2 with a template below it)."""
     image_format = "raw" if kind == "raw" else "qcow2"

@@ -14,7 +14,7 @@ import pytest
 from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk as make_ext4
 from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
-from tests.domains import Domain, DomainFactory, make_disk
+from tests.domains import Domain, DomainFactory, GuestFactory, make_disk
 from vmbackup.hypervisor.connection import Hypervisor
 
 _numbers = count(1)
@@ -75,6 +75,19 @@ def domain(libvirtd: Libvirtd, hypervisor: Hypervisor, tmp_path: Path) -> Iterat
             libvirtd.kill_guest(each.name)
         with suppress(RuntimeError):
             libvirtd.virsh("undefine", each.guest.uuid)
+
+
+@pytest.fixture
+def guests(domain: DomainFactory, libvirtd: Libvirtd) -> GuestFactory:
+    """Make running guests."""
+
+    def make(count: int) -> list[Domain]:
+        made = [domain({"vda": "raw", "vdb": "qcow2"}, size="4M") for _ in range(count)]
+        for guest in made:
+            libvirtd.virsh("resume", guest.name)
+        return made
+
+    return make
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from fcntl import LOCK_EX, flock
@@ -27,8 +29,13 @@ import libvirt
 import libvirt_qemu
 
 from tests.backups import Told
+from tests.domains import wait_until
+from vmbackup import cli
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
+from vmbackup.errors import VMBackupError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.chain import Mirror
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.reconcile import clock
@@ -36,6 +43,7 @@ from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
@@ -44,6 +52,9 @@ from vmbackup.stores.base import BackupKey
 SLOT = 512  # bytes of a record of the guest
 FIRST_SLOT = 1 << 20  # bytes; the BIOS looks for something to boot before that
 SNAPSHOT = "taking the snapshot"
+
+# What they are is not the same in each run, nor whether it changes.
+_COUNTS = ("virtual_bytes", "total_bytes", "copied_bytes", "merged_bytes", "commit_seconds")
 
 _IN_FLIGHT_SECONDS = 0.003  # after which a call that was sent is under way, and seldom answered yet
 
@@ -117,6 +128,7 @@ class Task:
     moment: Moment | None = None
     deed: Deed = Deed.KILL
     boot: Boot | None = None
+    guarded: bool = False  # by a guardian, as an agent is
 
     @property
     def state_dir(self) -> Path:
@@ -213,6 +225,20 @@ def records_in(content: bytes) -> int:
     return count
 
 
+def guardians(state_dir: Path) -> list[int]:
+    """The processes that guard what is journalled there."""
+    found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _guards(path, state_dir)]
+    return sorted(found)
+
+
+def _guards(command_line: Path, state_dir: Path) -> bool:
+    try:
+        words = command_line.read_bytes().split(b"\0")
+    except OSError:  # it has just ended
+        return False
+    return b"vmbackup.guardian" in words and os.fsencode(state_dir) in words
+
+
 # -- in the driver's process
 
 
@@ -220,8 +246,9 @@ def _drive(task: Task, line: Connection) -> None:
     if task.boot is not None:
         task.boot.believe()
     hypervisor = Hypervisor(task.uri, config_dir=task.config_dir)
-    watch = _Watch(task, line, _Writer(task, hypervisor))
+    watch = _Watch(task, _Writer(task, hypervisor).write, line)
     watch_all(watch.passed)
+    _wait_for_ready()
     told = Told()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
     wish = Wish(BackupSpec.parse(minimal | dict(task.spec)))
@@ -234,7 +261,8 @@ def _drive(task: Task, line: Connection) -> None:
     )
     store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
     key = BackupKey("tests", "backup", task.uid)
-    Backup(node, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=told).run()
+    with guarded(node) if task.guarded else nullcontext():
+        Backup(node, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=told).run()
     line.send((told.timeline[-1][1], watch.moments, told.reasons))
 
 
@@ -293,13 +321,30 @@ def watch_all(passed: Callable[[When, str], None]) -> None:
     Path.unlink = around(Path.unlink, lambda path, **_: "remove an overlay" if ".vmb-" in path.name else None)
 
 
+def _wait_for_ready() -> None:
+    """From now on a commit is READY when its call returns: else that decides the order of what follows."""
+
+    def commit(guest: Guest, target: str, *arguments: Any, **options: Any) -> None:
+        start(guest, target, *arguments, **options)
+        with suppress(VMBackupError, TimeoutError):  # libvirtd or the guest is gone
+            wait_until(lambda: _mirror(guest, target) is not Mirror.PENDING, "READY", seconds=5)
+
+    start = Guest.commit
+    Guest.commit = commit
+
+
+def _mirror(guest: Guest, target: str) -> Mirror:
+    disks = chain.disks(guest.live_xml() or "<domain/>")
+    return next((disk.mirror for disk in disks if disk.target == target), Mirror.NONE)
+
+
 class _Watch:
     """Notes every moment, and does the deed at the chosen one."""
 
-    def __init__(self, task: Task, line: Connection, writer: _Writer) -> None:
+    def __init__(self, task: Task, write: Callable[[], None], line: Connection | None = None) -> None:
         self._task = task
+        self._write = write
         self._line = line
-        self._writer = writer
         self._came_by: Counter[str] = Counter()
         self.moments: list[Moment] = []
 
@@ -310,12 +355,12 @@ class _Watch:
             if event == SNAPSHOT:
                 self._task.diary.note(f"snapshot {self._task.uid}")
         elif when is When.AFTER:
-            self._writer.write()
+            self._write()
         moment = Moment(when, event, self._came_by[event])
         self.moments.append(moment)
         if moment != self._task.moment:
             return
-        if self._task.deed is Deed.HOLD:
+        if self._task.deed is Deed.HOLD and self._line is not None:
             self._line.send(None)
             self._line.recv()
         elif when is When.DURING:
@@ -341,10 +386,24 @@ def _changes(old: Record, new: Record) -> str:
 
 
 def _changed(old: Any, new: Any) -> list[str]:
-    return [each.name for each in fields(new) if getattr(old, each.name) != getattr(new, each.name)]
+    names = [each.name for each in fields(new) if each.name not in _COUNTS]
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
 
 
 def _name(changed: str, record: Record) -> str:
     if changed == "call":
         return f"call={record.call.name if record.call else None}"
     return changed
+
+
+def _main() -> int:
+    """A `vmbackup` that dies: python -m tests.kill_points WHEN EVENT NTH DIRECTORY COMMAND FLAG …"""
+    when, event, nth, directory, *arguments = sys.argv[1:]
+    moment = Moment(When(when), event, int(nth))
+    task = Task("", Path(), Path(directory), "", (), "", moment=moment)
+    watch_all(_Watch(task, lambda: None).passed)
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -18,6 +18,7 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from vmbackup.node.threads import Threads
 from vmbackup.node.watchdog import Watchdog
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.clock import Backoff
+from vmbackup.reconcile.rescue import guarded, let_guests_run
 from vmbackup.report.cluster import BACKUPS, Cluster, load_client
 from vmbackup.report.events import Events
 from vmbackup.report.health import HealthServer
@@ -47,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 20.0  # for backups to come to a safe point; a pod is given 30
 _FLUSH_SECONDS = 3.0
+_RESCUE_SECONDS = 60.0  # an unanswered call takes 31 s to be safe; a libvirtd that is away holds nobody up for ever
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ def run(settings: AgentSettings) -> int:
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     agent = _Agent(settings, client, hypervisor)
     try:
-        with HealthServer(
-            agent.metrics.registry, agent.watchdog.checks, host=settings.metrics_host, port=settings.metrics_port
-        ) as health:
+        with (
+            guarded(agent.node),
+            HealthServer(
+                agent.metrics.registry, agent.watchdog.checks, host=settings.metrics_host, port=settings.metrics_port
+            ) as health,
+        ):
             _say_what_it_does(settings, hypervisor, health.port)
             try:
                 kopf.run(registry=agent.registry, clusterwide=True)
@@ -118,7 +124,7 @@ class _Agent:
         self.metrics = Metrics()
         cluster = Cluster(client)
         self._events = Events(cluster, node=settings.node_name)
-        node = Node(
+        self.node = node = Node(
             hypervisor,
             settings.state_dir,
             self.metrics,
@@ -167,6 +173,9 @@ class _Agent:
         settings.background.instant_exit_timeout = 2.0
         self._background = [asyncio.create_task(self.watchdog.beat())]
         try:
+            with suppress(TimeoutError):  # guests come first, whether or not the API server answers
+                rescue = self._threads.run(partial(let_guests_run, self.node), "rescue")
+                await asyncio.wait_for(rescue, _RESCUE_SECONDS)
             await self._sweep.begin()
         except asyncio.CancelledError:  # told to end already: kopf calls no _stop then
             await self._stop()

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import vmbackup
 from vmbackup.commands import flags
 from vmbackup.commands.flags import Flag
 from vmbackup.errors import VMBackupError
+from vmbackup.version import __version__
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
 
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Live backup of libvirt/QEMU virtual machines, by snapshot, copy and active blockcommit.",
         epilog="Each flag is an environment variable too, shown beside it; a flag counts more.",
     )
-    parser.add_argument("--version", action="version", version=f"vmbackup {vmbackup.__version__}")
+    parser.add_argument("--version", action="version", version=f"vmbackup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     about_agent = "run the VMBackups of this hypervisor that an API server holds"
     _command(commands, "agent", about_agent, (*_AGENT, *_COMMON), log_level="info")

@@ -14,8 +14,9 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.domains import Domain, DomainFactory, wait_until
-from tests.hypervisor.test_kill_points import content, distinct, task_of, what_is_wrong_with_the_copy
+from tests.hypervisor.test_kill_points import distinct
 from tests.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
+from tests.survival import content, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer

@@ -14,11 +14,25 @@ from tests.model import merging
 from tests.model.eyes import Eyes, look, observation
 from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of
 from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
-from tests.model.world import ENOUGH, TICK, Held, Kind, Setting, Step, World, named, on, put, put_all, saved
+from tests.model.world import (
+    ENOUGH,
+    TICK,
+    Held,
+    Kind,
+    Setting,
+    Step,
+    World,
+    named,
+    on,
+    put,
+    put_all,
+    saved,
+    without_agent,
+)
 from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile import clock, machine, transition
 from vmbackup.reconcile.merging import HOLDING
-from vmbackup.reconcile.record import Call, Copy, DiskRecord, Image, Record, Snapshot
+from vmbackup.reconcile.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Intent
 
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
@@ -46,9 +60,10 @@ class Agent:
     def steps(self, world: World) -> Iterator[Step]:
         """What the agent, or the time it waits for, does next."""
         if not world.agent:
-            record = self._record("crash", world.record, transition.resumed_after_crash)
-            begun = record.it.snapshot is not Snapshot.NONE
-            yield Step("agent starts", world._replace(agent=True, record=record, doubt=begun))
+            yield from self._starts(world)
+            return
+        if world.stopping and world.plan is None and _may_end(world):
+            yield Step("guardian ends", without_agent(world))
             return
         if world.vmbackup == "released" and not world.record.it.orphan:
             return
@@ -67,6 +82,7 @@ class Agent:
             yield self._take_answer(world, *world.plan)
 
     def _time_passes(self, world: World) -> Iterator[Step]:
+        """What it waits for comes."""
         if any(disk.retry_at for disk in world.record.it.disks):
             over = self._record("back-off", world.record, _back_off_over)
             kept = self._record("back-off", world.kept, _back_off_over)
@@ -80,10 +96,18 @@ class Agent:
         if world.config_failing:
             yield Step("time passes: settling P may be tried again", world._replace(config_failing=False))
 
+    def _starts(self, world: World) -> Iterator[Step]:
+        """The agent again, or first its guardian."""
+        record = self._record("crash", world.record, transition.resumed_after_crash)
+        started = world._replace(agent=True, record=record, doubt=record.it.snapshot is not Snapshot.NONE)
+        yield Step("agent starts", started)
+        if record.it.holds_guest:
+            yield Step("guardian starts", started._replace(stopping=True))
+
     def faults(self, world: World) -> Iterator[Step]:
         """Failures of the agent's own work."""
         if self.setting.residual == "journal" and world.agent and world.plan is None:
-            lost = world._replace(record=self.fresh, kept=self.fresh, agent=False, doubt=False, copying=False)
+            lost = without_agent(world)._replace(record=self.fresh, kept=self.fresh)
             yield Step("FAULT: the agent is killed, and its journal is lost", lost, Kind.FAULT)
         for index, disk in enumerate(world.disks):
             if disk.merge in merging.RUNNING and world.plan is None:
@@ -118,9 +142,9 @@ class Agent:
         """What the agent decides now, and whether it is in doubt afterwards."""
         deleted = world.vmbackup != "wanted"
         eyes = look(world, in_flight=self._in_flight(world))
-        key = (world.record, eyes, world.doubt, deleted)
+        key = (world.record, eyes, world.doubt, deleted, world.stopping)
         if (known := self._cache.get(key)) is None:
-            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted)
+            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted, world.stopping)
         return known
 
     def idle(self, world: World) -> bool:
@@ -142,7 +166,9 @@ class Agent:
             control_idle=world.call is None or world.call[1] == 0,
         )
 
-    def _decision(self, record: Record, eyes: Eyes, doubt: bool, deleted: bool) -> tuple[Held[Action], bool]:
+    def _decision(
+        self, record: Record, eyes: Eyes, doubt: bool, deleted: bool, stopping: bool
+    ) -> tuple[Held[Action], bool]:
         intent = Intent(
             deleted=deleted,
             guarded=not self.setting.live,
@@ -151,6 +177,7 @@ class Agent:
             offline=self.setting.offline,
             stall_policy=StallPolicy.PAUSE if self.setting.stall else StallPolicy.HOLD,
             stall_pause=PAUSE,
+            leaving=stopping,
         )
         seen = observation(record, eyes, truth=False, late=self.setting.stall)
         if not seen.call_in_flight and machine.needs_truth(record, seen, doubt=doubt):
@@ -342,6 +369,12 @@ def _back_off_over(record: Record) -> Record:
 
 def _pause_over(record: Record) -> Record:
     return replace(record, pause_until=PAUSE_OVER)
+
+
+def _may_end(world: World) -> bool:
+    """Nothing is suspended or frozen by us, or it is frozen, and cannot be thawed while another has paused it."""
+    record = world.record.it
+    return not record.holds_guest or (record.guard is not Guard.OURS and world.guest in ("paused", "io-error"))
 
 
 def _copied(world: World) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from tests.model.libvirt import libvirtd_gone, no_answer, qemu_gone
 from tests.model.merging import NONE, left_by_a_dead_agent, merge_steps
 from tests.model.user import may_boot, user_faults
-from tests.model.world import ENOUGH, TICK, Kind, Setting, Step, World, content, named, on, put, saved
+from tests.model.world import ENOUGH, TICK, Kind, Setting, Step, World, content, named, on, put, saved, without_agent
 
 BOOT_FAILS = "user boots the guest: it cannot open its image"
 NEWEST = 9  # newer than every version (see world.ranked)
@@ -94,8 +94,7 @@ def fault_steps(world: World, setting: Setting) -> Iterator[Step]:
     spared = (setting.spared and (world.call is not None or apart)) or (world.edited and apart)
     waiting = world.plan is not None and world.plan[0] == "wait"
     if world.agent:
-        dead = left_by_a_dead_agent(world)
-        dead = dead._replace(agent=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False)
+        dead = without_agent(left_by_a_dead_agent(world))
         yield _fault("the agent is killed", dead)
         if waiting and world.call and world.call[1] == 0:
             yield _fault("the agent is killed before its call is sent", dead._replace(call=None))
@@ -135,5 +134,4 @@ def _power_cut(world: World) -> World:
     off = qemu_gone(off) if on(off) else off
     disks = tuple(d._replace(persistent=d.durable, merge=NONE) for d in off.disks)
     off = off._replace(disks=disks, config="saved", record=off.kept)
-    off = off._replace(plan=None, call=None, sent=None, answering=ENOUGH, config_full=False)
-    return off._replace(agent=False, doubt=False, copying=False, deaf=False, config_failing=False)
+    return without_agent(off._replace(call=None, sent=None, answering=ENOUGH, config_full=False))

@@ -72,6 +72,7 @@ class World(NamedTuple):
     edited: bool = False  # a user has redefined the domain
     vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
     agent: bool = True
+    stopping: bool = False  # it is the guardian of one that is dead, or told to end: it lets the guest run, no more
     plan: tuple[str, Held[Action]] | None = None  # do: decided; wait: its call is in flight; ok, error: its answer
     doubt: bool = False  # the agent does not know whether libvirt's word can be trusted
     copying: bool = False  # in the background
@@ -144,6 +145,13 @@ def start(setting: Setting, record: Held[Record]) -> World:
         disk = disk._replace(writes="O", live="O", persistent="O", durable="O", overlay=nothing, locked=True)
     guest = "paused" if setting.paused else "running"
     return World(disks=(disk,) * setting.disks, record=record, kept=record, guest=guest)
+
+
+def without_agent(world: World) -> World:
+    """Its process is gone, and with it all that it knew but for the journal."""
+    return world._replace(
+        agent=False, stopping=False, plan=None, doubt=False, copying=False, deaf=False, config_failing=False
+    )
 
 
 def put(world: World, index: int, **changes: Any) -> World:

@@ -197,3 +197,58 @@ def test_a_guest_paused_by_an_io_error(row: Row):
 )
 def test_a_configuration_that_cannot_be_saved(row: Row):
     row.check()
+
+
+LEAVING = {"leaving": True}
+
+
+@rows(
+    Row(
+        "suspended for a snapshot: no snapshot, resume",
+        fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS),
+        home(Power.PAUSED),
+        Do.RESUME,
+        LEAVING,
+    ),
+    Row("suspended for a pivot: settle P", pivoting({"settled": None}), ready(Power.PAUSED), Do.REDEFINE, LEAVING),
+    Row("… no pivot, resume", pivoting(), ready(Power.PAUSED), Do.RESUME, LEAVING),
+    Row("it runs again", pivoting(), ready(), Do.CLEAR_GUARD, LEAVING),
+    Row(
+        "frozen for a snapshot: thaw",
+        fresh(freeze=Freeze.FROZEN, quiesced=True),
+        home(),
+        Do.THAW,
+        LEAVING | QUIESCE,
+    ),
+    Row(
+        "thawing has just failed: no copy meanwhile",
+        taken(freeze=Freeze.THAW_DUE),
+        seen(on_overlay(), thaw_after=1.0),
+        Do.WAIT,
+        LEAVING,
+        {"until": 1.0},
+    ),
+    Row("a call may be in flight", pivoting(), seen(ready(), call_in_flight=True), Do.WAIT, LEAVING),
+    Row("nothing new is begun", taken({"commit_begun": False}, copy=Copy.TAKEN), on_overlay(), Do.WAIT, LEAVING),
+)
+def test_a_run_that_is_to_end_lets_the_guest_run_and_does_nothing_else(row: Row):
+    row.check()
+
+
+@rows(
+    Row("at home", finished(finished=False, freeze=Freeze.THAW_DUE), seen(home(), thaw_after=1.0), Do.WAIT),
+    Row(
+        "on its overlay, given up",
+        committing(gave_up=True, copy=Copy.STORED, freeze=Freeze.THAW_DUE),
+        seen(on_overlay(), thaw_after=1.0),
+        Do.WAIT,
+    ),
+    Row(
+        "off: nothing is frozen any more",
+        committing(gave_up=True, freeze=Freeze.THAW_DUE),
+        off("O", LOCKED),
+        Do.FORGET_GUEST,
+    ),
+)
+def test_it_does_not_end_with_the_guest_frozen(row: Row):
+    row.check()

@@ -24,6 +24,7 @@ from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.journal import forget
 from vmbackup.reconcile.record import Record, Snapshot
+from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
@@ -64,7 +65,7 @@ def run(settings: RunSettings) -> int:
             return _broken(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri", earlier)
         if earlier is None:
             _forget_done(request, records, settings.state_dir)
-        with Screen(LineConsole(highlight=False)) as screen:
+        with guarded(node), Screen(LineConsole(highlight=False)) as screen:
             return _Run(node, request, earlier, screen, retry=settings.retry).run()
     finally:
         hypervisor.close()

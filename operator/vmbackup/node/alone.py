@@ -12,7 +12,7 @@ from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.plan import key_of
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
-from vmbackup.report.reporter import LogReporter
+from vmbackup.report.log import LogReporter
 from vmbackup.stores import open_store
 
 _log = logging.getLogger(__name__)

@@ -318,6 +318,8 @@ class Acts:
 
     def _noted(self, action: Action) -> Record:
         """The record with what is to be known of this moment afterwards. Raises OSError."""
+        if action.do is Do.SUSPEND:
+            return replace(self.record, suspended_at=boottime())
         if action.do is Do.SNAPSHOT:
             nvram = self._journal.keep_nvram()
             return replace(self.record, snapshot_time=time.time(), snapshot_at=boottime(), nvram=nvram)

@@ -214,7 +214,9 @@ class Backup:
         return Ending.RELEASED
 
     def _refused(self, journal: Journal, error: RefusedError) -> Ending:
-        refused = replace(journal.record, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason)
+        refused = replace(
+            journal.record, freeze=Freeze.NONE, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason
+        )
         journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
         report = narrate(journal.record, None, None, Progress({}, {}))
         self._reporter.report(report)

@@ -17,9 +17,9 @@ from vmbackup.reconcile.machine import decide
 from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.record import Copy, Guard, Record, Snapshot
 from vmbackup.reconcile.stall import with_overdue
-from vmbackup.reconcile.terms import Action, Do, Intent
+from vmbackup.reconcile.terms import Action, Do, Intent, Power
 from vmbackup.reconcile.wish import Wish
 
 _log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Driver:
         self._doubt = self._record.snapshot is not Snapshot.NONE
         self._hiccups = 0
         self._journal_error = journal_error
+        self._paused_by_another = False
 
     @property
     def _record(self) -> Record:
@@ -83,7 +84,7 @@ class Driver:
                 wish = self._wish()
                 if wish.stop and self._may_stop():
                     return Ending.INTERRUPTED
-                if self._journal_error is not None and self._may_stop() and not self._thaw_due():
+                if self._journal_error is not None and self._may_stop():
                     raise self._journal_error
                 ending = self._step(wish)
                 if isinstance(ending, Ending):
@@ -95,24 +96,26 @@ class Driver:
             self._acts.let_go()
 
     def _may_stop(self) -> bool:
-        """Never with the guest suspended or frozen by us; nor slowed down, unless that cannot be changed now."""
+        """Never with the guest suspended, frozen or slowed down by us, unless that cannot be changed now.
+
+        That is so where another has paused a frozen guest, or no look succeeds at one that is slowed down.
+        """
         throttled = any(disk.throttle is not None for disk in self._record.disks)
         slowed = throttled and self._record.call is None and not self._hiccups
-        return self._record.guard is not Guard.OURS and self._record.freeze is not Freeze.FROZEN and not slowed
-
-    def _thaw_due(self) -> bool:
-        """Frozen by an earlier run. An agent that does not answer is not asked for ever."""
-        return self._record.freeze is Freeze.THAW_DUE
+        held = self._record.holds_guest and not (self._record.guard is not Guard.OURS and self._paused_by_another)
+        return not held and not slowed
 
     def _step(self, wish: Wish) -> Ending | float:
         """One round. Returns the seconds to wait before the next, or the ending."""
         try:
             if wish.retry != self._record.handled_retry:
                 self._acts.write(taken_up_again(self._record, wish.retry))
-            if not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted:
+            if self._unplanned(wish) and not self._record.holds_guest:
                 return self._plan(wish)
             view = self._observe(wish)
             action = self._decide(wish, view)
+            waits = action.do is Do.WAIT and not view.seen.call_in_flight
+            self._paused_by_another = waits and view.seen.power is not Power.RUNNING
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
             if self._journal_error is None:
                 self._narration.tell(self._record, view.seen, action)
@@ -160,6 +163,7 @@ class Driver:
         return replace(view, seen=with_overdue(self._record, view.seen, wish.spec.commit.deadline_seconds))
 
     def _decide(self, wish: Wish, view: View) -> Action:
+        unplanned = self._unplanned(wish)
         intent = Intent(
             deleted=wish.deleted,
             guarded=wish.spec.switch_policy is SwitchPolicy.GUARDED,
@@ -169,9 +173,15 @@ class Driver:
             offline=wish.spec.commit.offline,
             stall_policy=wish.spec.commit.stall_policy,
             stall_pause=wish.spec.commit.stall_pause_seconds,
-            leaving=wish.stop or self._journal_error is not None,
+            leaving=wish.stop or unplanned or self._journal_error is not None,
         )
-        return decide(intent, self._record, view.seen)
+        action = decide(intent, self._record, view.seen)
+        waits = action.do is Do.WAIT and not view.seen.call_in_flight
+        return Action(Do.PLAN) if waits and unplanned and not wish.stop else action
+
+    def _unplanned(self, wish: Wish) -> bool:
+        """Nothing is known of its disks yet. But what an earlier run has frozen is thawed before that."""
+        return not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted
 
     def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
         if action.do not in (Do.COPY, Do.WAIT):
@@ -180,7 +190,8 @@ class Driver:
             self._acts.stop_merging()
         match action.do:
             case Do.WAIT:
-                self._acts.tend(view, wish)
+                if not wish.stop:
+                    self._acts.tend(view, wish)
                 return self._pause(action, view)
             case Do.RELEASE:
                 self._acts.release(wish)

@@ -60,8 +60,8 @@ class Narration:
         progress = Progress(self._copying.copied, self._merged, self._progressed())
         report = narrate(record, seen, action, progress)
         self._reporter.report(report)
-        if self._phase is None and record.guard is Guard.OURS:
-            self._metrics.suspended(record.domain, time.time())  # by an earlier run
+        if self._phase is None:
+            tell_suspended(self._metrics, record)  # by an earlier run
         if report.phase is not self._phase:
             self._enter(report)
         left = report.reason if report.chain_clean is False and report.reason in _LEFT else ""
@@ -100,7 +100,7 @@ class Narration:
 
     def suspending(self, record: Record) -> None:
         """From here on the guest may stand still."""
-        self._metrics.suspended(record.domain, time.time())
+        tell_suspended(self._metrics, record)
 
     def resumed(self, record: Record) -> None:
         """The guest runs again."""
@@ -240,3 +240,11 @@ class Narration:
             else:
                 since = record.snapshot_time or record.started or time.time()
                 self._metrics.overlay(record.domain, disk.target, Path(record.disk(disk.target).overlay), since)
+
+
+def tell_suspended(metrics: Metrics, record: Record) -> None:
+    """Whether a guest is suspended by us, and since when."""
+    if record.guard is Guard.OURS:
+        metrics.suspended(record.domain, time.time() - boottime() + (record.suspended_at or boottime()))
+    else:
+        metrics.resumed(record.domain)

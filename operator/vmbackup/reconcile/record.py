@@ -153,12 +153,18 @@ class Record:
     completed: float | None = None
     snapshot_time: float | None = None
     snapshot_at: float | None = None  # the same in CLOCK_BOOTTIME, seconds
+    suspended_at: float | None = None  # when we last suspended the guest; CLOCK_BOOTTIME, seconds
     boot_id: str = ""
     quiesced: bool | None = None
     location: str = ""
     domain_xml: str = ""
     nvram: str = ""
     handled_retry: str = ""
+
+    @property
+    def holds_guest(self) -> bool:
+        """The guest may be suspended or frozen by us: whatever else happens, it is to run again."""
+        return self.guard is Guard.OURS or self.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
 
     def disk(self, target: str) -> DiskRecord:
         """The record of one disk. Raises KeyError."""

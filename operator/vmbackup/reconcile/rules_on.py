@@ -117,6 +117,12 @@ def thaw(s: Situation) -> Action | None:
     return None if needed else thaw_guest(s)
 
 
+def stop(s: Situation) -> Action | None:
+    """This run is to end: what is suspended or frozen by us comes first, and there is no more to it."""
+    until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
+    return Action(Do.WAIT, reason="this run is to end", until=until) if s.intent.leaving else None
+
+
 def clear_pivot(s: Situation) -> Action | None:
     """A pivot was intended; the job is not READY (any more), or the attempt has failed: L says so, not the call."""
     for disk in s.on_overlay:
@@ -301,6 +307,7 @@ RULES_ON: tuple[Rule, ...] = (
     resume_guest,
     thaw,
     unthrottle,
+    stop,
     clear_pivot,
     settle_overlay,
     spare_changed_base,

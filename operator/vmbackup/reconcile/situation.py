@@ -76,11 +76,14 @@ class Situation:
             and self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED)
             and self.record.copy is Copy.OPEN
             and not self.intent.deleted
+            and not self.intent.leaving
         )
 
     @property
     def pivot_due(self) -> bool:
         """A disk is about to be pivoted."""
+        if self.intent.leaving:
+            return False
         return any(disk.record.pivot_intended and self.may_pivot(disk) for disk in self.on_overlay)
 
     @property
@@ -219,9 +222,6 @@ def finish(s: Situation) -> Action | None:
     """Every disk is home (or nothing was ever begun)."""
     if s.record.guard is not Guard.NONE:
         return Action(Do.CLEAR_GUARD)
-    if s.seen.power is not Power.OFF and s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
-        until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
-        return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
     if s.record.orphan:
         return Action(Do.CLEAR_ORPHAN)
     return end(s) or (Action(Do.RELEASE) if s.intent.deleted else None)
@@ -235,4 +235,7 @@ def end(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:
         return Action(Do.SHIP)
+    if s.seen.power is not Power.OFF and s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
+        until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
+        return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
     return None if s.record.finished else Action(Do.FINISH)

@@ -88,7 +88,9 @@ class Intent:
     offline: bool = False  # commit.offline: merge also while the guest is off
     stall_policy: StallPolicy = StallPolicy.HOLD
     stall_pause: float = 0.0  # seconds
-    leaving: bool = False  # this run is to end: it leaves no guest suspended or slowed down
+    leaving: bool = (
+        False  # this run is to end: it leaves no guest suspended or slowed down, and every switch to the next
+    )
 
 
 class Do(StrEnum):

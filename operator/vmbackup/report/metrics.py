@@ -21,8 +21,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-import vmbackup
 from vmbackup.api.status import Outcome, Phase, RetryReason
+from vmbackup.version import __version__
 
 # 10 ms (a pivot of an idle guest) to 8 hours (a commit of terabytes), three steps to a decade and whole minutes later.
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)
@@ -40,9 +40,7 @@ class Metrics:
         disable_created_metrics()  # a second series for each counter, of no use to Prometheus
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        Info("vmbackup_build", "The version that is running.", registry=registry).info(
-            {"version": vmbackup.__version__}
-        )
+        Info("vmbackup_build", "The version that is running.", registry=registry).info({"version": __version__})
         self._commit_seconds = Histogram(
             "vmbackup_commit_duration_seconds",
             "From the start of a commit to the guest on its base again, one disk and attempt.",

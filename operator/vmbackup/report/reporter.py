@@ -1,4 +1,4 @@
-"""Who hears of a backup: its VMBackup on the API server, or, where that is gone, the log alone."""
+"""Who hears of a backup: its VMBackup on the API server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from vmbackup.api.status import Phase, Report
 from vmbackup.report.events import Events, Subject
+from vmbackup.report.log import LogReporter
 from vmbackup.report.writer import BackupRef, StatusWriter
 
 _log = logging.getLogger(__name__)
@@ -40,20 +41,6 @@ class ClusterReporter:
         level = logging.WARNING if warning else logging.INFO
         _log.log(level, "%s/%s: %s: %s", self._ref.namespace, self._ref.name, reason, message)
         (self._events.warning if warning else self._events.normal)(self._ref, reason, message)
-
-
-class LogReporter:
-    """For a backup whose VMBackup cannot be told."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def report(self, report: Report) -> None:
-        """There is nobody to show a status to."""
-
-    def event(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """A line in the log."""
-        _log.log(logging.WARNING if warning else logging.INFO, "%s: %s: %s", self._name, reason, message)
 
 
 class StrayReporter(LogReporter):

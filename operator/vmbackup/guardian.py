@@ -1,0 +1,56 @@
+"""The process that outlives `vmbackup agent` and `vmbackup run`: should its starter die, it lets suspended guests run.
+
+    python -m vmbackup.guardian LIBVIRT-URI LIBVIRT-CONFIG-DIR STATE-DIR LOCK-DIR
+
+It waits in a read on the pipe that is its standard input. A byte: the starter ends in good order, and so does this. The
+end of the pipe without it: the starter is dead, however it died, and what it left suspended or frozen runs again by the
+same decisions as ever (reconcile/rescue.py). Until then only what Python itself needs is imported: it waits on every
+hypervisor, all the time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+
+_HASTE = -10  # nice value: a guest stands still, and what killed the starter may be a machine that is overloaded
+_NAME = b"vmb-guardian"  # what ps and top show; at most 15 bytes
+
+
+def main() -> int:
+    """Wait for the end of the starter; then do what is due. Its exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are meant for the starter
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir("/")
+    name = os.open("/proc/self/comm", os.O_WRONLY)
+    os.write(name, _NAME)
+    os.close(name)
+    if os.read(0, 1):
+        return 0
+    with suppress(OSError):  # it may not be allowed to
+        os.setpriority(os.PRIO_PROCESS, 0, _HASTE)
+    _let_guests_run(*sys.argv[1:])
+    return 0
+
+
+def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) -> None:
+    import logging
+    from pathlib import Path
+
+    from vmbackup.hypervisor.connection import Hypervisor
+    from vmbackup.reconcile.backup import Node
+    from vmbackup.reconcile.rescue import let_guests_run
+    from vmbackup.report.metrics import Metrics
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s guardian: %(message)s")
+    hypervisor = Hypervisor(uri, config_dir=Path(config_dir))
+    try:
+        let_guests_run(Node(hypervisor, Path(state_dir), Metrics(), lock_dir=Path(lock_dir)))
+    finally:
+        hypervisor.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""A guest agent that hangs blocks nothing, and leaves nothing frozen.
+
+The real qemu-ga of a real Linux guest, behind a proxy on its channel that swallows, or holds back, what libvirt asks.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from sandbox.guest import Guest, make_disk
+from sandbox.libvirtd import Libvirtd
+from tests.backups import BackupFactory
+from tests.domains import wait_until
+from tests.kill_points import Driving, Moment, Task, When, guardians
+from vmbackup.api.status import Outcome
+from vmbackup.reconcile.record import Freeze
+
+FREEZE, THAW = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"
+SECONDS = 2  # spec.snapshot.freezeTimeoutSeconds
+QUIESCE_TRY = {"quiesce": "Try", "freezeTimeoutSeconds": SECONDS}
+QUIESCE = {"quiesce": "Require", "freezeTimeoutSeconds": SECONDS}
+
+
+class Channel:
+    """Between libvirt and guest agent: both connect to it. `fate` says what becomes of each command of libvirt's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked: list[str] = []
+        self.fate: Callable[[str], float | None] = lambda _: 0.0  # seconds by which it is late; None: swallowed
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._guest: socket.socket | None = None
+        self._libvirt: socket.socket | None = None
+        self._held: list[tuple[float, bytes]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def swallow(self, *commands: str) -> None:
+        """From now on these never arrive; without any: whatever it is."""
+        self.fate = lambda command: None if not commands or command in commands else 0.0
+
+    def pass_all(self) -> None:
+        self.fate = lambda _: 0.0
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        for each in (self._listener, self._guest, self._libvirt):
+            if each is not None:
+                each.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            ends = [end for end in (self._listener, self._guest, self._libvirt) if end is not None]
+            for end in select.select(ends, [], [], 0.05)[0]:
+                self._take(end)
+            for due, line in list(self._held):
+                if time.monotonic() >= due:
+                    self._held.remove((due, line))
+                    self._send(self._guest, line)
+
+    def _take(self, end: socket.socket) -> None:
+        if end is self._listener:
+            newcomer, _ = end.accept()
+            if self._guest is None:  # QEMU connects when the domain starts, libvirt once the agent is up
+                self._guest = newcomer
+            else:
+                self._libvirt = newcomer
+            return
+        data = b""
+        with suppress(OSError):
+            data = end.recv(65536)
+        if not data:
+            self._guest = None if end is self._guest else self._guest
+            self._libvirt = None if end is self._libvirt else self._libvirt
+            end.close()
+        elif end is self._guest:
+            self._send(self._libvirt, data)
+        else:
+            for line in data.splitlines(keepends=True):
+                self._ask(line)
+
+    def _ask(self, line: bytes) -> None:
+        command = json.loads(line.strip(b"\xff\n \r"))["execute"]
+        self.asked.append(command)
+        late = self.fate(command)
+        if late is not None:
+            self._held.append((time.monotonic() + late, line))
+
+    @staticmethod
+    def _send(end: socket.socket | None, data: bytes) -> None:
+        with suppress(OSError):
+            if end is not None:
+                end.sendall(data)
+
+
+class ProxiedGuest(Guest):
+    """A writing guest whose agent is behind a channel."""
+
+    channel: Path
+
+    def xml(self) -> str:
+        source = f"<channel type='unix'><source mode='connect' path='{self.channel}'/>"
+        return super().xml().replace("<channel type='unix'>", source)
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[Channel]:
+    made = Channel(tmp_path / "agent.sock")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def guest(libvirtd: Libvirtd, tmp_path: Path, channel: Channel) -> Iterator[Guest]:
+    disk = make_disk("vda", tmp_path / "vda.raw", size_mib=64)
+    made = ProxiedGuest(libvirtd.virsh, "deaf", tmp_path, [disk], agent=True)
+    made.channel = channel.path
+    made.define()
+    made.start()
+    try:
+        made.wait_for(3)
+        made.wait_for_agent()
+        yield made
+    finally:
+        if "deaf" in libvirtd.guest_pids():
+            made.destroy()
+        libvirtd.virsh("undefine", "deaf")
+
+
+def frozen(libvirtd: Libvirtd) -> bool:
+    answer = libvirtd.virsh("qemu-agent-command", "deaf", '{"execute": "guest-fsfreeze-status"}')
+    return json.loads(answer)["return"] == "frozen"
+
+
+def assert_it_writes(libvirtd: Libvirtd, guest: Guest, channel: Channel) -> None:
+    """It is not frozen, and goes on."""
+    channel.pass_all()
+    assert not frozen(libvirtd)
+    guest.wait_for_more()
+    guest.assert_only_rising()
+
+
+@pytest.mark.parametrize("commands", [(), (FREEZE,)], ids=["answers nothing", "answers all but a freeze"])
+def test_a_backup_goes_on_without_an_agent_that_hangs(
+    guest: Guest, channel: Channel, backup: BackupFactory, libvirtd: Libvirtd, commands: tuple[str, ...]
+) -> None:
+    channel.swallow(*commands)
+    started = time.monotonic()
+    running = backup("deaf", snapshot=QUIESCE_TRY)
+    running.wait_for(lambda report: report.snapshot_time is not None, "its snapshot")
+    took = time.monotonic() - started
+    assert took < SECONDS + 3, f"the snapshot waited {took:.1f} s for a guest agent that hangs"
+    channel.pass_all()
+    report = running.end()
+    assert report.outcome is Outcome.SUCCEEDED
+    assert report.quiesced is False
+    assert "NotQuiesced" in running.told.reasons
+    assert running.record.freeze is Freeze.TRIED
+    assert_it_writes(libvirtd, guest, channel)
+
+
+def test_a_freeze_that_comes_late_is_thawed(
+    guest: Guest, channel: Channel, backup: BackupFactory, libvirtd: Libvirtd
+) -> None:
+    channel.fate = lambda command: SECONDS + 0.5 if command == FREEZE else 0.0
+    running = backup("deaf", snapshot=QUIESCE_TRY)
+    assert running.end().quiesced is False
+    assert {FREEZE, THAW} <= set(channel.asked)
+    assert_it_writes(libvirtd, guest, channel)
+
+
+def test_a_required_quiesce_fails_and_leaves_the_guest_as_it_was(
+    guest: Guest, channel: Channel, backup: BackupFactory, libvirtd: Libvirtd
+) -> None:
+    channel.swallow(FREEZE)
+    running = backup("deaf", snapshot=QUIESCE)
+    running.wait_for(lambda report: report.backup_complete is False, "its failure", SECONDS + 3)
+    report = running.end()
+    assert report.reason == "QuiesceFailed"
+    assert report.chain_clean
+    assert_it_writes(libvirtd, guest, channel)
+
+
+def test_an_agent_that_freezes_and_does_not_answer_the_thaw_is_asked_again(
+    guest: Guest, channel: Channel, backup: BackupFactory, libvirtd: Libvirtd
+) -> None:
+    channel.swallow(THAW)
+    running = backup("deaf", snapshot=QUIESCE_TRY)
+    wait_until(lambda: channel.asked.count(THAW) >= 2, "a second attempt to thaw", 30)
+    assert not running.told.timeline[-1][1].outcome, "it has ended with the guest frozen"
+    channel.pass_all()
+    report = running.end()
+    assert report.outcome is Outcome.SUCCEEDED
+    assert report.quiesced
+    assert_it_writes(libvirtd, guest, channel)
+
+
+def test_killed_while_it_waits_for_an_agent_that_hangs_nothing_is_left_frozen(
+    guest: Guest, channel: Channel, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    channel.fate = lambda command: SECONDS if command == FREEZE else 0.0
+    task = Task(
+        libvirtd.uri,
+        libvirtd.config_dir,
+        tmp_path,
+        "deaf",
+        (),
+        str(uuid4()),
+        {"snapshot": QUIESCE_TRY},
+        moment=Moment(When.DURING, "freezing the file systems"),
+        guarded=True,
+    )
+    assert Driving(task).killed()
+    wait_until(lambda: not guardians(task.state_dir), "the end of the guardian", 60)
+    assert not frozen(libvirtd)
+    report, _, reasons = Driving(replace(task, moment=None, guarded=False)).end()
+    assert report.outcome is Outcome.SUCCEEDED, reasons
+    assert_it_writes(libvirtd, guest, channel)
