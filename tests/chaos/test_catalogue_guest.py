@@ -61,9 +61,9 @@ def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_
 ) -> None:
     boots = len(witness.guest.starts("vda"))
     running = begun(witness, backup)
+    assert witness.written()["vda"] == running.record.disk("vda").overlay
     again(witness)
     wait_until(lambda: len(witness.guest.starts("vda")) > boots, "it boots again", seconds=60)
-    assert witness.written()["vda"] == running.record.disk("vda").overlay
     comes_home(witness, running)
 
 
@@ -78,7 +78,8 @@ def test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything(
     libvirtd.kill_guest(witness.name)
     pivot.lose()
     running.wait_for(lambda report: report.reason == "DomainOff", "DomainOff")
-    wait_until(lambda: not Path(running.record.disk("vda").overlay).exists(), "the overlay that is done with goes")
+    gone = Path(running.record.disk("vda").overlay)
+    running.wait_for(lambda _: not gone.exists(), "the overlay that is done with goes")
     witness.prove(running, left=["vdb"])
     witness.guest.start()
     comes_home(witness, running)

@@ -14,9 +14,9 @@ from vmbackup.imaging.image import COMPARE_SECONDS, failure_of, info, qemu_img
 from vmbackup.imaging.locks import hold_reader_lock
 
 MERGE_SECONDS = 24 * 3600.0
-# Parts of an overlay that lie nearer to each other than this are compared in one go: reading what is between them takes
-# no longer than starting qemu-img once more.
-_NEAR = 64 << 20  # bytes
+_MANY = (
+    256  # parts of an overlay that are compared one by one; where there are more, the images are compared as a whole
+)
 
 
 class HeldOverlay:
@@ -96,9 +96,12 @@ def same_where_written(overlay: Path, base: Path, base_format: str, control: Cop
 
     Raises TransientError while one of them is in use.
     """
-    for start, end in _written(overlay, control):
-        parts = [_part(overlay, "qcow2", start, end), _part(base, base_format, start, end)]
-        result = qemu_img("compare", "-q", *parts, timeout=COMPARE_SECONDS, control=control)
+    parts = list(_written(overlay, control))
+    pairs = [[_part(overlay, "qcow2", *part), _part(base, base_format, *part)] for part in parts]
+    if len(parts) > _MANY:
+        pairs = [[_json(_whole(overlay, "qcow2")), _json(_whole(base, base_format))]]
+    for pair in pairs:
+        result = qemu_img("compare", "-q", *pair, timeout=COMPARE_SECONDS, control=control)
         if result.returncode not in (0, 1):
             raise failure_of(result, overlay)
         if result.returncode == 1:
@@ -107,14 +110,17 @@ def same_where_written(overlay: Path, base: Path, base_format: str, control: Cop
 
 
 def _written(overlay: Path, control: CopyControl) -> Iterator[tuple[int, int]]:
-    """Where an overlay holds something itself, zeros too: start and end in bytes, near parts as one."""
+    """Where an overlay holds something itself, zeros too: start and end in bytes, adjacent parts as one.
+
+    Nothing between them: of a part of an image (_part), QEMU shows zeros where the image below it has to be asked.
+    """
     result = qemu_img("map", "--output=json", "-f", "qcow2", str(overlay), timeout=COMPARE_SECONDS, control=control)
     if result.returncode != 0:
         raise failure_of(result, overlay)
     parts = ((part["start"], part["start"] + part["length"]) for part in json.loads(result.stdout) if not part["depth"])
     start, end = next(parts, (0, 0))
     for following, its_end in parts:
-        if following - end > _NEAR:
+        if following > end:
             yield start, end
             start = following
         end = its_end
@@ -124,8 +130,15 @@ def _written(overlay: Path, control: CopyControl) -> Iterator[tuple[int, int]]:
 
 def _part(image: Path, image_format: str, start: int, end: int) -> str:
     """A part of an image, in QEMU's words. The host's name of a file may hold anything, so it is given as JSON."""
-    whole = {"driver": image_format, "file": {"driver": _driver_of(image), "filename": str(image)}}
-    return "json:" + json.dumps({"driver": "raw", "offset": start, "size": end - start, "file": whole})
+    return _json({"driver": "raw", "offset": start, "size": end - start, "file": _whole(image, image_format)})
+
+
+def _whole(image: Path, image_format: str) -> dict[str, object]:
+    return {"driver": image_format, "file": {"driver": _driver_of(image), "filename": str(image)}}
+
+
+def _json(node: dict[str, object]) -> str:
+    return "json:" + json.dumps(node)
 
 
 def _driver_of(image: Path) -> str:
