@@ -301,11 +301,12 @@ class Agent:
         same = all(o in (None, b) for o, b in zip(disk.overlay, disk.base, strict=True))
 
         def change(record: Record) -> Record:
-            return transition.compared(record, action.it, same=same)
+            return transition.compared(record, action.it, "stamp" if same else "")
 
         record = self._record(("compared", action, same), world.record, change)
         label = f"{AGENT}compare: {'identical' if same else 'different'}"
-        return Step(label, world._replace(record=record, kept=record))
+        found = put(world, index_of(action.it), unwritten=True) if same else world
+        return Step(label, found._replace(record=record, kept=record))
 
     # ------------------------------------------------------------------------------------------ copy
     def _copy(self, world: World) -> Iterator[Step]:

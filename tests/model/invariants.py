@@ -78,6 +78,8 @@ class Invariants:
             return True
         if world.guest == "away" or (self.setting.config_stuck and world.config_full):
             return True
+        if self.setting.offline:  # it does not wait for a start
+            return False
         return world.guest == "off" and all(content(d, d.persistent) == d.acked for d in world.disks)
 
 

@@ -69,9 +69,14 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
 def is_unwritten(overlay: Path, stamp: str) -> bool:
     """Whether this is the file that had this stamp, and nobody has written to it since. False if it cannot be seen."""
     try:
-        return _stamp(overlay.stat()) == stamp
+        return stamp_of(overlay) == stamp
     except OSError:
         return False
+
+
+def stamp_of(overlay: Path) -> str:
+    """What names this state of a file. Raises OSError."""
+    return _stamp(overlay.stat())
 
 
 def _stamp(file: os.stat_result) -> str:

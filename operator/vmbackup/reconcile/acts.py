@@ -20,7 +20,7 @@ from vmbackup.reconcile.clock import Backoff, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.holding import Holding
 from vmbackup.reconcile.journal import Journal, sync_directory
-from vmbackup.reconcile.merging import Merging, shows_the_same
+from vmbackup.reconcile.merging import Merging, compare
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
@@ -175,8 +175,7 @@ class Acts:
         }
 
     def _compare(self, action: Action) -> float:
-        same = shows_the_same(self.record.disk(action.target))
-        self.write(compared(self.record, action, same=same))
+        self.write(compared(self.record, action, compare(self.record.disk(action.target))))
         return 0.0
 
     def _fail_backup(self, why: str, reason: str = "") -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmbackup.errors import VMBackupError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import opened_image
-from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written
+from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written, stamp_of
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.record import DiskRecord
 from vmbackup.reconcile.terms import Do
@@ -19,14 +19,14 @@ from vmbackup.reconcile.transfer import Transfer
 HOLDING = (Do.MERGE_OFFLINE, Do.REDEFINE, Do.SYNC_CONFIG, Do.REMOVE_OVERLAY)
 
 
-def shows_the_same(disk: DiskRecord) -> bool:
-    """Whether the overlay holds nothing that its base lacks. TransientError while one of them is in use.
+def compare(disk: DiskRecord) -> str:
+    """The stamp of an overlay that holds nothing which its base lacks; empty if it does. TransientError if in use.
 
     No guest can start on either meanwhile: what it wrote would be taken for a difference, and quarantined for good.
     """
     overlay, base, control = Path(disk.overlay), Path(disk.base), CopyControl()
     with _read(overlay, control), _read(base, control):
-        return same_where_written(overlay, base, disk.format, control)
+        return stamp_of(overlay) if same_where_written(overlay, base, disk.format, control) else ""
 
 
 @contextmanager

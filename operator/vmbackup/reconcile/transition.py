@@ -122,15 +122,18 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
             return record
 
 
-def compared(record: Record, action: Action, *, same: bool) -> Record:
-    """The record after COMPARE: where P names O, the pivot is over or a quarantine declared; where it names B, too."""
+def compared(record: Record, action: Action, stamp: str) -> Record:
+    """The record after COMPARE: where P names O, the pivot is over or a quarantine declared; where it names B, too.
+
+    `stamp`: that of the overlay if it holds nothing that base lacks, else empty.
+    """
     target = action.target
-    if not same:
+    if not stamp:
         told = recorded(record, Action(Do.QUARANTINE, reason=action.reason))
         return told if action.images == ((target, Image.OVERLAY),) else told.with_disk(target, pivot_intended=False)
     if action.images == ((target, Image.OVERLAY),):
         return recorded(record, Action(Do.CLEAR_PIVOT, target))
-    return record.with_disk(target, settled=Settled(Image.BASE, durable=False))
+    return merged_offline(record, target, stamp)
 
 
 def merged_offline(record: Record, target: str, stamp: str) -> Record:
