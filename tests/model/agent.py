@@ -253,7 +253,8 @@ class Agent:
         if all(durable[target] == LETTER[image] for target, image in action.it.images):
             record = self._answered(world.record, action)
             kept = record if any(disk.pivot_intended for disk in record.it.disks) else world.kept
-            settled = world._replace(record=record, kept=kept, config_failing=False, edited=False)
+            edited = world.edited and len(action.it.images) < len(world.disks)
+            settled = world._replace(record=record, kept=kept, config_failing=False, edited=edited)
             return Step(AGENT + "sync", settled)
         return Step(AGENT + UNSETTLED, world._replace(record=self._failed(world.record, action)))
 
