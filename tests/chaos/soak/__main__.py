@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import signal
 import sys
@@ -20,6 +21,7 @@ def main() -> int:
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that file systems are unmounted then, too
+    logging.getLogger("vmbackup").setLevel(logging.CRITICAL)  # that libvirtd is away is no news here
     tally = soak(seed, arguments.minutes * 60, guests=arguments.guests, only=arguments.only, log=arguments.log)
     print(tally.text)
     return 1 if tally.findings else 0

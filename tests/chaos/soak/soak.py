@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 import threading
@@ -29,7 +28,6 @@ def soak(
     `only` is a plan as it is named in the log. What a guest that something is wrong with leaves stays in the directory
     that the log names.
     """
-    logging.getLogger("vmbackup").setLevel(logging.CRITICAL)  # that libvirtd is away is no news here
     directory = Path(tempfile.mkdtemp(prefix="vmb-"))
     tally = Tally(log or directory.with_suffix(".jsonl"))
     tally.note("begin", seed=seed, directory=directory)
