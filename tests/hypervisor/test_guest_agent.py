@@ -68,10 +68,8 @@ class Channel:
             ends = [end for end in (self._listener, self._guest, self._libvirt) if end is not None]
             for end in select.select(ends, [], [], 0.05)[0]:
                 self._take(end)
-            for due, line in list(self._held):
-                if time.monotonic() >= due:
-                    self._held.remove((due, line))
-                    self._send(self._guest, line)
+            while self._held and time.monotonic() >= self._held[0][0]:  # in order, as a channel keeps it
+                self._send(self._guest, self._held.pop(0)[1])
 
     def _take(self, end: socket.socket) -> None:
         if end is self._listener:
