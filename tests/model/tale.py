@@ -32,7 +32,7 @@ def _shortened(labels: Sequence[str]) -> Iterator[str]:
             continue
         if label.startswith(ASKS):
             after = n
-            while after < len(labels) and labels[after].startswith(_BY_ITSELF):
+            while after < len(labels) and labels[after].startswith(_BY_ITSELF) and "FAILS" not in labels[after]:
                 after += 1
             if after < len(labels) and labels[after].startswith(TOLD):
                 yield AGENT + labels[after].removeprefix(TOLD).removesuffix(": ok")

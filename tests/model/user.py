@@ -57,9 +57,14 @@ def may_boot(world: World, idle: Callable[[], bool], residual: str) -> bool:
         return may_start(world)
     if world.call or world.config != "saved":
         return False
-    merging = any(disk.merge != NONE or disk.unwritten for disk in world.disks)  # then at any moment: locks must do
-    between = world.plan is None or world.plan[0] != "do" or merging
+    between = world.plan is None or world.plan[0] != "do" or _merging(world)
     return between and may_start(world) and (not world.edited or idle())
+
+
+def _merging(world: World) -> bool:
+    """An overlay is merged offline, or was: then the guest may be booted at any moment, and locks must do."""
+    pairs = zip(world.disks, world.record.it.disks, strict=True)
+    return any(disk.merge != NONE or (disk.unwritten and not record.pivot_intended) for disk, record in pairs)
 
 
 def _does(label: str, world: World) -> Step:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.unit.decisions import (
     DATA,
     DELETED,
+    EMPTY,
     LIVE,
     LOCKED,
     PAUSED_BY_USER,
@@ -128,6 +129,12 @@ def test_live(row: Row):
     Row("copy", record(snapshot=Snapshot.DONE), on("O", None, LOCKED), Do.COPY),
     Row("remove O after the pivot", pivoted({"settled": None}), on("B", None, DATA), Do.REMOVE_OVERLAY),
     Row("stopped on O: quarantine", record(snapshot=Snapshot.DONE), off(None, DATA), Do.QUARANTINE),
+    Row(
+        "not defined here, O empty: it may be in use where the guest went, quarantine",
+        record(snapshot=Snapshot.DONE),
+        off(None, EMPTY),
+        Do.QUARANTINE,
+    ),
     Row("stopped on O, even in a pivot: quarantine", pivoting(guard=Guard.NONE), off(None, DATA), Do.QUARANTINE),
     Row("stopped at home: finish", pivoted(copy=Copy.STORED), off(None), Do.FINISH),
 )

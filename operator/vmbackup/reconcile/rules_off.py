@@ -77,7 +77,7 @@ def off_with_overlay_left(s: Situation) -> Action | None:
                 continue
             reason = advice.overlay_left_off(disk.record)
             return Action(Do.COMPARE, disk.target, images=((disk.target, Image.BASE),), reason=reason)
-        unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is not Image.OTHER
+        unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is Image.BASE
         if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
