@@ -159,3 +159,11 @@ def test_a_next_start_on_an_overlay_that_is_home_is_put_right_and_the_overlay_ke
     assert guest.persistent().source == guest.live().source == guest.bases["vda"]
     assert libvirtd.config_dir.joinpath(f"{guest.name}.xml").read_text().count(overlay) == 0
     assert guest.holds("vda", 0x11)
+
+
+def test_a_guest_without_an_agent_is_left_without_a_mark(domain: DomainFactory, backup: BackupFactory) -> None:
+    """One that said "frozen" was taken for a guest to be thawed, by each later backup that did not know this one."""
+    guest = domain(size="4M")
+    guest.libvirtd.virsh("resume", guest.name)
+    assert backup(guest.name, switchPolicy="Live").end().outcome is Outcome.SUCCEEDED
+    assert Mark.of(guest.guest.live_xml() or "") is None

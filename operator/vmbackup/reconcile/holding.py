@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from vmbackup.errors import UnknownOutcomeError, VMBackupError
+from vmbackup.errors import PermanentError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.reconcile.journal import Journal
@@ -26,7 +26,11 @@ class Holding:
     def freeze(self, timeout: int) -> None:
         """Freeze the file systems. Seconds to wait for the guest agent."""
         self._mark(frozen=True)
-        self._guest.freeze(timeout)
+        try:
+            self._guest.freeze(timeout)
+        except PermanentError:  # there is no guest agent: nothing is frozen
+            self._unmark()
+            raise
 
     def suspend(self) -> None:
         """Suspend the guest, for a snapshot or for the pivots that are intended."""
@@ -51,7 +55,15 @@ class Holding:
 
     def thaw(self, timeout: int) -> None:
         """Thaw the file systems. Seconds to wait for the guest agent."""
-        self._guest.thaw(timeout)
+        try:
+            self._guest.thaw(timeout)
+        except PermanentError:
+            self._unmark()
+            raise
+        self._unmark()
+
+    def _unmark(self) -> None:
+        """Not frozen. A guest that is suspended by us keeps its mark."""
         if self._journal.record.guard is not Guard.OURS:
             self._set(None)
 
