@@ -55,12 +55,12 @@ class Alone:
             key_of(record),
             wish=lambda: Wish(spec, retry=record.handled_retry, stop=self._stopped),
             open_store=lambda: open_store(store),
-            reporter=LogReporter(f"{record.namespace}/{record.name}"),
+            reporter=LogReporter(record.full_name),
         )
 
     async def _run(self, record: Record, backup: Backup) -> None:
-        _log.warning("%s/%s had begun: it is carried on without the API server", record.namespace, record.name)
+        _log.warning("%s had begun: it is carried on without the API server", record.full_name)
         try:
             await self._premises.threads.run(backup.run, f"alone-{record.name}")
         except Exception:
-            _log.exception("%s/%s cannot be carried on without the API server", record.namespace, record.name)
+            _log.exception("%s cannot be carried on without the API server", record.full_name)

@@ -129,7 +129,7 @@ class Orphans:
         for record in records:
             left = [] if record.spec or not begun(record) else _left(record)
             if left and await self._is_free(record.domain_uuid):
-                run = f"`vmbackup run` of {record.namespace}/{record.name}"
+                run = f"`vmbackup run` of {record.full_name}"
                 story = f"left on the domain {record.domain} by an interrupted {run}: run it again, and it carries on"
                 found += [_Orphan(path, self._node, story) for path in left]
         return found
@@ -184,7 +184,7 @@ class Orphans:
 
     async def _bring_home(self, record: Record) -> None:
         premises = self._premises
-        name = record.name if is_orphanage(record) else f"{record.namespace}/{record.name}"
+        name = record.name if is_orphanage(record) else record.full_name
         reporter = StrayReporter(name, premises.events, _subject(record, self._node))
         ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
         spec, retry = BackupSpec.parse(record.spec), f"sweep-{time.time():.0f}"
@@ -258,7 +258,7 @@ def _forgotten(records: Iterable[Record], gone: Sequence[Record], node: NodeRef)
     """The overlays of those whose VMBackup is gone, or is about to be, and whose journal is here."""
     for record in records:
         if record.orphan or record in gone:
-            story = f"left on the domain {record.domain} by {record.namespace}/{record.name}, which is gone"
+            story = f"left on the domain {record.domain} by {record.full_name}, which is gone"
             yield from (_Orphan(path, _subject(record, node), story) for path in _left(record))
 
 

@@ -26,7 +26,7 @@ from vmbackup.reconcile.narrate import Progress, narrate
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.plan import Planner
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
 from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash, without_switches
 from vmbackup.reconcile.wish import Reporter, Wish
 from vmbackup.report.metrics import Metrics
@@ -139,8 +139,7 @@ class Backup:
         try:
             journal.write(taken_up, durable=False)
         except PermanentError as error:
-            throttled = any(disk.throttle for disk in taken_up.disks)
-            if taken_up.guard is not Guard.OURS and taken_up.freeze is not Freeze.THAW_DUE and not throttled:
+            if not (taken_up.holds_guest or taken_up.throttles_guest):
                 raise
             journal.give_up(without_switches(taken_up))  # the guest comes first
             self._journal_error = error

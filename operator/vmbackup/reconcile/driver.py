@@ -100,8 +100,7 @@ class Driver:
 
         That is so where another has paused a frozen guest, or no look succeeds at one that is slowed down.
         """
-        throttled = any(disk.throttle is not None for disk in self._record.disks)
-        slowed = throttled and self._record.call is None and not self._hiccups
+        slowed = self._record.throttles_guest and self._record.call is None and not self._hiccups
         held = self._record.holds_guest and not (self._record.guard is not Guard.OURS and self._paused_by_another)
         return not held and not slowed
 

@@ -50,7 +50,7 @@ class Holding:
         record = self._journal.record
         self._guest.resume()
         self._narration.resumed(record)
-        if record.guard is Guard.OURS and record.freeze not in (Freeze.FROZEN, Freeze.THAW_DUE):
+        if record.guard is Guard.OURS and not record.frozen:
             self._set(None)
 
     def thaw(self, timeout: int) -> None:

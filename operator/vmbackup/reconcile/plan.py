@@ -183,7 +183,7 @@ def choose(
 def left_on_overlay(live: str | None, persistent: str | None, earlier: Iterable[Record]) -> tuple[DiskRecord, ...]:
     """The disks that an earlier backup left on an overlay of ours, or whose overlay it left behind."""
     known = {
-        disk.overlay: replace(disk, owner=disk.owner or f"{record.namespace}/{record.name}")
+        disk.overlay: replace(disk, owner=disk.owner or record.full_name)
         for record in earlier
         for disk in record.disks
         if record.snapshot is not Snapshot.NONE

@@ -162,9 +162,24 @@ class Record:
     handled_retry: str = ""
 
     @property
+    def full_name(self) -> str:
+        """Namespace and name, for people."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def frozen(self) -> bool:
+        """The guest's file systems may be frozen by us."""
+        return self.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
+
+    @property
     def holds_guest(self) -> bool:
         """The guest may be suspended or frozen by us: whatever else happens, it is to run again."""
-        return self.guard is Guard.OURS or self.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
+        return self.guard is Guard.OURS or self.frozen
+
+    @property
+    def throttles_guest(self) -> bool:
+        """The guest's writes to one of the disks may be slowed down by us."""
+        return any(disk.throttle is not None for disk in self.disks)
 
     def disk(self, target: str) -> DiskRecord:
         """The record of one disk. Raises KeyError."""

@@ -47,11 +47,11 @@ def let_guests_run(node: Node) -> None:
 def _let_run(node: Node, record: Record) -> None:
     _log.warning(
         "%s: the guest %s may be suspended or frozen by a process that has died: letting it run",
-        _name(record),
+        record.full_name,
         record.domain,
     )
     wish = Wish(_spec(record), retry=record.handled_retry, stop=True)
-    reporter = LogReporter(_name(record))
+    reporter = LogReporter(record.full_name)
     backup = Backup(node, key_of(record), wish=lambda: wish, open_store=_no_store, reporter=reporter)
     attempt = 0
     while _held(node, record):
@@ -59,7 +59,7 @@ def _let_run(node: Node, record: Record) -> None:
             if backup.run() is not Ending.INTERRUPTED:
                 return
         except VMBackupError as error:
-            _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", _name(record), error)
+            _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", record.full_name, error)
             if error.reason == "JournalUnwritable":  # said once the guest runs: only that cannot be written down
                 break
         if not _held(node, record):
@@ -67,7 +67,7 @@ def _let_run(node: Node, record: Record) -> None:
         time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
         attempt += 1
     node.metrics.resumed(record.domain)
-    _log.warning("%s: the guest %s runs again", _name(record), record.domain)
+    _log.warning("%s: the guest %s runs again", record.full_name, record.domain)
 
 
 def _held(node: Node, record: Record) -> bool:
@@ -76,10 +76,6 @@ def _held(node: Node, record: Record) -> bool:
         now = record_of(node.state_dir, record.uid)
         return now is not None and now.holds_guest
     return False
-
-
-def _name(record: Record) -> str:
-    return f"{record.namespace}/{record.name}"
 
 
 def _spec(record: Record) -> BackupSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Settled, Snapshot
+from vmbackup.reconcile.record import Copy, Guard, Image, Settled, Snapshot
 from vmbackup.reconcile.situation import (
     Case,
     Rule,
@@ -22,9 +22,8 @@ from vmbackup.reconcile.terms import Action, Do
 
 def forget_guest(s: Situation) -> Action | None:
     """QEMU is gone, and with it whatever we had suspended, frozen or slowed down."""
-    frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
-    throttled = any(disk.record.throttle is not None for disk in s.disks)
-    if s.record.guard is not Guard.NONE or frozen or throttled or s.record.io_error:
+    touched = s.record.guard is not Guard.NONE or s.record.frozen or s.record.throttles_guest or s.record.io_error
+    if touched:
         return Action(Do.FORGET_GUEST)
     return None
 

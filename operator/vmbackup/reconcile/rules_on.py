@@ -192,7 +192,7 @@ def _throttle(s: Situation, disk: Case) -> Action | None:
 
 def _pause(s: Situation, disk: Case) -> Action | None:
     """Never together with a switch of images, nor with the guest frozen; and P is settled: see settle_overlay."""
-    thawed = s.record.freeze not in (Freeze.FROZEN, Freeze.THAW_DUE)
+    thawed = not s.record.frozen
     free = s.record.guard is Guard.NONE and s.seen.power is Power.RUNNING and thawed
     if not s.may_pause or not free or disk.record.pause_used:
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import Copy, DiskRecord, Freeze, Guard, Image, Record, Snapshot
+from vmbackup.reconcile.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
 
 
@@ -191,8 +191,8 @@ def spare_changed_base(s: Situation) -> Action | None:
 
 def thaw_guest(s: Situation) -> Action | None:
     """Frozen by us: thaw. An agent that does not answer is asked again later, and blocks nothing."""
-    frozen = s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
-    return Action(Do.THAW) if frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after else None
+    due = s.record.frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after
+    return Action(Do.THAW) if due else None
 
 
 def unthrottle(s: Situation) -> Action | None:
@@ -235,7 +235,7 @@ def end(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:
         return Action(Do.SHIP)
-    if s.seen.power is not Power.OFF and s.record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE):
+    if s.seen.power is not Power.OFF and s.record.frozen:
         until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
         return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
     return None if s.record.finished else Action(Do.FINISH)

@@ -34,8 +34,7 @@ def standing(mark: Mark, records: Iterable[Record]) -> Standing:
 
 def holds(record: Record) -> bool:
     """Whether the guest is, or may be, suspended or frozen by this backup."""
-    frozen = record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
-    return record.guard is Guard.OURS or frozen or record.call is not None
+    return record.holds_guest or record.call is not None
 
 
 def stranded(guest: Guest, live: str | None, records: Iterable[Record]) -> Mark | None:

@@ -158,7 +158,7 @@ def _overlay_notes(left: Mapping[str, str], records: Sequence[Record]) -> Iterat
         cure = "its next retry, or the next backup of this domain, brings them home"
         if not record.finished:
             cure = "it is running, or goes on when it is run again"
-        yield f"{', '.join(targets)}: overlays of the backup {record.namespace}/{record.name}: {cure}"
+        yield f"{', '.join(targets)}: overlays of the backup {record.full_name}: {cure}"
     known = {disk.overlay for record in records for disk in record.disks}
     if unknown := [target for target, overlay in left.items() if overlay not in known]:
         yield f"{', '.join(unknown)}: overlays whose journal is not here: the next backup brings them home first"
