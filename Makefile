@@ -19,6 +19,7 @@ demo-down: ## end and remove what `make demo` started, and only that
 	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "without .venv there is no demo"; fi
 
 test: install lint ## everything: linters, types, layers, and every test on real parts
+	@$(BIN)/python -m sandbox.prepare tests
 	@$(BIN)/pytest --cov --cov-report=term:skip-covered
 
 unit: install ## the fast tests: seconds, nothing real

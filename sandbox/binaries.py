@@ -21,7 +21,7 @@ def path(name: str) -> str:
     found = find(name)
     if found:
         return found
-    if name in go.COMMANDS:
+    if name in go.PROGRAMS:
         return str(go.build(name))
     if name == "kubectl":
         tools.install()
@@ -36,7 +36,5 @@ def find(name: str) -> str | None:
         return str(assets)
     if on_path := shutil.which(name):
         return on_path
-    for cached in (go.BIN / name, tools.BIN / name):
-        if os.access(cached, os.X_OK):
-            return str(cached)
-    return None
+    cached = go.path(name) if name in go.PROGRAMS else tools.BIN / name
+    return str(cached) if os.access(cached, os.X_OK) else None

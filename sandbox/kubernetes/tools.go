@@ -1,6 +1,6 @@
 //go:build tools
 
-// Package kubernetes pins what the sandbox builds; each command here is listed in COMMANDS of sandbox/go.py too.
+// Package kubernetes pins what the sandbox builds; each command here is listed in PROGRAMS of sandbox/go.py too.
 package kubernetes
 
 import (

@@ -45,11 +45,17 @@ def test_a_lock_holds_what_the_project_asks_for(lock: str, groups: list[str]) ->
     assert wanted(*groups) <= requirements(ROOT / "requirements" / lock).keys()
 
 
-def test_the_module_of_the_api_server_pins_all_that_it_builds() -> None:
-    module = ROOT / "sandbox" / "kubernetes"
-    for command in go.COMMANDS:
-        assert f'_ "k8s.io/kubernetes/cmd/{command}"' in (module / "tools.go").read_text()
-    version = go.BIN.name.removeprefix("kubernetes-v1.")
-    replaced = re.findall(r"k8s\.io/\S+ => k8s\.io/\S+ v(\S+)", (module / "go.mod").read_text())
+@pytest.mark.parametrize("name", go.PROGRAMS)
+def test_what_is_built_from_a_go_module_is_pinned_by_it(name: str) -> None:
+    program = go.PROGRAMS[name]
+    assert (program.module / "go.sum").read_text()
+    assert program.version in go.path(name).parent.name
+    if program.package != ".":
+        assert f'_ "{program.package}"' in (program.module / "tools.go").read_text()
+
+
+def test_all_of_kubernetes_is_of_one_version() -> None:
+    program = go.PROGRAMS["kube-apiserver"]
+    replaced = re.findall(r"k8s\.io/\S+ => k8s\.io/\S+ v(\S+)", (program.module / "go.mod").read_text())
     assert replaced
-    assert set(replaced) == {f"0.{version}"}
+    assert {f"v1.{version.removeprefix('0.')}" for version in replaced} == {program.version}
