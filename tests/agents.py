@@ -55,10 +55,20 @@ class Agent:
         self.program.start(command, env=self.environment)
         self.program.wait_until(lambda: self.healthz() is not None, seconds=SECONDS)
 
-    def apply(self, domain: str, *, name: str = "", namespace: str = "default", **spec: Any) -> VMBackup:
+    def apply(
+        self,
+        domain: str,
+        *,
+        name: str = "",
+        namespace: str = "default",
+        annotations: dict[str, str] | None = None,
+        **spec: Any,
+    ) -> VMBackup:
         """Apply a VMBackup of this node; `spec` by the dotted paths of tests/manifests.py."""
         made = VMBackup(self.kube, name or f"{self.node}-{next(_numbers)}", namespace)
-        self.kube.apply(manifest(made.name, self.node, self.node, domain, namespace, **spec))
+        it = manifest(made.name, self.node, self.node, domain, namespace, **spec)
+        it["metadata"]["annotations"] = annotations or {}
+        self.kube.apply(it)
         return made
 
     def use_store(self, directory: Path) -> None:
@@ -159,7 +169,10 @@ class VMBackup:
         self._kubectl("patch", "--type=merge", "-p", json.dumps({"spec": spec}))
 
     def retry(self, value: str) -> None:
-        self._kubectl("annotate", "--overwrite", f"vmbackup.dev/retry={value}")
+        self.annotate(retry=value)
+
+    def annotate(self, **annotations: str) -> None:
+        self._kubectl("annotate", "--overwrite", *(f"vmbackup.dev/{name}={text}" for name, text in annotations.items()))
 
     def delete(self, *flags: str) -> None:
         self._kubectl("delete", *flags)

@@ -27,6 +27,8 @@ LARGE = (
     Setting(disks=2, faults=2, writes=1, clock=True),
     Setting(disks=2, faults=2, writes=1, offline=True, room=True),
     Setting(disks=2, faults=2, writes=1, stall=True),
+    Setting(disks=2, faults=2, writes=1, cancel=True),
+    Setting(disks=1, faults=2, writes=1, orphan=True, quiesce=True, offline=True, cancel=True),
     Setting(
         disks=1, faults=3, writes=2, foreign=True, migration=True, pauses=True, clock=True, offline=True, room=True
     ),

@@ -140,11 +140,11 @@ class Agent:
 
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
-        deleted = world.vmbackup != "wanted"
+        wanted = world.vmbackup if world.vmbackup in ("wanted", "cancelled") else "deleted"
         eyes = look(world, in_flight=self._in_flight(world))
-        key = (world.record, eyes, world.doubt, deleted, world.stopping)
+        key = (world.record, eyes, world.doubt, wanted, world.stopping)
         if (known := self._cache.get(key)) is None:
-            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, deleted, world.stopping)
+            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, wanted, world.stopping)
         return known
 
     def idle(self, world: World) -> bool:
@@ -167,10 +167,11 @@ class Agent:
         )
 
     def _decision(
-        self, record: Record, eyes: Eyes, doubt: bool, deleted: bool, stopping: bool
+        self, record: Record, eyes: Eyes, doubt: bool, wanted: str, stopping: bool
     ) -> tuple[Held[Action], bool]:
         intent = Intent(
-            deleted=deleted,
+            deleted=wanted == "deleted",
+            cancelled=wanted == "cancelled",
             guarded=not self.setting.live,
             quiesce=self.setting.quiesce,
             backoff_limit=self.limit,

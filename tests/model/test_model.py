@@ -27,6 +27,7 @@ SETTINGS = (
     Setting(disks=1, faults=2, writes=1, offline=True),
     Setting(disks=1, faults=1, writes=2, room=True),
     Setting(disks=1, faults=2, writes=1, stall=True),
+    Setting(disks=1, faults=2, writes=1, cancel=True),
 )
 
 

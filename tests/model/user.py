@@ -15,8 +15,10 @@ from vmbackup.reconcile.record import Copy, Guard
 
 def user_faults(world: World, setting: Setting) -> Iterator[Step]:
     """One more thing that somebody does."""
-    if world.vmbackup == "wanted":
+    if world.vmbackup in ("wanted", "cancelled"):
         yield _does("deletes the VMBackup", world._replace(vmbackup="deleted"))
+    if setting.cancel and world.vmbackup == "wanted":
+        yield _does("cancels the backup", world._replace(vmbackup="cancelled"))
     if setting.residual == "resume" and world.guest == "suspended":
         yield _does("resumes the guest that we suspended", world._replace(guest="running"))
     if not world.libvirtd or world.guest == "away":

@@ -70,7 +70,7 @@ class World(NamedTuple):
     sent: int | None = None  # with `clock`: ticks since the call was sent that has no answer in the journal
     answering: int = ENOUGH  # with `clock`: ticks for which libvirtd has been answering
     edited: bool = False  # a user has redefined the domain
-    vmbackup: str = "wanted"  # wanted, deleted (deletionTimestamp), released (the finalizer is gone)
+    vmbackup: str = "wanted"  # wanted, cancelled, deleted (deletionTimestamp), released (the finalizer is gone)
     agent: bool = True
     stopping: bool = False  # it is the guardian of one that is dead, or told to end: it lets the guest run, no more
     plan: tuple[str, Held[Action]] | None = None  # do: decided; wait: its call is in flight; ok, error: its answer
@@ -116,6 +116,7 @@ class Setting:
     offline: bool = False  # commit.offline
     room: bool = False  # the overlays' file system may run low before it is full
     clock: bool = False  # the barrier (R4) sees the time, not the call; and libvirtd may be stopped for a while
+    cancel: bool = False  # users cancel the backup
     stall: bool = False  # stallPolicy: Pause, and every commit is late at once
     residual: str = ""  # which part of assumption A is lifted: resume, reboot, journal, window (see residual.py)
     limit: int | None = None  # commit.backoffLimit; None: no limit

@@ -82,7 +82,8 @@ def finished(**changes: Any) -> Record:
     return fresh(**({"snapshot": Snapshot.DONE, "copy": Copy.STORED, "finished": True} | changes))
 
 
-DELETED, QUIESCE, LIVE, LIMIT_1 = {"deleted": True}, {"quiesce": True}, {"guarded": False}, {"backoff_limit": 1}
+DELETED, CANCELLED, QUIESCE = {"deleted": True}, {"cancelled": True}, {"quiesce": True}
+LIVE, LIMIT_1 = {"guarded": False}, {"backoff_limit": 1}
 REQUIRED = {"quiesce_required": True}
 
 

@@ -10,9 +10,11 @@ from vmbackup.reconcile.machine import decide
 from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Do, Intent, Mirror, Observation, Power
 
+ENDS = ((False, False), (True, False), (False, True))
+
 
 def every_situation(power: Power) -> list[tuple[Intent, Record, Observation]]:
-    intents = [Intent(deleted=deleted, backoff_limit=1) for deleted in (False, True)]
+    intents = [Intent(deleted=deleted, cancelled=cancelled, backoff_limit=1) for deleted, cancelled in ENDS]
     jobs = [
         {},
         {"mirror": Mirror.READY, "job": True},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.decisions import (
+    CANCELLED,
     DATA,
     DELETED,
     EMPTY,
@@ -59,6 +60,35 @@ FAILED_TWICE = {"commit_running": False, "failures": 2}
     Row("given up, suspended: resume first", pivoting(gave_up=True), ready(Power.PAUSED), Do.RESUME),
 )
 def test_failed_attempts(row: Row):
+    row.check()
+
+
+@rows(
+    Row("not begun: nothing to undo", fresh(), home(), Do.FAIL_BACKUP, CANCELLED),
+    Row("not begun, over with: finish", fresh(copy=Copy.FAILED), home(), Do.FINISH, CANCELLED),
+    Row("finished: nothing is released", fresh(copy=Copy.FAILED, finished=True), home(), Do.DONE, CANCELLED),
+    Row("not begun, and off", fresh(), off("B"), Do.FAIL_BACKUP, CANCELLED),
+    Row(
+        "snapshot intended, suspended: resume",
+        fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS),
+        home(Power.PAUSED),
+        Do.RESUME,
+        CANCELLED,
+    ),
+    Row("copying: the copy ends", taken(), on_overlay(), Do.FAIL_BACKUP, CANCELLED),
+    Row("committing: on it goes", committing(), on_overlay(mirror=Mirror.PENDING, job=True), Do.WAIT, CANCELLED),
+    Row("READY: it is pivoted", committing(), ready(), Do.INTEND_PIVOT, CANCELLED),
+    Row("home, copy taken: not shipped any more", pivoted(), home(), Do.FAIL_BACKUP, CANCELLED),
+    Row("home, copy stored: too late", fresh(copy=Copy.STORED, snapshot=Snapshot.DONE), home(), Do.FINISH, CANCELLED),
+    Row("off on its overlay, copy open: the copy ends", taken(), off("O", DATA), Do.FAIL_BACKUP, CANCELLED),
+    Row("off on its overlay: wait for it", committing(copy=Copy.FAILED), off("O", DATA), Do.WAIT, CANCELLED),
+    Row("off, copy taken: not shipped any more", taken(copy=Copy.TAKEN), off("O", DATA), Do.WAIT, CANCELLED),
+    Row("quarantined: no orphan", taken(quarantined="why"), off("O"), Do.WAIT, CANCELLED),
+    Row(
+        "an adopted overlay goes home first", taken(snapshot=Snapshot.ADOPTED), on_overlay(), Do.BEGIN_COMMIT, CANCELLED
+    ),
+)
+def test_cancelled_it_ends_as_one_that_was_deleted_but_nothing_is_let_go(row: Row):
     row.check()
 
 

@@ -18,6 +18,7 @@ from vmbackup.errors import RefusedError
 GROUP = "vmbackup.dev"
 VERSION = "v1alpha1"
 RETRY_ANNOTATION = f"{GROUP}/retry"
+CANCEL_ANNOTATION = f"{GROUP}/cancel"  # "true": no copy is wanted any more
 FINALIZER = f"{GROUP}/chain-home"
 
 # What of a spec identifies the backup: it may not change once the resource exists.

@@ -46,6 +46,7 @@ class Reason(StrEnum):
     QUARANTINED = "Quarantined"
     SHIPPING_FAILED = "ShippingFailed"
     DELETED = "Deleted"
+    CANCELLED = "Cancelled"
 
 
 class RetryReason(StrEnum):
@@ -77,6 +78,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
     REFUSED = "refused"
     DELETED = "deleted"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from vmbackup.api.spec import FINALIZER, RETRY_ANNOTATION, DeletionPolicy
+from vmbackup.api.spec import CANCEL_ANNOTATION, FINALIZER, RETRY_ANNOTATION, DeletionPolicy
 from vmbackup.api.status import Reason
 from vmbackup.reconcile.record import Record, Snapshot
 from vmbackup.report.status import condition, is_finished
@@ -70,6 +70,11 @@ class Seen:
     def handled_retry(self) -> str:
         """The retry that was acted on last."""
         return str(self.status.get("lastHandledRetry") or "")
+
+    @property
+    def cancelled(self) -> bool:
+        """No copy is wanted any more."""
+        return _group(self.metadata, "annotations").get(CANCEL_ANNOTATION) == "true"
 
     @property
     def over(self) -> bool:

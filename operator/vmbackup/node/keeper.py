@@ -172,6 +172,7 @@ class Keeper:
             self._wish = Wish(
                 self._spec,
                 deleted=self._doomed is not None,
+                cancelled=self._seen.cancelled,
                 delete_data=bool(self._doomed) and policy is DeletionPolicy.DELETE,
                 retry=self._seen.retry,
                 stop=self._stopped,

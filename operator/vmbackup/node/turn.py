@@ -69,7 +69,7 @@ class Turn:
         if self._backup is not None:
             self._backup.wake()
         ticket = self._ticket
-        if ticket is not None and (self._wish().stop or (self._wish().deleted and not ticket.begun)):
+        if ticket is not None and (self._wish().stop or (self._dropped and not ticket.begun)):
             self._premises.queue.abandon(ticket)
 
     def park(self) -> None:
@@ -88,13 +88,19 @@ class Turn:
         if record is not None and done(record):
             return True
         has_begun = record is not None and begun(record)
-        if self._wish().deleted and not has_begun:
-            return True  # it is let go at once, without touching its domain
+        if self._dropped and not has_begun:
+            return True  # it ends at once, without touching its domain
         domain = record.domain_uuid if record is not None else ""
         since = str(seen.metadata.get("creationTimestamp"))
         self._ticket = Ticket(seen.uid, seen.name, domain or await self._domain_uuid(), has_begun, since)
         self.wake()
-        return await self._premises.queue.enter(self._ticket, self._log_waiting if has_begun else self._show_queued)
+        tell = self._log_waiting if has_begun else self._show_queued
+        return await self._premises.queue.enter(self._ticket, tell) or self._wish().cancelled
+
+    @property
+    def _dropped(self) -> bool:
+        """What has not begun never will."""
+        return self._wish().deleted or self._wish().cancelled
 
     def _show_queued(self, why: str) -> None:
         handled = self._seen().handled_retry

@@ -28,7 +28,7 @@ from vmbackup.reconcile.quiescing import Quiescing
 from vmbackup.reconcile.record import Copy, Record, Snapshot
 from vmbackup.reconcile.room import patience
 from vmbackup.reconcile.settling import Settling
-from vmbackup.reconcile.terms import Action, Do, Power
+from vmbackup.reconcile.terms import CANCELLED, Action, Do, Power
 from vmbackup.reconcile.throttling import Throttling
 from vmbackup.reconcile.transition import compared, failed, merged_offline, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
@@ -154,8 +154,7 @@ class Acts:
             case Do.RECORD_FAILURE:
                 return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
             case Do.FAIL_BACKUP:
-                low = Reason.OVERLAY_SPACE_LOW if action.reason == view.seen.room_low else ""
-                return self._fail_backup(action.reason, Reason.DELETED if wish.deleted else low)
+                return self._fail_backup(action.reason, _reason_of(action, view, wish))
             case Do.REFUSE:
                 return self._fail_backup(
                     action.reason, "DomainNotRunning" if view.seen.power is Power.OFF else "GuestNotReady"
@@ -389,3 +388,12 @@ class Acts:
         if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
             return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
         return self._settling.go_on_without(why)
+
+
+def _reason_of(failure: Action, view: View, wish: Wish) -> str:
+    """Why there will be no good copy, in a word; '' where the message alone says it."""
+    if wish.deleted:
+        return Reason.DELETED
+    if failure.reason == CANCELLED:
+        return Reason.CANCELLED
+    return Reason.OVERLAY_SPACE_LOW if failure.reason == view.seen.room_low else ""

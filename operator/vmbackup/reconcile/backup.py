@@ -27,6 +27,7 @@ from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.plan import Planner
 from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
+from vmbackup.reconcile.terms import CANCELLED
 from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash, without_switches
 from vmbackup.reconcile.wish import Reporter, Wish
 from vmbackup.report.metrics import Metrics
@@ -106,6 +107,8 @@ class Backup:
             journal.close()
 
     def _drive(self, journal: Journal) -> Ending:
+        if self._wish().cancelled and _untouched(journal.record):
+            return self._waited_in_vain(journal)
         try:
             guest = self._guest(journal.record)
         except RefusedError as error:
@@ -197,7 +200,8 @@ class Backup:
     def _pause(self, record: Record) -> bool:
         """Wait a while; whether to go on waiting."""
         wish = self._awaited()
-        return not (wish.stop or (wish.deleted and record.snapshot is Snapshot.NONE))
+        dropped = (wish.deleted and record.snapshot is Snapshot.NONE) or (wish.cancelled and _untouched(record))
+        return not (wish.stop or dropped)
 
     def _awaited(self) -> Wish:
         self._woken.wait(_WAIT)
@@ -205,9 +209,12 @@ class Backup:
         return self._wish()
 
     def _waited_in_vain(self, journal: Journal) -> Ending:
-        """Told to stop, or deleted before anything was begun."""
-        if self._wish().stop:
+        """Told to stop, or deleted or cancelled before anything was begun."""
+        wish = self._wish()
+        if wish.stop:
             return Ending.INTERRUPTED
+        if wish.cancelled and not wish.deleted:
+            return self._refused(journal, RefusedError(CANCELLED, reason=Reason.CANCELLED))
         self._node.metrics.finished(Outcome.DELETED)
         journal.remove()
         return Ending.RELEASED
@@ -220,7 +227,7 @@ class Backup:
         report = narrate(journal.record, None, None, Progress({}, {}))
         self._reporter.report(report)
         self._reporter.event(report.reason, report.message, warning=True)
-        self._node.metrics.finished(Outcome.REFUSED)
+        self._node.metrics.finished(report.outcome or Outcome.REFUSED)
         return Ending.FINISHED
 
     def _driver(self, journal: Journal, guest: Guest) -> Driver:
@@ -282,6 +289,11 @@ class Backup:
         if reporter is not None:
             reporter.report(narrate(home, None, None, Progress({}, {})))
             reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
+
+
+def _untouched(record: Record) -> bool:
+    """Nothing was begun, and its guest is not held still for what was about to be."""
+    return record.snapshot is Snapshot.NONE and not record.holds_guest
 
 
 def with_commits_of(record: Record, others: Iterable[Record]) -> Record:

@@ -165,6 +165,7 @@ class Driver:
         unplanned = self._unplanned(wish)
         intent = Intent(
             deleted=wish.deleted,
+            cancelled=wish.cancelled,
             guarded=wish.spec.switch_policy is SwitchPolicy.GUARDED,
             quiesce=wish.spec.snapshot.quiesce is not Quiesce.SKIP,
             quiesce_required=wish.spec.snapshot.quiesce is Quiesce.REQUIRE,
@@ -180,7 +181,7 @@ class Driver:
 
     def _unplanned(self, wish: Wish) -> bool:
         """Nothing is known of its disks yet. But what an earlier run has frozen is thawed before that."""
-        return not self._record.disks and self._record.copy is Copy.OPEN and not wish.deleted
+        return not self._record.disks and self._record.copy is Copy.OPEN and not (wish.deleted or wish.cancelled)
 
     def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
         if action.do not in (Do.COPY, Do.WAIT):

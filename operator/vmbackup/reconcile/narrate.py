@@ -87,6 +87,8 @@ def outcome_of(record: Record, *, home: bool) -> Outcome | None:
         return None
     if record.copy_reason == Reason.DELETED:
         return Outcome.DELETED
+    if record.copy_reason == Reason.CANCELLED and not record.gave_up:
+        return Outcome.CANCELLED
     if record.copy is Copy.STORED and home and not record.gave_up:
         return Outcome.SUCCEEDED
     begun = record.snapshot is Snapshot.DONE or record.gave_up

@@ -121,14 +121,14 @@ def park(s: Situation) -> Action | None:
     if not any(disk.seen.persistent is Image.OVERLAY or disk.overlay is not None for disk in s.disks):
         return None
     if s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE and not s.record.quarantined:
-        if s.intent.deleted:
-            return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
+        if s.intent.unwanted:
+            return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
         if on_base := [disk.record for disk in s.disks if disk.seen.persistent is not Image.OVERLAY]:
             return Action(Do.FAIL_BACKUP, reason=advice.disks_apart(on_base))
         if any(disk.record.commit_begun for disk in s.disks):
             return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
         return Action(Do.COPY)
-    if s.record.copy is Copy.TAKEN and not s.intent.deleted:
+    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
     return let_go(s) or Action(
         Do.WAIT, reason=s.record.quarantined or "start the guest: it is off on its overlay", parked=True

@@ -144,8 +144,8 @@ def copy_or_fail(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason=advice.no_room([disk.record for disk in s.on_overlay]))
     if s.seen.room_low:
         return Action(Do.FAIL_BACKUP, reason=s.seen.room_low)
-    if s.intent.deleted:
-        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
+    if s.intent.unwanted:
+        return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
     if any(disk.record.commit_begun for disk in s.disks):
         return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
     if len(s.on_overlay) < len(s.disks):  # R6

@@ -75,7 +75,7 @@ class Situation:
             not self.on_overlay
             and self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED)
             and self.record.copy is Copy.OPEN
-            and not self.intent.deleted
+            and not self.intent.unwanted
             and not self.intent.leaving
         )
 
@@ -215,7 +215,7 @@ def let_go(situation: Situation) -> Action | None:
 def snapshot_wanted(s: Situation) -> bool:
     """This backup has not taken its snapshot, and nobody has told it not to."""
     waiting = (Snapshot.NONE, Snapshot.ADOPTED, Snapshot.INTENDED)
-    return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.deleted
+    return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.unwanted
 
 
 def finish(s: Situation) -> Action | None:
@@ -229,8 +229,8 @@ def finish(s: Situation) -> Action | None:
 
 def end(s: Situation) -> Action | None:
     """The copy is decided and shipped, then the backup is finished."""
-    if s.intent.deleted and s.record.copy in (Copy.OPEN, Copy.TAKEN):
-        return Action(Do.FAIL_BACKUP, reason="the VMBackup was deleted")
+    if s.intent.unwanted and s.record.copy in (Copy.OPEN, Copy.TAKEN):
+        return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
     if s.record.copy is Copy.OPEN:
         return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vmbackup.api.spec import StallPolicy
+from vmbackup.api.spec import CANCEL_ANNOTATION, StallPolicy
 from vmbackup.reconcile.record import Guard, Image
+
+CANCELLED = f"the backup was cancelled (annotation {CANCEL_ANNOTATION})"
 
 
 class Power(StrEnum):
@@ -81,6 +83,7 @@ class Intent:
     """What is wanted."""
 
     deleted: bool = False
+    cancelled: bool = False
     guarded: bool = True  # switchPolicy: Guarded
     quiesce: bool = False
     quiesce_required: bool = False
@@ -91,6 +94,13 @@ class Intent:
     leaving: bool = (
         False  # this run is to end: it leaves no guest suspended or slowed down, and every switch to the next
     )
+
+    @property
+    def unwanted(self) -> str:
+        """Why no copy is wanted any more; '' while one is."""
+        if self.deleted:
+            return "the VMBackup was deleted"
+        return CANCELLED if self.cancelled else ""
 
 
 class Do(StrEnum):

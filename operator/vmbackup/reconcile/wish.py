@@ -15,6 +15,7 @@ class Wish:
 
     spec: BackupSpec
     deleted: bool = False
+    cancelled: bool = False  # the annotation vmbackup.dev/cancel: no copy is wanted any more, the guest comes home
     delete_data: bool = False  # when released: the stored data goes too (deletionPolicy: Delete)
     retry: str = ""  # the annotation vmbackup.dev/retry
     stop: bool = False  # this process is to end; another run will carry on

@@ -83,7 +83,7 @@ def _shortened(text: str) -> str:
 
 def _conditions(report: Report, generation: int, previous: Mapping[str, Any], now: float) -> list[dict[str, Any]]:
     running = report.outcome is None
-    stalled = report.outcome in (Outcome.FAILED, Outcome.REFUSED)
+    stalled = report.outcome in (Outcome.FAILED, Outcome.REFUSED, Outcome.CANCELLED)
     reason = Reason.SUCCEEDED if report.outcome is Outcome.SUCCEEDED else report.reason
     idle = Reason.PROGRESSING if running else Reason.FINISHED
     rows: dict[str, tuple[bool | None, str, str]] = {
