@@ -3,7 +3,8 @@
     with KubeApi(directory) as kube:
         kube.kubectl("apply", "-f", "crds/")
 
-Nothing else of Kubernetes runs: no controllers, no scheduler, no kubelet. Ready about 2 s after the start.
+Nothing else of Kubernetes runs: no controllers, no scheduler, no kubelet (sandbox.node has them). Ready about 2 s after
+the start.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ class KubectlError(SandboxError):
 class KubeApi:
     """An API server. A context manager; or `start` and `stop`, with `detached=True` also from different processes.
 
-    `kubeconfig` is the file of an administrator, `url` the server's address; both are valid once started, and stay the
-    same in a directory that is used again.
+    `kubeconfig` is the file of an administrator, `url` the server's address, `authority` signs certificates; they are
+    valid once started, and stay the same in a directory that is used again. It listens on `address` (an IP of this
+    machine) and `port` (0: one that is free).
     """
 
-    def __init__(self, directory: Path, *, detached: bool = False) -> None:
+    authority: Authority
+
+    def __init__(self, directory: Path, *, detached: bool = False, address: str = _LOOPBACK, port: int = 0) -> None:
         self.directory = directory
         self.kubeconfig = directory / "admin.kubeconfig"
         self._detached = detached
+        self._address, self._port = address, port
         self._ports_file = directory / "ports.json"
         self.etcd = Program("etcd", directory)
         self.apiserver = Program("kube-apiserver", directory)
@@ -66,17 +71,20 @@ class KubeApi:
 
     @property
     def url(self) -> str:
-        return f"https://{_LOOPBACK}:{self._ports['apiserver']}"
+        return f"https://{self._address}:{self._ports['apiserver']}"
 
     def start(self) -> None:
         """Start what does not run, and return once the server is ready. Raises SandboxError."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self._ports_file.exists():
-            self._ports_file.write_text(json.dumps(dict(zip(("etcd", "apiserver"), _free_ports(2), strict=True))))
-        self._authority = Authority(self.directory / "pki")
-        self._admin = self._authority.issue("admin", user="sandbox-admin", groups=["system:masters"])
-        self._server = self._authority.issue(
-            "server", user="sandbox", addresses=[f"IP:{_LOOPBACK}", "DNS:localhost", "DNS:kubernetes.default.svc"]
+            etcd, apiserver = _free_ports(2)
+            self._ports_file.write_text(json.dumps({"etcd": etcd, "apiserver": self._port or apiserver}))
+        self.authority = Authority(self.directory / "pki")
+        self._admin = self.authority.issue("admin", user="sandbox-admin", groups=["system:masters"])
+        self._server = self.authority.issue(
+            "server",
+            user="sandbox",
+            addresses=[f"IP:{_LOOPBACK}", f"IP:{self._address}", "DNS:localhost", "DNS:kubernetes.default.svc"],
         )
         self.start_etcd()
         self.start_apiserver()
@@ -99,7 +107,7 @@ class KubeApi:
                 f"--listen-peer-urls=http://{_LOOPBACK}:0",
                 f"--cert-file={certificate}",
                 f"--key-file={key}",
-                f"--trusted-ca-file={self._authority.certificate}",
+                f"--trusted-ca-file={self.authority.certificate}",
                 "--client-cert-auth",
                 "--log-level=warn",
                 "--logger=zap",
@@ -111,28 +119,34 @@ class KubeApi:
         """Start the API server alone and wait until it is ready; `apiserver.stop()` ends it alone."""
         keys = self.directory / "pki"
         certificate, key = self._server
+        admin_certificate, admin_key = self._admin
         service_accounts = keys / "service-accounts.key"
         if not service_accounts.exists():
             new_key(service_accounts)
         self.apiserver.start(
             [
                 binaries.path("kube-apiserver"),
-                f"--bind-address={_LOOPBACK}",
-                f"--advertise-address={_LOOPBACK}",
+                f"--bind-address={self._address}",
+                f"--advertise-address={self._address}",
                 "--endpoint-reconciler-type=none",  # loopback may not be an endpoint
                 f"--secure-port={self._ports['apiserver']}",
                 f"--etcd-servers=https://{_LOOPBACK}:{self._ports['etcd']}",
-                f"--etcd-cafile={self._authority.certificate}",
+                f"--etcd-cafile={self.authority.certificate}",
                 f"--etcd-certfile={certificate}",
                 f"--etcd-keyfile={key}",
                 f"--tls-cert-file={certificate}",
                 f"--tls-private-key-file={key}",
-                f"--client-ca-file={self._authority.certificate}",
+                f"--client-ca-file={self.authority.certificate}",
                 f"--service-account-key-file={service_accounts}",
                 f"--service-account-signing-key-file={service_accounts}",
                 f"--service-account-issuer={self.url}",
                 "--service-cluster-ip-range=10.96.0.0/16",
-                "--authorization-mode=RBAC",
+                "--authorization-mode=Node,RBAC",
+                "--enable-admission-plugins=NodeRestriction",
+                f"--kubelet-client-certificate={admin_certificate}",
+                f"--kubelet-client-key={admin_key}",
+                f"--kubelet-certificate-authority={self.authority.certificate}",
+                "--kubelet-preferred-address-types=InternalIP",
                 "--allow-privileged=true",
                 "--profiling=false",
             ],
@@ -143,7 +157,7 @@ class KubeApi:
     def kubeconfig_for(self, user: str, *, groups: Sequence[str] = (), name: str = "") -> Path:
         """A kubeconfig for `user`, who may do only what RBAC grants to them or to `groups`."""
         name = name or user.replace(":", "-").replace("/", "-")
-        certificate, key = self._authority.issue(name, user=user, groups=groups)
+        certificate, key = self.authority.issue(name, user=user, groups=groups)
         config = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -152,7 +166,7 @@ class KubeApi:
             "clusters": [
                 {
                     "name": "sandbox",
-                    "cluster": {"server": self.url, "certificate-authority": str(self._authority.certificate)},
+                    "cluster": {"server": self.url, "certificate-authority": str(self.authority.certificate)},
                 }
             ],
             "users": [{"name": user, "user": {"client-certificate": str(certificate), "client-key": str(key)}}],
@@ -200,7 +214,7 @@ class KubeApi:
 
     def _ready(self) -> bool:
         """The server is ready, and has made the namespace `default` (which it does some moments later)."""
-        context = ssl.create_default_context(cafile=str(self._authority.certificate))
+        context = ssl.create_default_context(cafile=str(self.authority.certificate))
         context.load_cert_chain(*map(str, self._admin))
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
