@@ -55,8 +55,9 @@ def _kubernetes(command: str) -> Program:
     return Program("kubernetes", f"k8s.io/kubernetes/cmd/{command}", "k8s.io/component-base/version.gitVersion")
 
 
+NODE = ("kube-controller-manager", "kube-scheduler", "kubelet")  # what sandbox.node alone needs
 PROGRAMS = {
-    "kube-apiserver": _kubernetes("kube-apiserver"),
+    **{command: _kubernetes(command) for command in ("kube-apiserver", *NODE)},
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", "helm.sh/helm/v4/internal/version.version"),
 }
 

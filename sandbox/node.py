@@ -22,7 +22,6 @@ from sandbox import alone, binaries
 from sandbox.kube import KubeApi
 from sandbox.processes import Program, SandboxError
 
-PROGRAMS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl")
 ADDRESS = "10.0.0.1"
 SERVICE_ADDRESS = "10.96.0.1"  # of the service `kubernetes`: the first of the range that KubeApi hands out
 POD_NETWORK = "10.244.0.0/24"

@@ -1,7 +1,8 @@
 """Builds and fetches ahead of time what would else be built when it is first used, so that its progress can be seen.
 
 python -m sandbox.prepare          what `make demo` needs
-python -m sandbox.prepare tests    and what only tests need
+python -m sandbox.prepare tests    and what only `make test` needs
+python -m sandbox.prepare node     and what only `make e2e` needs
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from sandbox import binaries, go
 from sandbox.guest_os import guest_os
 from sandbox.processes import SandboxError
 
+_MORE = {"tests": [name for name in go.PROGRAMS if name not in go.NODE], "node": go.NODE}
+
 
 def main() -> None:
     try:
-        for program in ("etcd", "kube-apiserver", "kubectl", *(go.PROGRAMS if sys.argv[1:] == ["tests"] else ())):
+        more = [program for world in sys.argv[1:] for program in _MORE[world]]
+        for program in ("etcd", "kube-apiserver", "kubectl", *more):
             binaries.path(program)
         guest_os()
     except SandboxError as error:
