@@ -46,11 +46,11 @@ class Told:
 class RunningBackup:
     """A backup in a thread of its own."""
 
-    def __init__(self, node: Node, key: BackupKey, spec: dict[str, Any], store: Path) -> None:
+    def __init__(self, node: Node, key: BackupKey, spec: dict[str, Any], store: Path, *, retry: str = "") -> None:
         self.node, self.key, self.store = node, key, store
         self.told = Told()
         self._spec = spec
-        self._wish = Wish(BackupSpec.parse(spec))
+        self._wish = Wish(BackupSpec.parse(spec), retry=retry)
         self._ending: list[Ending] = []
         self._backup = Backup(
             node,
@@ -137,5 +137,11 @@ class BackupFactory(Protocol):
     """Starts backups; `spec` adds to the smallest spec there is."""
 
     def __call__(
-        self, domain: str, *, again: RunningBackup | None = None, store: Path | None = None, **spec: Any
+        self,
+        domain: str,
+        *,
+        again: RunningBackup | None = None,
+        retry: str = "",
+        store: Path | None = None,
+        **spec: Any,
     ) -> RunningBackup: ...

@@ -35,12 +35,12 @@ def backup(node: Node, tmp_path: Path) -> Iterator[BackupFactory]:
     started: list[RunningBackup] = []
 
     def start(
-        domain: str, *, again: RunningBackup | None = None, store: Path | None = None, **spec: Any
+        domain: str, *, again: RunningBackup | None = None, retry: str = "", store: Path | None = None, **spec: Any
     ) -> RunningBackup:
         name = f"backup-{len(started) + 1}"
         key = again.key if again else BackupKey("tests", name, str(uuid.uuid4()))
         minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
-        started.append(RunningBackup(node, key, minimal | spec, store or tmp_path / "store"))
+        started.append(RunningBackup(node, key, minimal | spec, store or tmp_path / "store", retry=retry))
         return started[-1]
 
     yield start

@@ -227,8 +227,7 @@ def test_a_failing_commit_is_tried_again_then_given_up_with_nothing_deleted_and_
         assert guest.live().source == running.record.disks[0].overlay
         assert guest.holds("vda", 0x22)
 
-    again = backup(guest.name, again=running)
-    again.ask(retry="1")
+    again = backup(guest.name, again=running, retry="1")
     report = again.end()
     assert report.outcome is Outcome.SUCCEEDED, report
     assert report.last_handled_retry == "1"

@@ -133,8 +133,7 @@ def test_a_full_file_system_of_the_base_leaves_the_overlay_in_charge_until_there
         guest.libvirtd.virsh("destroy", guest.name)
 
         run("mount", "-o", "remount,size=80m", str(small))
-        again = RunningBackup(running.node, key, spec, tmp_path / "store")
-        again.ask(retry="1")
+        again = RunningBackup(running.node, key, spec, tmp_path / "store", retry="1")
         assert again.end().outcome is Outcome.SUCCEEDED
         assert is_home(guest)
         assert not list(overlays.iterdir())

@@ -134,8 +134,7 @@ def test_a_backup_that_succeeds_when_tried_again_counts_as_a_success(
     with Path(guest.bases["vda"]).open("rb") as reader:
         hold_reader_lock(reader.fileno())  # as a reader that never ends: QEMU cannot write the base
         assert running.end().reason == "CommitLimitReached"
-    again = backup(guest.name, again=running)
-    again.ask(retry="1")
+    again = backup(guest.name, again=running, retry="1")
     assert again.end().outcome is Outcome.SUCCEEDED
     registry = node.metrics.registry
     assert registry.get_sample_value("vmbackup_backups_total", {"result": "succeeded"}) == 1
