@@ -59,6 +59,7 @@ NODE = ("kube-controller-manager", "kube-scheduler", "kubelet")  # what sandbox.
 PROGRAMS = {
     **{command: _kubernetes(command) for command in ("kube-apiserver", *NODE)},
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", "helm.sh/helm/v4/internal/version.version"),
+    "judge": Program("judge", "."),
 }
 
 
