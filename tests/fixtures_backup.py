@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.backups import BackupFactory, RunningBackup
+from vmbackup.backoff import Backoff
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.clock import Backoff
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey
 

@@ -33,6 +33,7 @@ from tests.domains import wait_until
 from vmbackup import cli
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
+from vmbackup.backoff import Backoff
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Mirror
@@ -40,7 +41,6 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.reconcile import clock
 from vmbackup.reconcile.backup import Backup, Node
-from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.rescue import guarded

@@ -26,6 +26,7 @@ import kopf
 from kubernetes.client import ApiClient
 
 from vmbackup.api.spec import FINALIZER, GROUP, VERSION
+from vmbackup.backoff import Backoff
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.node import memory
@@ -38,7 +39,6 @@ from vmbackup.node.sweep import Sweep
 from vmbackup.node.threads import Threads
 from vmbackup.node.watchdog import Watchdog
 from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.rescue import guarded, let_guests_run
 from vmbackup.report.cluster import BACKUPS, Cluster, load_client
 from vmbackup.report.events import Events

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
 from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.backoff import Backoff
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
@@ -29,7 +30,7 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 _PARKED = (Reason.DOMAIN_OFF, Reason.QUARANTINED)
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds after a failure of the node itself, doubled each time
+_PAUSES = Backoff(first=1.0, longest=60.0)  # after failures of the node itself
 _LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
 
 
@@ -144,7 +145,7 @@ class Keeper:
                 if not self._at_work.locked():
                     work = asyncio.create_task(self._work())
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._released.wait(), self._pause() or _FIRST_PAUSE)
+                    await asyncio.wait_for(self._released.wait(), self._pause() or _PAUSES.first)
                 if work is not None and work.done():
                     work.result()
                 if time.monotonic() - looked > _LOOK:
@@ -189,7 +190,7 @@ class Keeper:
     async def _doom(self) -> None:
         """It is deleted. Where its data is to go too, the namespace decides: it keeps the data if it goes itself."""
         data = self._spec is not None and self._spec.deletion_policy is DeletionPolicy.DELETE
-        pause = _FIRST_PAUSE
+        failures = 0
         while data:
             try:
                 data = not await self._premises.threads.call(
@@ -200,8 +201,8 @@ class Keeper:
                 break
             except TransientError as error:
                 _log.warning("%s: %s", self.name, error)
-                await asyncio.sleep(pause)
-                pause = min(_LONGEST_PAUSE, pause * 2)
+                failures += 1
+                await asyncio.sleep(_PAUSES.after(failures))
             except VMBackupError as error:
                 data = False
                 self.reporter.event("DataRetained", f"the stored data stays: {error}", warning=True)
@@ -224,11 +225,11 @@ class Keeper:
     def _pause(self) -> float | None:
         """Seconds until something is due without any change; None: never."""
         if self._failures:
-            return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures - 1, 10))
+            return _PAUSES.after(self._failures)
         if self._doomed is not None:
-            return _FIRST_PAUSE
+            return _PAUSES.first
         expires = self._seen.expires
-        return None if expires is None else max(_FIRST_PAUSE, expires - time.time())
+        return None if expires is None else max(_PAUSES.first, expires - time.time())
 
     async def _change(self, seconds: float | None, *others: asyncio.Future[None]) -> None:
         """Wait until something has changed, or one of the others is done, for at most so long."""

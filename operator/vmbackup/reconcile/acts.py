@@ -10,13 +10,14 @@ from pathlib import Path
 
 from vmbackup.api.spec import BackupSpec, Quiesce
 from vmbackup.api.status import Reason, RetryReason
+from vmbackup.backoff import Backoff
 from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
-from vmbackup.reconcile.clock import Backoff, boottime
+from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.holding import Holding
 from vmbackup.reconcile.journal import Journal, sync_directory

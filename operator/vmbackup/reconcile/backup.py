@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.backoff import Backoff
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.acts import Acts
-from vmbackup.reconcile.clock import Backoff, boot_id, boottime
+from vmbackup.reconcile.clock import boot_id, boottime
 from vmbackup.reconcile.copying import Copying
 from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
 from vmbackup.reconcile.driver import Driver, Ending

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -37,15 +36,3 @@ def may_be_in_flight(
     if answering_since is None or not control_idle:
         return True
     return now - max(call.boottime, answering_since) < BARRIER_SECONDS
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """How long to wait after a failed commit: capped exponential, in seconds."""
-
-    first: float = 5.0
-    longest: float = 300.0
-
-    def after(self, failures: int) -> float:
-        """The pause after so many failures, 1 or more."""
-        return min(self.longest, self.first * 2 ** (failures - 1))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from vmbackup.backoff import Backoff
 from vmbackup.errors import TransientError
 from vmbackup.report.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
-_FIRST_RETRY = 0.5  # seconds, doubled for each failure
-_LONGEST_RETRY = 15.0
+_RETRIES = Backoff(first=0.5, longest=15.0)
+_HURRIED_RETRIES = Backoff(first=0.5, longest=1.0)
 _LIMIT = 1000  # events that wait: about 1 MB; one backup makes some ten
 _NOTE_LIMIT = 1000  # characters: the API server takes 1 kB (events.k8s.io/v1, field note)
 
@@ -159,8 +160,7 @@ class Events:
         """Seconds from the last failure until it is tried again."""
         if not self._failures:
             return 0.0
-        longest = 1.0 if self._hurried else _LONGEST_RETRY
-        return min(longest, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 10))
+        return (_HURRIED_RETRIES if self._hurried else _RETRIES).after(self._failures)
 
     def _failed(self, event: Mapping[str, Any], error: TransientError) -> None:
         level = logging.DEBUG if self._failures else logging.WARNING

@@ -11,13 +11,14 @@ from typing import Any
 
 from vmbackup.api.spec import GROUP, VERSION
 from vmbackup.api.status import Report
+from vmbackup.backoff import Backoff
 from vmbackup.report.cluster import Cluster
 from vmbackup.report.status import is_significant, render
 
 logger = logging.getLogger(__name__)
 
-_FIRST_RETRY = 0.5  # seconds, doubled for each failure
-_LONGEST_RETRY = 30.0
+_RETRIES = Backoff(first=0.5, longest=30.0)
+_HURRIED_RETRIES = Backoff(first=0.5, longest=1.0)
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class StatusWriter:
     def _pause(self, status: Mapping[str, Any]) -> float:
         """How long after the last write this one is due, in seconds."""
         if self._failures:
-            longest = 1.0 if self._hurried else _LONGEST_RETRY
-            return min(longest, _FIRST_RETRY * 2.0 ** min(self._failures - 1, 10))
+            return (_HURRIED_RETRIES if self._hurried else _RETRIES).after(self._failures)
         return 0.0 if self._hurried or is_significant(self._written, status) else self._interval
 
     def _failed(self, error: Exception) -> None:

@@ -21,10 +21,10 @@ from tests.backups import Told
 from tests.kill_points import SNAPSHOT, When, watch_all
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
+from vmbackup.backoff import Backoff
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup, Node
-from vmbackup.reconcile.clock import Backoff
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
