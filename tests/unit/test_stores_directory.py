@@ -284,13 +284,11 @@ class TestCheck:
     def test_what_will_be_written_is_known_beforehand_and_nothing_where_all_is_cloned(
         self, store: Store, guest: Guest, root: Path, xfs: Path
     ) -> None:
-        store.check(KEY, guest.disks)
-        written = store.writes(KEY, guest.vda)
+        written = store.check(KEY, guest.disks)["vda"]
         allocated = sum(Path(image.path).stat().st_blocks * 512 for image in guest.vda.chain)
         assert (written.bytes, written.device) == (allocated, root.stat().st_dev)
         there, cloning = Guest(xfs / "guest"), open_store(StoreSpec.parse({"directory": {"path": str(xfs / "store")}}))
-        cloning.check(KEY, there.disks)
-        assert cloning.writes(KEY, there.vda).bytes == 0
+        assert cloning.check(KEY, there.disks)["vda"].bytes == 0
 
     def test_a_store_that_cannot_be_written(self, guest: Guest, xfs: Path) -> None:
         store = open_store(StoreSpec.parse({"directory": {"path": "/proc/vmbackup"}}))

@@ -55,9 +55,7 @@ class Planner:
         disks = self.admit(guest, chosen, record.uid, image_uses(self.hypervisor.guests()))
         if persistent is not None:
             disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
-        key, store = key_of(record), open_store()
-        store.check(key, [source_of(disk) for disk in disks])
-        disks = with_room(disks, {disk.target: store.writes(key, source_of(disk)) for disk in disks})
+        disks = with_room(disks, open_store().check(key_of(record), [source_of(disk) for disk in disks]))
         facts = chain.domain_facts(live)
         return replace(record, disks=disks, skipped=skipped, domain_xml=persistent or live, nvram=facts.nvram or "")
 

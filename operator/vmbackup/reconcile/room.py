@@ -8,7 +8,6 @@ than the disks can hold; disks that share a file system are added up, and so is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from vmbackup.errors import RefusedError
 from vmbackup.imaging.errors import errors_of
 from vmbackup.reconcile.record import DiskRecord, Record
 from vmbackup.stores.base import Writes
+from vmbackup.stores.files import free_bytes
 
 SHARE = 20  # one byte of so many that have to be copied
 FLOOR = 64 << 20  # bytes; below this an overlay would fill its file system almost at once
@@ -79,12 +79,6 @@ def patience(record: Record) -> float:
     """Seconds in which no guest uses up what is left below the watermark: so often it is looked at."""
     least = min((watermark(disk.room) for disk in record.disks), default=0)
     return min(1.0, max(0.1, least / _FASTEST))
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that are free on the file system of a path, the reserve of its root user aside. Raises OSError."""
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
 
 
 def _device(directory: Path) -> int:

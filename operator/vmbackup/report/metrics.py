@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vmbackup.api.status import Outcome, Phase, RetryReason
+from vmbackup.stores.files import free_bytes
 from vmbackup.version import __version__
 
 # 10 ms (a pivot of an idle guest) to 8 hours (a commit of terabytes), three steps to a decade and whole minutes later.
@@ -144,10 +144,9 @@ class _Overlay:
     def sizes(self) -> tuple[int, int] | None:
         """What it takes on disk, and what is free on its file system, in bytes; None where that cannot be seen."""
         try:
-            taken, system = self.path.stat(), os.statvfs(self.path)
+            return self.path.stat().st_blocks * _ST_BLOCKS_UNIT, free_bytes(self.path)
         except OSError:
             return None
-        return taken.st_blocks * _ST_BLOCKS_UNIT, system.f_bavail * system.f_frsize
 
 
 class _Present(Collector):

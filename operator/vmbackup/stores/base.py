@@ -92,12 +92,11 @@ class Store(Protocol):
     All raise the errors of vmbackup.errors, and Cancelled where a control is given.
     """
 
-    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> None:
-        """Refuse (RefusedError, with a reason) what cannot go well: not writable, no room, stored already."""
-        ...
+    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
+        """What `take` of each disk would write, more rather than less, by target.
 
-    def writes(self, key: BackupKey, source: DiskSource) -> Writes:
-        """What `take` of this disk would write, more rather than less. After `check`."""
+        Refuses (RefusedError, with a reason) what cannot go well: not writable, no room, stored already.
+        """
         ...
 
     def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:

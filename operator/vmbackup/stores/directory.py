@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -36,6 +36,7 @@ from vmbackup.stores.base import (
 )
 from vmbackup.stores.files import (
     allocated_bytes,
+    free_bytes,
     fsync_file,
     fsync_folder,
     length,
@@ -57,7 +58,7 @@ class DirectoryStore:
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
 
-    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> None:
+    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """See Store. Writes and removes a small file, to see whether that works and whether clones do."""
         places = Places(self._root, key)
         if os.path.lexists(places.final):
@@ -68,27 +69,20 @@ class DirectoryStore:
             for source in sources:
                 _check_source(source)
             make_folder(self._root, places.namespace)
-            wanted = {image.path for source in sources for image in source.chain}
-            copied = _bytes_to_copy([Path(path) for path in sorted(wanted)], places.namespace)
-            needed = copied + SPARE_BYTES if copied else 0
+            to_copy = _bytes_to_copy({image.path for source in sources for image in source.chain}, places.namespace)
             with errors_of(self._root):
-                room = os.statvfs(places.namespace)
+                free, device = free_bytes(places.namespace), places.namespace.stat().st_dev
         except PermanentError as error:
             raise RefusedError(str(error), reason=error.reason) from error
-        free = room.f_bavail * room.f_frsize
+        copied = sum(to_copy.values())
+        needed = copied + SPARE_BYTES if copied else 0
         if needed > free:
             raise RefusedError(
                 f"the store {self._root} has {free} bytes free, and the backup may need {needed}: free space there, "
                 "or choose another store",
                 reason="NoSpace",
             )
-
-    def writes(self, key: BackupKey, source: DiskSource) -> Writes:
-        """See Store."""
-        folder = Places(self._root, key).namespace
-        paths = [Path(image.path) for image in source.chain]
-        with errors_of(folder):
-            return Writes(_bytes_to_copy(paths, folder), folder.stat().st_dev)
+        return {each.target: Writes(sum(to_copy[image.path] for image in each.chain), device) for each in sources}
 
     def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:
         """See Store. A backing image that another disk of this backup brought along is not copied again."""
@@ -166,13 +160,13 @@ def _check_source(source: DiskSource) -> None:
             )
 
 
-def _bytes_to_copy(sources: Sequence[Path], folder: Path) -> int:
-    """Bytes that copies of the sources need in `folder`, those apart that can be cloned; 0 if all can be."""
-    needed = 0
+def _bytes_to_copy(paths: Iterable[str], folder: Path) -> dict[str, int]:
+    """Bytes that a copy of each image needs in `folder`, 0 if it can be cloned."""
+    needed: dict[str, int] = {}
     with errors_of(folder), tempfile.TemporaryFile(dir=folder) as probe:
-        for path in sources:
-            with opened_image(path) as fd:
-                needed += 0 if can_clone(fd, probe.fileno()) else allocated_bytes(path)
+        for path in sorted(paths):
+            with opened_image(Path(path)) as fd:
+                needed[path] = 0 if can_clone(fd, probe.fileno()) else allocated_bytes(Path(path))
     return needed
 
 

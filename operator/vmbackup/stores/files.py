@@ -79,3 +79,9 @@ def allocated_bytes(path: Path) -> int:
     with errors_of(path):
         found = path.stat()
     return length(path) if stat.S_ISBLK(found.st_mode) else found.st_blocks * 512
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that are free on the file system of a path, the reserve of its root user aside. Raises OSError."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
