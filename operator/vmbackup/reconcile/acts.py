@@ -137,42 +137,53 @@ class Acts:
 
     # -- every other action
 
-    def perform(self, action: Action, view: View, wish: Wish) -> float:
+    def perform(self, action: Action, view: View, wish: Wish) -> float:  # noqa: C901 — a table, one row an action
         """Carry out one action; returns the seconds to wait before the next look."""
+        spec, target = wish.spec, action.target
         match action.do:
             case Do.COPY:
                 return self._copy(wish)
             case Do.SHIP:
                 return self._ship(wish)
+            case Do.COMPARE:
+                return self._compare(action)
             case Do.MERGE_OFFLINE:
                 return self._merge_offline(action, wish)
+            case Do.SYNC_CONFIG:
+                return self._sync_config(action)
             case Do.REMOVE_OVERLAY:
                 return self._remove_overlay(action, view)
-            case Do.COMPARE | Do.FINISH | Do.SYNC_CONFIG:
-                return self._steps()[action.do](action)
-            case Do.THROTTLE | Do.UNTHROTTLE:
-                return self._throttling.perform(action, view.jobs.get(action.target), wish.spec.commit.deadline_seconds)
+            case Do.FINISH:
+                return self._finish(action)
             case Do.RECORD_FAILURE:
                 return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
             case Do.FAIL_BACKUP:
                 return self._fail_backup(action.reason, _reason_of(action, view, wish))
             case Do.REFUSE:
-                return self._fail_backup(
-                    action.reason, "DomainNotRunning" if view.seen.power is Power.OFF else "GuestNotReady"
-                )
-            case _ if action.do in self._calls():
-                return self._call(action, wish)
+                off = view.seen.power is Power.OFF
+                return self._fail_backup(action.reason, "DomainNotRunning" if off else "GuestNotReady")
+            case Do.THROTTLE | Do.UNTHROTTLE:
+                return self._throttling.perform(action, view.jobs.get(target), spec.commit.deadline_seconds)
+            case Do.FREEZE:
+                return self._call(action, wish, lambda: self._holding.freeze(spec.snapshot.freeze_timeout_seconds))
+            case Do.THAW:
+                return self._call(action, wish, lambda: self._holding.thaw(spec.snapshot.freeze_timeout_seconds))
+            case Do.SUSPEND:
+                return self._call(action, wish, self._holding.suspend)
+            case Do.RESUME:
+                return self._call(action, wish, self._holding.resume)
+            case Do.SNAPSHOT:
+                return self._call(action, wish, self._snapshot)
+            case Do.REDEFINE:
+                return self._call(action, wish, lambda: self._settling.redefine(action))
+            case Do.COMMIT:
+                return self._call(action, wish, lambda: self._commit(target, spec))
+            case Do.PIVOT:
+                return self._call(action, wish, lambda: self._holding.pivot(target))
             case _:
                 self.write(recorded(self.record, action))
                 self._narration.recorded(self.record, action)
                 return 0.0
-
-    def _steps(self) -> dict[Do, Callable[[Action], float]]:
-        return {
-            Do.COMPARE: self._compare,
-            Do.FINISH: self._finish,
-            Do.SYNC_CONFIG: self._sync_config,
-        }
 
     def _compare(self, action: Action) -> float:
         self.write(compared(self.record, action, compare(self.record.disk(action.target))))
@@ -280,19 +291,7 @@ class Acts:
 
     # -- libvirt calls
 
-    def _calls(self) -> dict[Do, Callable[[Action, BackupSpec], object]]:
-        return {
-            Do.FREEZE: lambda action, spec: self._holding.freeze(spec.snapshot.freeze_timeout_seconds),
-            Do.THAW: lambda action, spec: self._holding.thaw(spec.snapshot.freeze_timeout_seconds),
-            Do.SUSPEND: lambda action, spec: self._holding.suspend(),
-            Do.RESUME: lambda action, spec: self._holding.resume(),
-            Do.SNAPSHOT: lambda action, spec: self._snapshot(),
-            Do.REDEFINE: lambda action, spec: self._settling.redefine(action),
-            Do.COMMIT: lambda action, spec: self._commit(action.target, spec),
-            Do.PIVOT: lambda action, spec: self._holding.pivot(action.target),
-        }
-
-    def _call(self, action: Action, wish: Wish) -> float:
+    def _call(self, action: Action, wish: Wish, call: Callable[[], object]) -> float:
         try:
             if (noted := self._noted(action)) is not self.record:
                 self.write(noted, durable=False)
@@ -300,9 +299,8 @@ class Acts:
             why = f"the UEFI variables {self.record.nvram} cannot be kept ({error.strerror})"
             return self._failed_call(action, wish, why)
         self._narration.calling(self.record, action)
-        call = self._calls()[action.do]
         try:
-            send(self._journal, action, lambda: call(action, wish.spec))
+            send(self._journal, action, call)
         except UnknownOutcomeError:
             if action.do in (Do.COMMIT, Do.PIVOT):
                 self._narration.retried(RetryReason.UNKNOWN)
