@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vmbackup.errors import PermanentError, TransientError
 from vmbackup.imaging.control import CopyControl
+from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import COMPARE_SECONDS, failure_of, info, qemu_img
 from vmbackup.imaging.locks import hold_reader_lock
@@ -53,8 +54,8 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
         fd = os.open(overlay, os.O_RDONLY | os.O_CLOEXEC)
     try:
         hold_reader_lock(fd)
-        with errors_of(base):
-            _sync(base)
+        with errors_of(base), opened_image(base) as base_fd:
+            os.fsync(base_fd)
         if not same_where_written(overlay, base, base_format, control):
             raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
         control.check()
@@ -148,11 +149,3 @@ def _json(node: dict[str, object]) -> str:
 
 def _driver_of(image: Path) -> str:
     return "host_device" if image.is_block_device() else "file"
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
