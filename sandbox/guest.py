@@ -92,7 +92,10 @@ class Guest:
         self.serial_log = directory / f"{name}.serial.log"
         self._virsh = virsh
         self._xml_file = directory / f"{name}.xml"
-        self._arguments = f"console=ttyS0 quiet vmb.rate={records_per_second} vmb.dirty={dirty_kib_per_second}"
+        # no_timer_check: emulated on a busy machine a guest may see no timer tick for long, and its kernel panics then.
+        self._arguments = (
+            f"console=ttyS0 quiet no_timer_check vmb.rate={records_per_second} vmb.dirty={dirty_kib_per_second}"
+        )
         self._agent = agent
         self._memory_mib = memory_mib
         self._read_bytes = 0
