@@ -45,6 +45,21 @@ def store(name: str, **spec: Any) -> dict[str, Any]:
     }
 
 
+def rule(**changes: Any) -> dict[str, Any]:
+    """A rule of a VMBackupPolicy that allows the namespace team-a everything, with some fields changed or dropped."""
+    good: dict[str, Any] = {"namespaces": ["team-a"], "domains": ["*"], "nodes": ["*"], "stores": ["*"]}
+    return {name: value for name, value in (good | changes).items() if value is not DROP}
+
+
+def policy(name: str, *rules: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "apiVersion": "vmbackup.dev/v1alpha1",
+        "kind": "VMBackupPolicy",
+        "metadata": {"name": name},
+        "spec": {"rules": list(rules)},
+    }
+
+
 @dataclass(frozen=True)
 class Invalid:
     """`field` and `cure` are what both say; `schema_says` is the cure in the schema's own words where they differ."""
@@ -153,6 +168,47 @@ VALID_BACKUPS: list[dict[str, Any]] = [
     {"switchPolicy": "Live", "commit.stallPolicy": "Throttle"},
     {"switchPolicy": "Live", "deletionPolicy": "Delete", "ttlSecondsAfterFinished": 0},
     {"snapshot": {}, "copy": {}, "commit": {}},
+]
+
+A_SELECTOR = "give matchLabels or matchExpressions; for all namespaces"
+IN_BOTH = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
+
+
+def _requirement(**parts: Any) -> dict[str, Any]:
+    return {"namespaces": DROP, "namespaceSelector": {"matchExpressions": [{"key": "team", **parts}]}}
+
+
+INVALID_RULES: list[tuple[dict[str, Any], str]] = [
+    ({"namespaces": DROP}, "namespaces"),
+    (IN_BOTH, "namespaces"),
+    ({"namespaces": []}, "namespaces"),
+    ({"namespaces": ["Team_A"]}, "namespaces"),
+    ({"namespaces": "team-a"}, "namespaces"),
+    ({"namespaces": DROP, "namespaceSelector": {}}, A_SELECTOR),
+    (_requirement(operator="Is", values=["a"]), "operator"),
+    (_requirement(operator="In"), "values"),
+    (_requirement(operator="In", values=[]), "values"),
+    ({"domains": DROP}, "domains"),
+    ({"domains": []}, "domains"),
+    ({"domains": ["a/b"]}, "domains"),
+    ({"domains": ["a\nb"]}, "domains"),
+    ({"nodes": DROP}, "nodes"),
+    ({"nodes": [""]}, "nodes"),
+    ({"stores": DROP}, "stores"),
+    ({"stores": ["/srv"]}, "stores"),
+    ({"operations": []}, "operations"),
+    ({"disks": ["vda"]}, "disks"),
+]
+"""Changes of a rule() that make it invalid, and what the refusal names."""
+
+VALID_RULES: list[dict[str, Any]] = [
+    {},
+    {"operations": ["Backup"]},
+    {"namespaces": ["*"], "domains": ["web-*", "5a9c4a3e-3d55-4c39-bd2c-5d9c6b1b51a1", "Büro [1]"]},
+    {"nodes": ["node-?", "hv.example.org"], "stores": ["team-a", "shared*"]},
+    {"namespaces": DROP, **IN_BOTH},
+    _requirement(operator="NotIn", values=["a", ""]),
+    _requirement(operator="Exists"),
 ]
 
 VALID_PATHS = ["/var/lib/vmbackup/store", "/backup/", "/srv/..hidden/a.b", "/mnt/nas über"]

@@ -33,6 +33,7 @@ from vmbackup.node import memory
 from vmbackup.node.duty import Seen
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.orphans import OrphanPolicy, Orphans
+from vmbackup.node.policies import Policies
 from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Queue
 from vmbackup.node.sweep import Sweep
@@ -133,7 +134,9 @@ class _Agent:
             reporter_of=lambda record: self._fleet.reporter_of(record),
         )
         self._threads = Threads()
-        premises = Premises(node, cluster, self._events, Queue(settings.max_concurrent_backups), self._threads)
+        policies = Policies(cluster, self._events, self.metrics, settings.node_name)
+        queue = Queue(settings.max_concurrent_backups)
+        premises = Premises(node, cluster, self._events, policies, queue, self._threads)
         self._fleet = Fleet(premises)
         orphans = Orphans(premises, settings.node_name, OrphanPolicy(settings.orphan_policy))
         self._sweep = Sweep(premises, self._fleet, orphans, settings.node_name, settings.relist_interval)

@@ -16,18 +16,22 @@ from sandbox.kube import KubeApi, KubectlError
 from tests.manifests import (
     IMMUTABLE,
     INVALID_BACKUPS,
+    INVALID_RULES,
     INVALID_STORES,
     LIVE_PAUSE,
     MUTABLE,
     VALID_BACKUPS,
     VALID_PATHS,
+    VALID_RULES,
     Invalid,
     backup,
+    policy,
+    rule,
     store,
 )
 from vmbackup.api.spec import GROUP, IMMUTABLE_FIELDS, VERSION, BackupSpec
 from vmbackup.api.status import DiskReport, DiskState, Report
-from vmbackup.report.cluster import BACKUPS, STORES, load_client
+from vmbackup.report.cluster import BACKUPS, POLICIES, STORES, load_client
 from vmbackup.report.status import CONDITION_TYPES, render
 
 CRDS = Path(__file__).parents[2] / "crds"
@@ -48,6 +52,10 @@ def create_backup(api: CustomObjectsApi, body: dict[str, Any], **options: Any) -
 
 def create_store(api: CustomObjectsApi, body: dict[str, Any]) -> Any:
     return api.create_cluster_custom_object(GROUP, VERSION, STORES, body, **DRY)
+
+
+def create_policy(api: CustomObjectsApi, *rules: dict[str, Any]) -> Any:
+    return api.create_cluster_custom_object(GROUP, VERSION, POLICIES, policy("table", *rules), **DRY)
 
 
 def refusal(error: ApiException) -> str:
@@ -105,6 +113,28 @@ def test_a_valid_backup_is_taken(api: CustomObjectsApi, changes: dict[str, Any])
 @pytest.mark.parametrize("path", VALID_PATHS)
 def test_a_valid_store_is_taken(api: CustomObjectsApi, path: str) -> None:
     assert create_store(api, store("valid", directory={"path": path}))["spec"]["directory"]["path"] == path
+
+
+@pytest.mark.parametrize(("changes", "named"), INVALID_RULES, ids=repr)
+def test_an_invalid_policy_is_refused_by_name_of_its_field(
+    api: CustomObjectsApi, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ApiException) as refused:
+        create_policy(api, rule(), rule(**changes))
+    assert "spec.rules[1]" in refusal(refused.value)
+    assert named in refusal(refused.value)
+
+
+@pytest.mark.parametrize("changes", VALID_RULES, ids=repr)
+def test_a_valid_policy_is_taken_and_allows_backups_if_it_does_not_say_what(
+    api: CustomObjectsApi, changes: dict[str, Any]
+) -> None:
+    (made,) = create_policy(api, rule(**changes))["spec"]["rules"]
+    assert made["operations"] == ["Backup"]
+
+
+def test_a_policy_without_rules_is_taken(api: CustomObjectsApi) -> None:
+    assert create_policy(api)["spec"]["rules"] == []
 
 
 def test_a_name_that_no_folder_could_have_is_refused(api: CustomObjectsApi) -> None:
@@ -232,10 +262,11 @@ def test_the_columns_are_those_that_people_look_for(kube: KubeApi, api: CustomOb
     assert row[:6] == ["columns", "web-01", "node-a", "Pending", "Unknown", "Pending"]
 
 
-def test_both_kinds_have_a_short_name_and_the_category(kube: KubeApi) -> None:
+def test_all_kinds_have_a_short_name_and_the_category(kube: KubeApi) -> None:
     rows = kube.kubectl("api-resources", f"--api-group={GROUP}", "-o", "wide", "--no-headers").splitlines()
     shown = {row.split()[0]: (row.split()[1], row.split()[-1]) for row in rows}
-    assert shown == {"vmbackups": ("vmb", "vm-backup"), "vmbackupstores": ("vmbs", "vm-backup")}
+    short = {"vmbackups": "vmb", "vmbackupstores": "vmbs", "vmbackuppolicies": "vmbp"}
+    assert shown == {plural: (name, "vm-backup") for plural, name in short.items()}
 
 
 def test_explain_reads_well(kube: KubeApi) -> None:
@@ -273,14 +304,14 @@ def fields(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any
         yield from fields(node["items"], f"{path}[]")
 
 
-@pytest.mark.parametrize("plural", ["vmbackups", "vmbackupstores"])
+@pytest.mark.parametrize("plural", ["vmbackups", "vmbackupstores", "vmbackuppolicies"])
 def test_every_field_is_described(plural: str) -> None:
     # metadata is the server's own: a CRD may not describe it.
     bare = [path for path, node in fields(schema(plural), plural) if not node.get("description")]
     assert bare == [f"{plural}.metadata"]
 
 
-@pytest.mark.parametrize("plural", ["vmbackups", "vmbackupstores"])
+@pytest.mark.parametrize("plural", ["vmbackups", "vmbackupstores", "vmbackuppolicies"])
 def test_every_list_says_how_it_is_merged(plural: str) -> None:
     lists = {path: node for path, node in fields(schema(plural), plural) if node.get("type") == "array"}
     assert [path for path, node in lists.items() if "x-kubernetes-list-type" not in node] == []

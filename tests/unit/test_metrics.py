@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import urllib.error
@@ -82,6 +83,7 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
         ("vmbackup_commit_stalled", ("domain", "target")),
         ("vmbackup_guest_suspended_seconds", ("domain",)),
         ("vmbackup_orphan_overlays", ()),
+        ("vmbackup_policies", ()),
         ("vmbackup_build_info", ("version",)),
     }
 
@@ -93,6 +95,12 @@ def test_a_commit_is_counted_between_10_ms_and_hours(metrics: Metrics) -> None:
     assert value(metrics, "vmbackup_commit_duration_seconds_bucket", le="14400.0") == 1
     assert value(metrics, "vmbackup_commit_duration_seconds_bucket", le="28800.0") == 2
     assert value(metrics, "vmbackup_commit_merged_bytes_total") == 12
+
+
+def test_how_many_policies_there_are_is_not_a_number_before_they_were_read(metrics: Metrics) -> None:
+    assert math.isnan(value(metrics, "vmbackup_policies"))
+    metrics.policies(0)
+    assert value(metrics, "vmbackup_policies") == 0
 
 
 def test_what_happened_is_counted(metrics: Metrics) -> None:

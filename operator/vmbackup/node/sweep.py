@@ -71,6 +71,7 @@ class Sweep:
 
     async def look(self) -> None:
         """Look once."""
+        await self._premises.threads.call(self._premises.policies.look)
         kept = self._fleet.uids
         await self._orphans.see()
         records = await self._records()  # first: whoever has a journal now and is not listed next is gone

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from vmbackup.api.policy import unknown_domain
 from vmbackup.api.spec import StoreSpec
 from vmbackup.api.status import Phase, Reason, Report
-from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.errors import RefusedError, TransientError, VMBackupError
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.node.duty import Seen, begun, done
 from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Ticket
@@ -39,6 +41,7 @@ class Turn:
         self._backup: Backup | None = None
         self._ticket: Ticket | None = None
         self._store: StoreSpec | None = None
+        self._forbidden: RefusedError | None = None
 
     async def run(self, record: Record | None) -> Ending:
         """Run it from wherever its record stands, once it may. Raises VMBackupError if it cannot even begin."""
@@ -55,10 +58,11 @@ class Turn:
                 reporter=self._reporter,
                 spec=seen.spec,
                 store=None if self._store is None else msgspec.to_builtins(self._store),
+                admit=self._admit,
             )
             return await premises.threads.run(self._backup.run, f"backup-{seen.name}")
         finally:
-            self._backup = None
+            self._backup = self._forbidden = None
             if self._ticket is not None:
                 premises.queue.leave(self._ticket)
                 self._ticket = None
@@ -91,8 +95,17 @@ class Turn:
         if self._dropped and not has_begun:
             return True  # it ends at once, without touching its domain
         domain = record.domain_uuid if record is not None else ""
+        if not has_begun:
+            try:
+                domain = await self._premises.threads.call(self._looked_up)
+            except RefusedError as error:  # the backup says so; whom it would have to wait for is not told either
+                self._forbidden = error
+                return True
+            except TransientError as error:
+                self._show_pending(error.reason, str(error))
+                raise
         since = str(seen.metadata.get("creationTimestamp"))
-        self._ticket = Ticket(seen.uid, seen.name, domain or await self._domain_uuid(), has_begun, since)
+        self._ticket = Ticket(seen.uid, seen.name, domain, has_begun, since)
         self.wake()
         tell = self._log_waiting if has_begun else self._show_queued
         return await self._premises.queue.enter(self._ticket, tell) or self._wish().cancelled
@@ -103,22 +116,37 @@ class Turn:
         return self._wish().deleted or self._wish().cancelled
 
     def _show_queued(self, why: str) -> None:
+        self._show_pending(Reason.QUEUED, f"waiting: {why}")
+
+    def _show_pending(self, reason: str, message: str) -> None:
         handled = self._seen().handled_retry
-        self._reporter.report(
-            Report(Phase.PENDING, Reason.QUEUED, f"waiting: {why}", chain_clean=True, last_handled_retry=handled)
-        )
+        self._reporter.report(Report(Phase.PENDING, reason, message, chain_clean=True, last_handled_retry=handled))
 
     def _log_waiting(self, why: str) -> None:
         """Of one that has begun, the status tells more than that it waits."""
         _log.info("%s waits: %s", self._seen().name, why)
 
-    async def _domain_uuid(self) -> str:
-        """The domain's UUID; '' if it cannot be had: then the backup itself will say why."""
+    def _looked_up(self) -> str:
+        """The UUID of its domain; '' if it cannot be had: then the backup itself will say why. Raises as `_admit`."""
+        guest = None
         try:
-            guest = await self._premises.threads.call(self._premises.node.hypervisor.guest, self._wish().spec.domain)
+            guest = self._premises.node.hypervisor.guest(self._wish().spec.domain)
+        except RefusedError:
+            self._admit(None)
         except VMBackupError:
             return ""
-        return guest.uuid
+        else:
+            self._admit(guest)
+        return "" if guest is None else guest.uuid
+
+    def _admit(self, guest: Guest | None) -> None:
+        """Raise RefusedError where no policy allows a backup of this domain, or of one that is not there. Blocks."""
+        if self._forbidden is not None:
+            raise self._forbidden
+        spec = self._wish().spec
+        domain, uuid = unknown_domain(spec.domain) if guest is None else (guest.name, guest.uuid)
+        namespace = self._seen().metadata["namespace"]
+        self._premises.policies.check(namespace, spec.domain, spec.store, domain=domain, domain_uuid=uuid)
 
     async def _find_store(self, record: Record | None) -> None:
         """Look the store up beforehand: a backup that has begun must not fail because the API server is away."""

@@ -67,10 +67,12 @@ class Backup:
         reporter: Reporter,
         spec: Mapping[str, Any] | None = None,
         store: Mapping[str, Any] | None = None,
+        admit: Callable[[Guest | None], None] = lambda _guest: None,
     ) -> None:
         """`spec`, `store`: the specs of VMBackup and VMBackupStore on an API server, for the journal.
 
-        It outlives the VMBackup, and is what there is while the API server is away.
+        It outlives the VMBackup, and is what there is while the API server is away. `admit` raises RefusedError where
+        its domain, or one that is not there, may not be backed up; it is asked before anything is begun.
         """
         self._node = node
         self._key = key
@@ -79,6 +81,7 @@ class Backup:
         self._wish = wish
         self._open_store = open_store
         self._reporter = reporter
+        self._admit = admit
         self._woken = threading.Event()
         self._journal_error: PermanentError | None = None
         self._waited = False  # for another process that has this very backup
@@ -112,6 +115,8 @@ class Backup:
             return self._waited_in_vain(journal)
         try:
             guest = self._guest(journal.record)
+            if guest is not None:
+                self._ask(journal.record, guest)
         except RefusedError as error:
             return self._refused(journal, error)
         if guest is None:
@@ -176,6 +181,7 @@ class Backup:
                 return self._node.hypervisor.guest(record.domain_uuid or self._wish().spec.domain)
             except RefusedError:
                 if not record.disks:
+                    self._ask(record, None)  # who may not back it up is not told whether it is there
                     raise
                 # a transient domain that stopped: its files are what there is
                 return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
@@ -183,6 +189,11 @@ class Backup:
                 self._reporter.report(replace(narrate(record, None, None, Progress({}, {})), message=str(error)))
                 if not self._pause(record):
                     return None
+
+    def _ask(self, record: Record, guest: Guest | None) -> None:
+        """Whether it may begin. One that has begun is never stopped: the guest comes first."""
+        if record.snapshot is Snapshot.NONE and not self._wish().deleted:
+            self._admit(guest)
 
     def _already_run(self) -> bool:
         """Another process has this very backup: wait for its end, unless told to stop. Its status is that one's."""

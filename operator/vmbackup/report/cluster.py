@@ -19,6 +19,7 @@ from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBack
 
 BACKUPS = "vmbackups"
 STORES = "vmbackupstores"
+POLICIES = "vmbackuppolicies"
 _JSON, _JSON_PATCH = "application/json", "application/json-patch+json"
 
 
@@ -80,6 +81,11 @@ class Cluster:
             )
         return StoreSpec.parse(found.get("spec", {}))
 
+    def policies(self) -> dict[str, Mapping[str, Any]]:
+        """The specs of all VMBackupPolicies, by name."""
+        items = self._call("GET", f"/apis/{GROUP}/{VERSION}/{POLICIES}")["items"]
+        return {item["metadata"]["name"]: item.get("spec") or {} for item in items}
+
     def put_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
         """Make this the status of this very object, never of another of the same name.
 
@@ -111,6 +117,11 @@ class Cluster:
         """Whether this whole namespace is being deleted, or is gone."""
         found = self._get(f"/api/v1/namespaces/{name}")
         return found is None or "deletionTimestamp" in found["metadata"]
+
+    def namespace_labels(self, name: str) -> Mapping[str, str]:
+        """The labels of a namespace; none where it is gone."""
+        found = self._get(f"/api/v1/namespaces/{name}") or {"metadata": {}}
+        return found["metadata"].get("labels") or {}
 
     def create_event(self, namespace: str, event: Mapping[str, Any]) -> None:
         """Create an event of events.k8s.io/v1, which `kubectl describe` shows under its object."""

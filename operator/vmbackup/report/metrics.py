@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -69,6 +70,12 @@ class Metrics:
             "Overlays on this node that no VMBackup brings home at present.",
             registry=registry,
         )
+        self._policies = Gauge(
+            "vmbackup_policies",
+            "VMBackupPolicies there are. With 0 every namespace may back up every domain of this node.",
+            registry=registry,
+        )
+        self._policies.set(math.nan)  # until they were read: 0 says that all is allowed
         for phase in Phase:
             self._phase_seconds.labels(phase)
         for result in Outcome:
@@ -130,6 +137,10 @@ class Metrics:
     def succeeded(self, domain: str, at: float) -> None:
         """A domain was backed up at that time; also called for old backups after a restart. The latest one counts."""
         self._present.succeeded(domain, at)
+
+    def policies(self, count: int) -> None:
+        """How many VMBackupPolicies there are."""
+        self._policies.set(count)
 
     def orphans(self, count: int) -> None:
         """How many overlays on this node no VMBackup brings home at present."""
