@@ -67,6 +67,7 @@ MISFORTUNES = {
     "the store is full": "hypervisor/test_backup.py::test_a_full_store_fails_the_backup_and_the_guest_comes_home_all_the_same",
     "the store is read-only": "chaos/test_catalogue_storage.py::test_a_store_that_goes_read_only_fails_the_backup_and_the_guest_comes_home",
     "an image is replaced or cut off": "chaos/test_catalogue_storage.py::test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_original_is_back",
+    "an overlay is removed or replaced": "chaos/test_catalogue_storage.py::test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same",
     "two agents": "cluster/test_api_server.py::test_a_second_agent_for_the_same_node_touches_neither_guest_nor_status_nor_finalizer",
     "409 Conflict": "cluster/test_api_server.py::test_while_others_write_to_the_same_object_all_the_time_their_writes_and_its_status_both_arrive",
     "deleted and made again": "cluster/test_api_server.py::test_deleted_and_made_again_with_the_same_name_each_is_itself",

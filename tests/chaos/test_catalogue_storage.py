@@ -375,13 +375,29 @@ def test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_origin
     at_home(guest, overlays, 0x11, 0x22, 0x44)
 
 
-def test_an_overlay_that_is_removed_while_the_guest_writes_it_is_merged_all_the_same(
-    guest: Domain, backup: BackupFactory, overlays: Path
+def remove_overlay(overlay: Path) -> None:
+    overlay.unlink()
+
+
+def replace_overlay(overlay: Path) -> None:
+    kept = overlay.rename(overlay.with_name("kept"))
+    overlay.write_bytes(kept.read_bytes())
+    kept.unlink()
+
+
+def put_another_file_in_its_place(overlay: Path) -> None:
+    overlay.unlink()
+    overlay.write_bytes(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("harm", [remove_overlay, replace_overlay, put_another_file_in_its_place])
+def test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same(
+    guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], None]
 ) -> None:
-    """QEMU has it until it ends: so the sooner the better."""
+    """QEMU has the one it opened until it ends: so the sooner that is merged the better."""
     running = in_mid_copy(guest, backup)
     (overlay,) = overlays.glob("*.vmb-*")
-    overlay.unlink()
+    harm(overlay)
     guest.write("vda", 0x44, offset="2M")
     running.edit("copy", bandwidth="10Gi")
     assert running.end().outcome is Outcome.SUCCEEDED
