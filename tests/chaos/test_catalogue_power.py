@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sandbox.guest import Guest as WritingGuest
+from sandbox.guest import make_disk as make_ext4
+from sandbox.oracle import prove
 from tests.chaos.power import SLOW, Machine, PoweredGuest, committing, copying, machine, wait_for_record
-from tests.kill_points import Driving, Moment, When
+from tests.kill_points import Driving, Moment, Task, When
 from vmbackup.api.status import Outcome, Report
 
 SAMPLE = [
@@ -100,6 +104,50 @@ def test_the_plain_procedure_loses_the_guest_in_the_same_cut(powered: Machine, t
     with pytest.raises((RuntimeError, AssertionError), match=r"plain\.qcow2|back in time"):
         guest.start()
     virsh("undefine", guest.name)
+
+
+def test_a_linux_guest_goes_on_behind_its_last_record_after_a_power_cut(powered: Machine, tmp_path: Path) -> None:
+    disks = [make_ext4(target, powered.images / f"linux-{target}.raw", size_mib=32) for target in ("vda", "vdb")]
+    guest = WritingGuest(powered.libvirtd.virsh, "linux", tmp_path, disks)
+    guest.define()
+    guest.start()
+    guest.wait_for(3)
+    powered.sync()
+    libvirtd, directory = powered.libvirtd, powered.state / "linux"
+    directory.mkdir()
+    task = Task(libvirtd.uri, libvirtd.config_dir, directory, guest.name, (), uid(), boot=powered.boot)
+    report, _, _ = Driving(task).end()
+    assert report.outcome is Outcome.SUCCEEDED, report
+    guest.wait_for_more(3)
+    powered.cut()
+    powered.power_on()
+    guest.start()
+    guest.wait_for_more(3)
+    guest.destroy()
+    guest.assert_only_rising()
+    for disk in disks:
+        prove(Path(disk.path), acknowledged_at_least=guest.acknowledged(disk.target))
+    libvirtd.virsh("undefine", guest.name)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_a_power_cut_at_any_moment_of_a_backup_loses_nothing(powered: Machine, tmp_path: Path) -> None:
+    guest = PoweredGuest(powered, tmp_path, "any-moment")
+    _, moments, _ = Driving(guest.task(uid())).end()
+    ends: Counter[str] = Counter()
+    for moment in moments:
+        driving = Driving(guest.task(uid(), moment))
+        if not driving.wait_until_held():  # when a job is READY, and so the order of some steps, differs
+            ends["did not come by"] += 1
+            continue
+        if moment.when is When.DURING:
+            driving.let_go()
+        report = carried_on_after_a_cut(guest, driving)
+        ends[str(report.outcome)] += 1
+        assert report.outcome is Outcome.SUCCEEDED, f"{moment}: {report}"
+    print(f"{len(moments)} moments: {dict(ends)}")
+    assert ends["did not come by"] <= len(moments) // 10
 
 
 def uid() -> str:
