@@ -41,7 +41,7 @@ from vmbackup.node.threads import Threads
 from vmbackup.node.watchdog import Watchdog
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.rescue import guarded, let_guests_run
-from vmbackup.report.cluster import BACKUPS, Cluster, load_client
+from vmbackup.report.cluster import BACKUPS, Cluster, authorization, load_client
 from vmbackup.report.events import Events
 from vmbackup.report.health import HealthServer
 from vmbackup.report.metrics import Metrics
@@ -196,8 +196,7 @@ class _Agent:
         """The same access as the client's; asked again when the API server says 401."""
         client: Any = self._client
         access: Any = client.configuration
-        credentials = str(access.get_api_key_with_prefix("authorization") or "")
-        scheme, _space, token = credentials.rpartition(" ")
+        scheme, _space, token = authorization(self._client).rpartition(" ")
         return kopf.ConnectionInfo(
             server=access.host,
             ca_path=access.ssl_ca_cert,

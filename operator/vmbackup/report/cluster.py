@@ -43,6 +43,12 @@ def load_client(kubeconfig: str | None = None) -> ApiClient:
     return ApiClient(configuration)
 
 
+def authorization(client: ApiClient) -> str:
+    """The header Authorization of the client's requests, its token read again when that is due; '' if it has none."""
+    untyped: Any = client
+    return str(untyped.configuration.get_api_key_with_prefix("BearerToken", alias="authorization") or "")
+
+
 class Cluster:
     """The custom resources on the API server.
 
