@@ -9,6 +9,7 @@ packages=(
     ca-certificates curl e2fsprogs jq openssl procps util-linux xfsprogs # small tools
     libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients qemu-system-x86 qemu-utils
     etcd-server
+    prometheus                                        # and promtool, for the alerts and the dashboard
     busybox-static cpio gcc libc6-dev                 # the test guest's initramfs
     python3 python3-dev python3-venv libvirt-dev pkg-config # libvirt-python has no wheels
 )
@@ -25,7 +26,7 @@ missing_packages() {
 
 install_packages() {
     if ! command -v apt-get >/dev/null; then
-        for program in libvirtd virsh qemu-system-x86_64 qemu-img etcd mkfs.ext4 mkfs.xfs busybox cpio gcc openssl pkg-config; do
+        for program in libvirtd virsh qemu-system-x86_64 qemu-img etcd promtool mkfs.ext4 mkfs.xfs busybox cpio gcc openssl pkg-config; do
             PATH=$PATH:/usr/sbin:/sbin command -v "$program" >/dev/null && continue
             say "This is not Debian, and $program is missing. Install the equivalents of these Debian packages by hand:"
             say "  ${packages[*]}"

@@ -256,6 +256,23 @@ def test_nothing_waits_for_a_server_that_is_away_and_the_newest_arrives_when_it_
     assert status_of(cluster, body)["phase"] == "Committing"
 
 
+def test_it_tells_since_when_the_oldest_status_waits_and_when_it_has_arrived(
+    cluster: CountingCluster, body: dict[str, Any], outage: Callable[[], None]
+) -> None:
+    late: list[float | None] = []
+    writer = StatusWriter(cluster, BackupRef.of(body), generation=1, previous=body["status"], late=late.append)
+    begun = time.time()
+    writer.write(COPYING)
+    writer.write(replace(COPYING, phase=Phase.COMMITTING))
+    assert not writer.flush(0.5)
+    (since,) = late
+    assert since is not None
+    assert begun <= since <= begun + 0.5
+    outage()
+    assert writer.flush(10)
+    assert late[-1] is None
+
+
 def test_closed_it_gives_up(writer: StatusWriter, body: dict[str, Any], outage: Callable[[], None]) -> None:
     writer.write(COPYING)
     writer.close()

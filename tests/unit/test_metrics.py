@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from vmbackup.api.status import Outcome, Phase, RetryReason
+from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.report.health import Check, HealthServer
 from vmbackup.report.metrics import Metrics
 
@@ -63,7 +63,10 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
     metrics.overlay("web-01", "vda", tmp_path, since=0)
     metrics.stalled("web-01", "vda")
     metrics.suspended("web-01", since=0)
-    metrics.succeeded("web-01", at=0)
+    metrics.succeeded("web-01", at=0, ended=0)
+    metrics.failed("web-01", at=1)
+    metrics.told("web-01", Report())
+    metrics.told("web-02", Report(reason=Reason.QUARANTINED, outcome=Outcome.FAILED))
     shown = {(name, tuple(sorted(key for key, _ in labels))) for name, labels in scrape(metrics)}
     assert {sample for sample in shown if sample[0].startswith("vmbackup_")} == {
         *((f"vmbackup_commit_duration_seconds_{part}", ()) for part in ("count", "sum")),
@@ -80,8 +83,17 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
         ("vmbackup_overlay_free_bytes", ("domain", "target")),
         ("vmbackup_overlay_age_seconds", ("domain", "target")),
         ("vmbackup_last_success_timestamp_seconds", ("domain",)),
+        ("vmbackup_last_failure_timestamp_seconds", ("domain",)),
+        ("vmbackup_backup_state", ("domain", "phase", "reason")),
+        ("vmbackup_backup_last_progress_timestamp_seconds", ("domain",)),
+        ("vmbackup_backup_copied_bytes", ("domain",)),
+        ("vmbackup_backup_total_bytes", ("domain",)),
+        ("vmbackup_backup_merged_bytes", ("domain",)),
+        ("vmbackup_quarantined", ("domain",)),
         ("vmbackup_commit_stalled", ("domain", "target")),
         ("vmbackup_guest_suspended_seconds", ("domain",)),
+        ("vmbackup_guest_suspended_limit_seconds", ("domain",)),
+        ("vmbackup_report_lag_seconds", ()),
         ("vmbackup_orphan_overlays", ()),
         ("vmbackup_policies", ()),
         ("vmbackup_build_info", ("version",)),
@@ -172,8 +184,77 @@ def test_a_suspended_guest_is_shown_until_it_is_resumed(metrics: Metrics) -> Non
 
 def test_the_last_success_is_the_latest_in_whatever_order_they_are_told(metrics: Metrics) -> None:
     for at in (100, 300, 200):
-        metrics.succeeded("web-01", at)
+        metrics.succeeded("web-01", at, ended=at)
     assert value(metrics, "vmbackup_last_success_timestamp_seconds", domain="web-01") == 300
+
+
+def test_a_pause_that_was_asked_for_shows_its_limit(metrics: Metrics) -> None:
+    metrics.suspended("web-01", since=0)
+    assert value(metrics, "vmbackup_guest_suspended_limit_seconds", domain="web-01") == 0
+    metrics.suspended("web-01", since=0, limit=30)
+    assert value(metrics, "vmbackup_guest_suspended_limit_seconds", domain="web-01") == 30
+    metrics.resumed("web-01")
+    assert value(metrics, "vmbackup_guest_suspended_limit_seconds", domain="web-01") is None
+
+
+def test_a_failure_is_shown_until_a_later_backup_of_the_domain_has_succeeded(metrics: Metrics) -> None:
+    def shown() -> float | None:
+        return value(metrics, "vmbackup_last_failure_timestamp_seconds", domain="web-01")
+
+    metrics.succeeded("web-01", at=100, ended=150)
+    metrics.failed("web-01", at=140)  # as told after a restart, in any order
+    assert shown() is None
+    metrics.failed("web-01", at=200)
+    metrics.failed("web-01", at=180)
+    metrics.succeeded("web-02", at=300, ended=300)
+    assert shown() == 200
+    metrics.succeeded("web-01", at=190, ended=250)  # one that had given up, was taken up again, and is home
+    assert shown() is None
+
+
+def test_a_running_backup_shows_what_it_does_and_how_far_it_is(metrics: Metrics) -> None:
+    disks = tuple(
+        DiskReport(target, DiskState.COPYING, copied_bytes=10, total_bytes=100, merged_bytes=1)
+        for target in ("vda", "vdb")
+    )
+    metrics.told("web-01", Report(Phase.PENDING, Reason.PENDING, start_time=5))
+    assert value(metrics, "vmbackup_backup_last_progress_timestamp_seconds", domain="web-01") == 5
+    metrics.told("web-01", Report(Phase.COPYING, Reason.COPYING, start_time=5, last_progress_time=7, disks=disks))
+    states = {labels for name, labels in scrape(metrics) if name == "vmbackup_backup_state"}
+    assert states == {frozenset({("domain", "web-01"), ("phase", "Copying"), ("reason", "Copying")})}
+    shown = ("last_progress_timestamp_seconds", "copied_bytes", "total_bytes", "merged_bytes")
+    assert [value(metrics, f"vmbackup_backup_{name}", domain="web-01") for name in shown] == [7, 20, 200, 2]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_backup_that_nobody_runs_any_more_shows_nothing(metrics: Metrics, ended: bool) -> None:
+    metrics.told("web-01", Report(Phase.COPYING, Reason.COPYING))
+    if ended:
+        metrics.told("web-01", Report(Phase.PIVOTED, Reason.SUCCEEDED, outcome=Outcome.SUCCEEDED))
+    else:
+        metrics.idle("web-01")
+    assert not [name for name, labels in scrape(metrics) if name.startswith("vmbackup_backup_") and labels]
+
+
+def test_a_quarantine_is_shown_until_it_is_lifted_or_its_backup_is_gone(metrics: Metrics) -> None:
+    for end in (lambda: metrics.told("web-01", Report()), lambda: metrics.released("web-01")):
+        metrics.told("web-01", Report(Phase.FAILED, Reason.QUARANTINED, outcome=Outcome.FAILED))
+        metrics.idle("web-01")
+        assert value(metrics, "vmbackup_quarantined", domain="web-01") == 1
+        end()
+        assert value(metrics, "vmbackup_quarantined", domain="web-01") is None
+
+
+def test_the_lag_is_that_of_the_status_that_waits_longest(metrics: Metrics) -> None:
+    assert value(metrics, "vmbackup_report_lag_seconds") == 0
+    now = time.time()
+    metrics.unreported("uid-1", now - 100)
+    metrics.unreported("uid-2", now - 500)
+    assert 500 <= (value(metrics, "vmbackup_report_lag_seconds") or 0) < 600
+    metrics.unreported("uid-2", None)
+    assert 100 <= (value(metrics, "vmbackup_report_lag_seconds") or 0) < 200
+    metrics.unreported("uid-1", None)
+    assert value(metrics, "vmbackup_report_lag_seconds") == 0
 
 
 # The server

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
@@ -58,7 +59,11 @@ class Keeper:
         self._loop = asyncio.get_running_loop()
         self._ref = BackupRef.of(seen.body)
         self._writer = StatusWriter(
-            premises.cluster, self._ref, generation=seen.generation, previous=seen.status or None
+            premises.cluster,
+            self._ref,
+            generation=seen.generation,
+            previous=seen.status or None,
+            late=partial(premises.node.metrics.unreported, seen.uid),
         )
         self.reporter = ClusterReporter(
             self._ref, self._writer, premises.events, generation=lambda: self._seen.generation, heard=self._heard

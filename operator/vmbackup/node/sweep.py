@@ -57,7 +57,7 @@ class Sweep:
         bodies = await self._list()
         if bodies is None:
             bodies = await self._list_at_last(records)
-        self._tell_successes(bodies, records)
+        self._tell_ends(bodies, records)
 
     async def watch(self) -> None:
         """Look again and again. Runs until it is cancelled."""
@@ -138,14 +138,17 @@ class Sweep:
                 since = record.snapshot_time or record.started or time.time()
                 self._premises.node.metrics.overlay(record.domain, disk.target, Path(disk.overlay), since)
 
-    def _tell_successes(self, bodies: Iterable[Body], records: Iterable[Record]) -> None:
+    def _tell_ends(self, bodies: Iterable[Body], records: Iterable[Record]) -> None:
         domains = {record.uid: record.domain for record in records}
         for body in bodies:
-            seen = Seen(body)
-            taken = seen.status.get("snapshotTime")
-            if taken and condition(seen.status, "Ready").get("status") == "True":
-                domain = domains.get(seen.uid) or str(body["spec"]["domain"])
-                self._premises.node.metrics.succeeded(domain, _seconds(str(taken)))
+            seen, metrics = Seen(body), self._premises.node.metrics
+            taken, ended = seen.status.get("snapshotTime"), seen.status.get("completionTime")
+            ready = condition(seen.status, "Ready").get("status")
+            domain = domains.get(seen.uid) or str(body["spec"]["domain"])
+            if ready == "True" and taken and ended:
+                metrics.succeeded(domain, _seconds(str(taken)), _seconds(str(ended)))
+            elif ready == "False" and ended and seen.over and seen.status.get("domainUUID"):
+                metrics.failed(domain, _seconds(str(ended)))
 
 
 def _seconds(timestamp: str) -> float:

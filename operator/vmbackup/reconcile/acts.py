@@ -117,6 +117,7 @@ class Acts:
         """This run is over: nothing of it goes on."""
         self._copying.cancel()
         self._merging.let_go()
+        self._narration.let_go(self.record)
 
     def cancel_copy(self) -> None:
         """Something else comes first: no reader may be left on the base when a commit begins."""

@@ -60,6 +60,7 @@ class Narration:
         progress = Progress(self._copying.copied, self._merged, self._progressed())
         report = narrate(record, seen, action, progress)
         self._reporter.report(report)
+        self._metrics.told(record.domain, report)
         if self._phase is None:
             tell_suspended(self._metrics, record)  # by an earlier run
         if report.phase is not self._phase:
@@ -74,9 +75,16 @@ class Narration:
         if record.finished and report.outcome is not None and not self._ended:
             self._ended = True
             self._metrics.finished(report.outcome)
+            now = time.time()
             if report.outcome is Outcome.SUCCEEDED:
-                self._metrics.succeeded(record.domain, record.snapshot_time or time.time())
+                self._metrics.succeeded(record.domain, record.snapshot_time or now, now)
+            elif report.outcome in (Outcome.FAILED, Outcome.REFUSED):
+                self._metrics.failed(record.domain, now)
         return report
+
+    def let_go(self, record: Record) -> None:
+        """This run is over."""
+        self._metrics.idle(record.domain)
 
     def recorded(self, record: Record, action: Action) -> None:
         """A decision that changed the record alone."""
@@ -195,6 +203,7 @@ class Narration:
 
     def forget(self, record: Record) -> None:
         """The VMBackup is gone."""
+        self._metrics.released(record.domain)
         if not record.orphan:
             for disk in record.disks:
                 self._metrics.overlay_gone(record.domain, disk.target)
@@ -245,6 +254,8 @@ class Narration:
 def tell_suspended(metrics: Metrics, record: Record) -> None:
     """Whether a guest is suspended by us, and since when."""
     if record.guard is Guard.OURS:
-        metrics.suspended(record.domain, time.time() - boottime() + (record.suspended_at or boottime()))
+        since = record.suspended_at or boottime()
+        limit = max(0.0, record.pause_until - since)
+        metrics.suspended(record.domain, time.time() - boottime() + since, limit)
     else:
         metrics.resumed(record.domain)

@@ -1,12 +1,11 @@
-"""The Prometheus metrics of one agent (README.md)."""
+"""The Prometheus metrics of one agent (docs/monitoring.md)."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import (
@@ -18,10 +17,9 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from vmbackup.api.status import Outcome, Phase, RetryReason
+from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
+from vmbackup.report.levels import Level, Levels
 from vmbackup.stores.files import free_bytes
 from vmbackup.version import __version__
 
@@ -29,6 +27,48 @@ from vmbackup.version import __version__
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)
 _FREEZE_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0)
 _ST_BLOCKS_UNIT = 512  # stat(2): st_blocks counts these, whatever the file system
+
+_DOMAIN, _DISK = ("domain",), ("domain", "target")
+_STATE = Level(
+    "vmbackup_backup_state",
+    "1 while a backup of a domain runs, with its phase and the reason of its condition Ready.",
+    ("domain", "phase", "reason"),
+    keys=1,
+)
+_PROGRESSED = Level(
+    "vmbackup_backup_last_progress_timestamp_seconds", "When the running backup of a domain last got on.", _DOMAIN, 1
+)
+_COPIED = Level("vmbackup_backup_copied_bytes", "What the running backup of a domain has copied.", _DOMAIN, 1)
+_TOTAL = Level("vmbackup_backup_total_bytes", "What the running backup of a domain has to copy.", _DOMAIN, 1)
+_MERGED = Level(
+    "vmbackup_backup_merged_bytes", "What the running backup of a domain has merged into its bases.", _DOMAIN, 1
+)
+_QUARANTINED = Level("vmbackup_quarantined", "1 while the chain of a domain is quarantined.", _DOMAIN, 1)
+_OVERLAY = Level("vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", _DISK, 2)
+_OVERLAY_FREE = Level(
+    "vmbackup_overlay_free_bytes", "What is free on the file system of the overlay of a disk.", _DISK, 2
+)
+_OVERLAY_AGE = Level("vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", _DISK, 2)
+_STALLED = Level("vmbackup_commit_stalled", "1 while the commit of a disk is past commit.deadlineSeconds.", _DISK, 2)
+_SUSPENDED = Level("vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", _DOMAIN, 1)
+_SUSPENDED_LIMIT = Level(
+    "vmbackup_guest_suspended_limit_seconds",
+    "How long a suspended guest may stay so as it was asked for: commit.stallPauseSeconds, or 0 for a mere switch.",
+    _DOMAIN,
+    1,
+)
+_SUCCESS = Level("vmbackup_last_success_timestamp_seconds", "When a domain was last backed up.", _DOMAIN, 1)
+_FAILURE = Level(
+    "vmbackup_last_failure_timestamp_seconds",
+    "When the backup of a domain last failed; gone as soon as one has succeeded.",
+    _DOMAIN,
+    1,
+)
+_RUNNING = (_STATE, _PROGRESSED, _COPIED, _TOTAL, _MERGED)
+_LEVELS = (
+    *_RUNNING, _QUARANTINED, _OVERLAY, _OVERLAY_FREE, _OVERLAY_AGE, _STALLED, _SUSPENDED, _SUSPENDED_LIMIT, _SUCCESS,
+    _FAILURE,
+)  # fmt: skip
 
 
 class Metrics:
@@ -82,8 +122,18 @@ class Metrics:
             self._backups.labels(result)
         for reason in RetryReason:
             self._retries.labels(reason)
-        self._present = _Present()
-        registry.register(self._present)
+        Gauge(
+            "vmbackup_report_lag_seconds",
+            "For how long the API server has not taken a status that waits for it.",
+            registry=registry,
+        ).set_function(self._lag)
+        self._levels = Levels(_LEVELS)
+        registry.register(self._levels)
+        self._lock = threading.Lock()
+        self._succeeded: dict[str, float] = {}  # the snapshot of the last good backup, by domain
+        self._ended: dict[str, float] = {}  # and when that backup was over
+        self._failed: dict[str, float] = {}
+        self._unreported: dict[str, float] = {}
 
     def committed(self, seconds: float, merged_bytes: int) -> None:
         """One disk is home: a commit took this long and merged this much."""
@@ -110,33 +160,84 @@ class Metrics:
         """A commit is tried again."""
         self._retries.labels(reason).inc()
 
+    def told(self, domain: str, report: Report) -> None:
+        """The backup that works on a domain is like this now."""
+        if report.reason == Reason.QUARANTINED:
+            self._levels.put(_QUARANTINED, (domain,))
+        else:
+            self._levels.drop(_QUARANTINED, domain)
+        if report.outcome is not None:
+            self.idle(domain)
+            return
+        progressed = report.last_progress_time or report.start_time or time.time()
+        self._levels.put(_STATE, (domain, str(report.phase), str(report.reason)))
+        self._levels.put(_PROGRESSED, (domain,), progressed)
+        self._levels.put(_COPIED, (domain,), sum(disk.copied_bytes for disk in report.disks))
+        self._levels.put(_TOTAL, (domain,), sum(disk.total_bytes for disk in report.disks))
+        self._levels.put(_MERGED, (domain,), sum(disk.merged_bytes for disk in report.disks))
+
+    def idle(self, domain: str) -> None:
+        """No backup works on a domain any more."""
+        for level in _RUNNING:
+            self._levels.drop(level, domain)
+
+    def released(self, domain: str) -> None:
+        """The backup that had quarantined a domain is gone."""
+        self._levels.drop(_QUARANTINED, domain)
+
     def overlay(self, domain: str, target: str, path: Path, since: float) -> None:
         """A disk runs on this overlay since then. Its size is looked up at each scrape."""
-        self._present.overlay(domain, target, path, since)
+        disk = (domain, target)
+        self._levels.put(_OVERLAY, disk, partial(_taken, path))
+        self._levels.put(_OVERLAY_FREE, disk, partial(_free, path))
+        self._levels.put(_OVERLAY_AGE, disk, partial(_age, since))
 
     def overlay_gone(self, domain: str, target: str) -> None:
         """A disk is home, or its overlay is accounted for elsewhere."""
-        self._present.overlay_gone(domain, target)
+        for level in (_OVERLAY, _OVERLAY_FREE, _OVERLAY_AGE, _STALLED):
+            self._levels.drop(level, domain, target)
 
     def stalled(self, domain: str, target: str) -> None:
         """The commit of a disk is past its deadline."""
-        self._present.stalled(domain, target)
+        self._levels.put(_STALLED, (domain, target))
 
     def converged(self, domain: str, target: str) -> None:
         """It is not any more."""
-        self._present.converged(domain, target)
+        self._levels.drop(_STALLED, domain, target)
 
-    def suspended(self, domain: str, since: float) -> None:
-        """A guest is suspended by us since then."""
-        self._present.suspended(domain, since)
+    def suspended(self, domain: str, since: float, limit: float = 0.0) -> None:
+        """A guest is suspended by us since then; `limit`: seconds that it may be, as the backup's spec asks for."""
+        self._levels.put(_SUSPENDED, (domain,), partial(_age, since))
+        self._levels.put(_SUSPENDED_LIMIT, (domain,), limit)
 
     def resumed(self, domain: str) -> None:
         """A guest runs again, or is off: no longer suspended by us."""
-        self._present.resumed(domain)
+        self._levels.drop(_SUSPENDED, domain)
+        self._levels.drop(_SUSPENDED_LIMIT, domain)
 
-    def succeeded(self, domain: str, at: float) -> None:
-        """A domain was backed up at that time; also called for old backups after a restart. The latest one counts."""
-        self._present.succeeded(domain, at)
+    def succeeded(self, domain: str, at: float, ended: float) -> None:
+        """A backup of a domain succeeded: its snapshot is of `at`, and it was over at `ended`.
+
+        Also called for old backups after a restart, in any order: the latest one counts.
+        """
+        with self._lock:
+            self._succeeded[domain] = max(at, self._succeeded.get(domain, 0.0))
+            self._ended[domain] = max(ended, self._ended.get(domain, 0.0))
+            self._tell_last(domain)
+
+    def failed(self, domain: str, at: float) -> None:
+        """A backup of a domain failed, or was refused; else as `succeeded`."""
+        with self._lock:
+            self._failed[domain] = max(at, self._failed.get(domain, 0.0))
+            self._tell_last(domain)
+
+    def unreported(self, uid: str, since: float | None) -> None:
+        """The status of a VMBackup has not arrived since then; None: it has."""
+        with self._lock:
+            if since is None:
+                self._unreported.pop(uid, None)
+            else:
+                self._unreported[uid] = since
 
     def policies(self, count: int) -> None:
         """How many VMBackupPolicies there are."""
@@ -146,97 +247,36 @@ class Metrics:
         """How many overlays on this node no VMBackup brings home at present."""
         self._orphans.set(count)
 
+    def _tell_last(self, domain: str) -> None:
+        if domain in self._succeeded:
+            self._levels.put(_SUCCESS, (domain,), self._succeeded[domain])
+        failed = self._failed.get(domain)
+        if failed is not None and failed > self._ended.get(domain, 0.0):
+            self._levels.put(_FAILURE, (domain,), failed)
+        else:
+            self._levels.drop(_FAILURE, domain)
 
-@dataclass(frozen=True)
-class _Overlay:
-    path: Path
-    since: float
-
-    def sizes(self) -> tuple[int, int] | None:
-        """What it takes on disk, and what is free on its file system, in bytes; None where that cannot be seen."""
-        try:
-            return self.path.stat().st_blocks * _ST_BLOCKS_UNIT, free_bytes(self.path)
-        except OSError:
-            return None
-
-
-class _Present(Collector):
-    """What is so at this moment, by domain and disk: looked up at each scrape, and gone from it when it is no more."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._overlays: dict[tuple[str, str], _Overlay] = {}
-        self._stalled: set[tuple[str, str]] = set()
-        self._suspended: dict[str, float] = {}
-        self._last_success: dict[str, float] = {}
-
-    def overlay(self, domain: str, target: str, path: Path, since: float) -> None:
+    def _lag(self) -> float:
         with self._lock:
-            self._overlays[domain, target] = _Overlay(path, since)
+            since = min(self._unreported.values(), default=None)
+        return 0.0 if since is None else _age(since)
 
-    def overlay_gone(self, domain: str, target: str) -> None:
-        with self._lock:
-            self._overlays.pop((domain, target), None)
-            self._stalled.discard((domain, target))
 
-    def stalled(self, domain: str, target: str) -> None:
-        with self._lock:
-            self._stalled.add((domain, target))
+def _taken(path: Path) -> float | None:
+    """What a file takes on disk, in bytes; None where that cannot be seen."""
+    try:
+        return path.stat().st_blocks * _ST_BLOCKS_UNIT
+    except OSError:
+        return None
 
-    def converged(self, domain: str, target: str) -> None:
-        with self._lock:
-            self._stalled.discard((domain, target))
 
-    def suspended(self, domain: str, since: float) -> None:
-        with self._lock:
-            self._suspended[domain] = since
+def _free(path: Path) -> float | None:
+    """What is free on the file system of a file, in bytes; None where that cannot be seen."""
+    try:
+        return free_bytes(path)
+    except OSError:
+        return None
 
-    def resumed(self, domain: str) -> None:
-        with self._lock:
-            self._suspended.pop(domain, None)
 
-    def succeeded(self, domain: str, at: float) -> None:
-        with self._lock:
-            self._last_success[domain] = max(at, self._last_success.get(domain, 0.0))
-
-    def collect(self) -> Iterator[Metric]:
-        with self._lock:
-            overlays = dict(self._overlays)
-            stalled = set(self._stalled)
-            suspended = dict(self._suspended)
-            last_success = dict(self._last_success)
-        now = time.time()
-        size = GaugeMetricFamily(
-            "vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", labels=["domain", "target"]
-        )
-        free = GaugeMetricFamily(
-            "vmbackup_overlay_free_bytes",
-            "What is free on the file system of the overlay of a disk.",
-            labels=["domain", "target"],
-        )
-        age = GaugeMetricFamily(
-            "vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", labels=["domain", "target"]
-        )
-        for labels, overlay in overlays.items():
-            age.add_metric(labels, max(0.0, now - overlay.since))
-            if (sizes := overlay.sizes()) is not None:
-                size.add_metric(labels, sizes[0])
-                free.add_metric(labels, sizes[1])
-        late = GaugeMetricFamily(
-            "vmbackup_commit_stalled",
-            "1 while the commit of a disk is past commit.deadlineSeconds.",
-            labels=["domain", "target"],
-        )
-        for labels in stalled:
-            late.add_metric(labels, 1)
-        pause = GaugeMetricFamily(
-            "vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", labels=["domain"]
-        )
-        for domain, since in suspended.items():
-            pause.add_metric([domain], max(0.0, now - since))
-        success = GaugeMetricFamily(
-            "vmbackup_last_success_timestamp_seconds", "When a domain was last backed up.", labels=["domain"]
-        )
-        for domain, at in last_success.items():
-            success.add_metric([domain], at)
-        yield from (size, free, age, late, pause, success)
+def _age(since: float) -> float:
+    return max(0.0, time.time() - since)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ class StatusWriter:
     `write` never waits: a thread, which lives only while there is something to send, does. What matters (phase,
     conditions, a handled retry) is sent at once and in order, mere progress at most every `interval` seconds. While the
     server is away only the newest is kept, and tried again until it arrives.
-    `previous` is the status as last seen, `generation` that of the spec being acted on.
+    `previous` is the status as last seen, `generation` that of the spec being acted on; `late` is told since when
+    something waits to arrive (seconds since the epoch), and None once all has.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class StatusWriter:
         generation: int,
         previous: Mapping[str, Any] | None = None,
         interval: float = 2.0,
+        late: Callable[[float | None], None] = lambda _since: None,
     ) -> None:
         self._cluster = cluster
         self._ref = ref
         self._interval = interval
+        self._late = late
         self._generation = generation
         self._newest: Mapping[str, Any] = previous or {}
         self._written: Mapping[str, Any] = {}
@@ -92,6 +95,8 @@ class StatusWriter:
             if self._gone or status == self._newest:
                 return
             self._newest = status
+            if not self._pending:
+                self._late(time.time())
             if self._failures:
                 self._pending.clear()
             elif self._pending and not is_significant(self._pending[-1], status):
@@ -115,6 +120,7 @@ class StatusWriter:
         """Give up what is not written yet."""
         with self._changed:
             self._pending.clear()
+            self._late(None)
             self._changed.notify_all()
 
     def _send_all(self) -> None:
@@ -163,4 +169,5 @@ class StatusWriter:
             else:
                 self._written = status
                 self._pending = [waiting for waiting in self._pending if waiting is not status]
+            self._late(time.time() if self._pending else None)
             self._changed.notify_all()

@@ -1,0 +1,111 @@
+"""The alerts of manifests/components/monitoring: each fires when it should and only then, and has its runbook."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandbox import binaries
+
+ROOT = Path(__file__).parent.parent.parent
+CASES: dict[str, Any] = yaml.load(Path(__file__).with_name("alerts.yaml").read_text(), yaml.BaseLoader)  # 0x60 is text
+RUNBOOKS = ROOT / "docs" / "runbooks"
+RULES: dict[str, Any] = yaml.safe_load((ROOT / "manifests/components/monitoring/prometheusrule.yaml").read_text())[
+    "spec"
+]
+ALERTS: dict[str, dict[str, Any]] = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
+STATIC = ("summary", "runbook_url")
+PROGRAMS = {  # and what knows their subcommands and options, where they have any
+    "virsh": ["virsh"],
+    "kubectl": [binaries.path("kubectl")],
+    "vmbackup": [sys.executable, "-m", "vmbackup.cli"],
+    "qemu-img": ["qemu-img"],
+    **dict.fromkeys(("systemctl", "journalctl", "df", "dmesg", "curl")),
+}
+KUBECTL_OPTIONS = "--namespace --as"  # of every subcommand, so in the help of none
+
+
+def runbook(alert: str) -> str:
+    """The name of its runbook: VMBackupAgentDown has agent-down.md."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", alert.removeprefix("VMBackup")).lower()
+
+
+def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    for case in CASES["tests"]:
+        for check in case["alert_rule_test"]:
+            fixed = {name: ALERTS[check["alertname"]]["annotations"][name] for name in STATIC}
+            for expected in check["exp_alerts"]:
+                expected["exp_annotations"] |= fixed
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(RULES))
+    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(CASES))
+    done = subprocess.run(["promtool", "test", "rules", "alerts.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not(alert: str) -> None:
+    checks = [
+        (len(check["exp_alerts"]), len(subjects(case)))
+        for case in CASES["tests"]
+        for check in case["alert_rule_test"]
+        if check["alertname"] == alert
+    ]
+    assert any(firing for firing, _ in checks)
+    assert any(firing < shown for firing, shown in checks)
+
+
+def subjects(case: dict[str, Any]) -> set[str]:
+    """What the series of a case are about: guests, nodes or objects."""
+    texts = [re.findall(r'\b(domain|name|node)="([^"]*)"', series["series"]) for series in case["input_series"]]
+    return {dict(labels).get("domain") or dict(labels).get("name") or dict(labels)["node"] for labels in texts}
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_each_alert_says_what_it_is_and_what_to_do(alert: str) -> None:
+    rule = ALERTS[alert]
+    notes = rule["annotations"]
+    assert alert.startswith("VMBackup")
+    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert set(notes) == {"summary", "description", "runbook_url"}
+    assert "{{" not in notes["summary"]
+    assert notes["summary"].endswith(".")
+    assert "{{" in notes["description"]
+    assert notes["runbook_url"] == f"https://vmbackup.dev/runbooks/{runbook(alert)}"
+
+
+def test_each_alert_has_its_runbook_and_each_runbook_its_alert() -> None:
+    assert {file.stem for file in RUNBOOKS.glob("*.md")} == {runbook(alert) for alert in ALERTS}
+    for alert in ALERTS:
+        text = (RUNBOOKS / f"{runbook(alert)}.md").read_text()
+        assert text.startswith(f"# {alert}\n\n## What it means\n")
+        headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+        assert headings == [
+            "What it means",
+            "What is at risk",
+            "What to look at",
+            "What to do",
+            "When to call for help",
+        ]
+
+
+def commands() -> list[str]:
+    """What runbooks tell people to type: each text in backquotes that begins with a program."""
+    quoted = {code for file in RUNBOOKS.glob("*.md") for code in re.findall(r"`([^`]+)`", file.read_text())}
+    return sorted(code for code in quoted if code.split()[0] in PROGRAMS or (" " in code and code.split()[0].isalpha()))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_what_a_runbook_tells_people_to_type_exists(command: str) -> None:
+    program, *words = command.split()
+    assert program in PROGRAMS
+    if asks := PROGRAMS[program]:
+        done = subprocess.run([*asks, words[0], "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        assert [option for option in options if option not in done.stdout + KUBECTL_OPTIONS] == []
