@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down test unit chaos soak lint format model bench lock clean
+.PHONY: help install demo demo-down test unit chaos soak lint format model bench dashboard lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,6 +47,9 @@ model: install ## the model checker in its large settings: minutes
 
 bench: install ## measure the figures of the README
 	@$(BIN)/python -m bench $(BENCH)
+
+dashboard: install ## write the Grafana dashboard anew
+	@$(BIN)/python manifests/components/monitoring/dashboard.py
 
 lock: install ## renew requirements/*.lock from pyproject.toml
 	@$(BIN)/uv --quiet lock --upgrade
