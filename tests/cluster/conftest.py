@@ -23,10 +23,10 @@ def make_agent(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Agent:
     """An agent that is not started yet; its store has the name of its node."""
     node = f"node-{next(_numbers)}"
     kube.apply(store(node, directory={"path": str(directory / "store")}))
-    return Agent(kube, libvirtd, node, directory, _free_port())
+    return Agent(kube, libvirtd, node, directory, free_port())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -52,7 +52,7 @@ def own_agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Age
 @pytest.fixture
 def second_agent(own_agent: Agent, kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
     """Another agent for the node of `own_agent`, by mistake; not started yet. It has a state of its own."""
-    second = Agent(kube, libvirtd, own_agent.node, tmp_path / "second", _free_port())
+    second = Agent(kube, libvirtd, own_agent.node, tmp_path / "second", free_port())
     yield second
     second.stop()
 
