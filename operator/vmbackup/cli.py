@@ -1,4 +1,4 @@
-"""The command line: `vmbackup agent | run | check`.
+"""The command line: `vmbackup agent | run | check | top`.
 
 The commands are imported when they are called: `run` and `check` start without kopf and the Kubernetes client, and
 `--help` without libvirt.
@@ -127,6 +127,26 @@ _CHECK = (
     ),
 )
 
+_TOP = (
+    Flag(
+        "--url",
+        "the /metrics of an agent; give it once for each, or several with commas between them",
+        flags.urls,
+        default="http://127.0.0.1:9777/metrics",
+        metavar="URL",
+        gathers=True,
+    ),
+    Flag("--interval", "how often to look", flags.seconds, default="2", metavar="SECONDS"),
+    Flag(
+        "--once",
+        "look once and end; it is so too where the output is no terminal",
+        flags.boolean,
+        default="false",
+        metavar="BOOL",
+        switch=True,
+    ),
+)
+
 _RUN_EXITS = """\
 exit codes:
   0    Ready: the backup is stored, and every disk is on its own image again
@@ -143,6 +163,14 @@ exit codes:
   0    all could be backed up
   1    something would be refused
   2    usage, no such domain, or libvirtd does not answer
+"""
+
+
+_TOP_EXITS = """\
+exit codes, where it looks once:
+  0    all is well
+  1    a guest or an agent needs a look, see the last column
+  2    usage, or no agent answers
 """
 
 
@@ -177,7 +205,13 @@ def _check(parsed: argparse.Namespace) -> int:
     return check.check(_settings(check.CheckSettings, parsed))
 
 
-_COMMANDS = {"agent": _agent, "run": _run, "check": _check}
+def _top(parsed: argparse.Namespace) -> int:
+    from vmbackup.commands import top
+
+    return top.top(_settings(top.TopSettings, parsed))
+
+
+_COMMANDS = {"agent": _agent, "run": _run, "check": _check, "top": _top}
 
 Settings = TypeVar("Settings")
 
@@ -202,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "run", about_run, (*_RUN, *_COMMON), log_level="warning", epilog=_RUN_EXITS)
     about_check = "say which domains and disks would be backed up, which would not, and why; changes nothing"
     check = _command(commands, "check", about_check, (*_CHECK, *_COMMON), log_level="error", epilog=_CHECK_EXITS)
+    about_top = "show what agents do at this moment: backups, overlays, and guests in trouble"
+    _command(commands, "top", about_top, _TOP, log_level="error", epilog=_TOP_EXITS)
     check.add_argument("domain", nargs="?", metavar="DOMAIN", help="name or UUID; default: every domain")
     return parser
 

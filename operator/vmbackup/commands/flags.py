@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmbackup.api.spec import OBJECT_NAME
 
@@ -17,7 +18,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class Flag:
     """One flag. `kind` makes its value of text, raising ValueError with the cure; `default` is such a text, or None.
 
-    `default_says` is shown as the default where that is not a fixed text. A `switch` may be given without a value.
+    `default_says` is shown as the default where that is not a fixed text. A `switch` may be given without a value. Of
+    one that `gathers`, whose kind makes tuples, each use adds to those before.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Flag:
     short: str = ""
     required: bool = False
     switch: bool = False
+    gathers: bool = False
     default_says: str = ""
 
     @property
@@ -48,6 +51,7 @@ class Flag:
             default=default,
             metavar=self.metavar or None,
             required=self.required and default is None,
+            action=_Gather if self.gathers else "store",
             nargs="?" if self.switch else None,
             const=True if self.switch else None,
         )
@@ -61,6 +65,17 @@ class Flag:
             raise ArgumentTypeError(f"{origin}: {error}") from None
 
 
+class _Gather(Action):
+    """Adds to what was given before, but takes the place of the default."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Argparse calls this for each use; the default is still a text then."""
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (given if isinstance(given, tuple) else ()) + values)
+
+
 class _FromEnvironment(str):
     """A text that stands in an environment variable."""
 
@@ -68,6 +83,14 @@ class _FromEnvironment(str):
 def path(text: str) -> Path:
     """A path, absolute from here on."""
     return Path(text).expanduser().absolute()
+
+
+def urls(text: str) -> tuple[str, ...]:
+    """URLs, with commas or blanks between them."""
+    found = tuple(text.replace(",", " ").split())
+    if not found or not all(url.startswith(("http://", "https://")) for url in found):
+        raise ValueError("give an URL such as http://127.0.0.1:9777/metrics")
+    return found
 
 
 def port(text: str) -> int:
