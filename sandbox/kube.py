@@ -1,7 +1,7 @@
 """A Kubernetes API server: etcd and kube-apiserver on loopback, RBAC on, its state in one directory.
 
     with KubeApi(directory) as kube:
-        kube.kubectl("apply", "-f", "crds/")
+        kube.kubectl("apply", "-k", "crds/")
 
 Nothing else of Kubernetes runs: no controllers, no scheduler, no kubelet (sandbox.node has them). Ready about 2 s after
 the start.
@@ -158,18 +158,25 @@ class KubeApi:
         """A kubeconfig for `user`, who may do only what RBAC grants to them or to `groups`."""
         name = name or user.replace(":", "-").replace("/", "-")
         certificate, key = self.authority.issue(name, user=user, groups=groups)
+        return self._write_kubeconfig(name, {"client-certificate": str(certificate), "client-key": str(key)})
+
+    def kubeconfig_of(self, token: str, *, name: str) -> Path:
+        """A kubeconfig for whoever a bearer token is of, such as a service account."""
+        return self._write_kubeconfig(name, {"token": token})
+
+    def _write_kubeconfig(self, name: str, user: dict[str, str]) -> Path:
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "sandbox",
-            "contexts": [{"name": "sandbox", "context": {"cluster": "sandbox", "user": user, "namespace": "default"}}],
+            "contexts": [{"name": "sandbox", "context": {"cluster": "sandbox", "user": name, "namespace": "default"}}],
             "clusters": [
                 {
                     "name": "sandbox",
                     "cluster": {"server": self.url, "certificate-authority": str(self.authority.certificate)},
                 }
             ],
-            "users": [{"name": user, "user": {"client-certificate": str(certificate), "client-key": str(key)}}],
+            "users": [{"name": name, "user": user}],
         }
         path = self.directory / f"{name}.kubeconfig"
         path.write_text(json.dumps(config, indent=2))  # JSON is YAML
@@ -205,8 +212,9 @@ class KubeApi:
 
     def apply_crds(self, directory: Path) -> None:
         """Apply every CRD in `directory`, and return once the server serves them."""
-        self.kubectl("apply", "-f", directory)
-        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", directory)
+        files = [f"--filename={file}" for file in directory.glob("vmbackup*.yaml")]  # not its kustomization
+        self.kubectl("apply", *files)
+        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", *files)
 
     @property
     def _ports(self) -> dict[str, int]:

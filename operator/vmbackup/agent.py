@@ -38,7 +38,7 @@ from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Queue
 from vmbackup.node.sweep import Sweep
 from vmbackup.node.threads import Threads
-from vmbackup.node.watchdog import Watchdog
+from vmbackup.node.watchdog import RESTART_MENDS, Watchdog
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.rescue import guarded, let_guests_run
 from vmbackup.report.cluster import BACKUPS, Cluster, authorization, load_client
@@ -48,7 +48,7 @@ from vmbackup.report.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-_STOP_SECONDS = 20.0  # for backups to come to a safe point; a pod is given 30
+_STOP_SECONDS = 20.0  # for backups to come to a safe point; manifests/ give 60 for all
 _FLUSH_SECONDS = 3.0
 _RESCUE_SECONDS = 60.0  # an unanswered call takes 31 s to be safe; a libvirtd that is away holds nobody up for ever
 
@@ -83,7 +83,11 @@ def run(settings: AgentSettings) -> int:
         with (
             guarded(agent.node),
             HealthServer(
-                agent.metrics.registry, agent.watchdog.checks, host=settings.metrics_host, port=settings.metrics_port
+                agent.metrics.registry,
+                agent.watchdog.checks,
+                host=settings.metrics_host,
+                port=settings.metrics_port,
+                restart_mends=RESTART_MENDS,
             ) as health,
         ):
             _say_what_it_does(settings, hypervisor, health.port)

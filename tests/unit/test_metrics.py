@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 
@@ -279,6 +280,16 @@ def test_it_says_what_is_wrong_and_only_that() -> None:
     assert text == "libvirt: no answer since 10:00\njournal: ConnectionError: gone\n"
 
 
+def test_only_what_a_restart_mends_restarts_it() -> None:
+    wrong = {"libvirt": "no answer since 10:00", "event loop": ""}
+    checks = {name: partial(wrong.__getitem__, name) for name in wrong}
+    with HealthServer(Metrics().registry, checks, host="127.0.0.1", port=0, restart_mends=["event loop"]) as server:
+        assert get(server, "/healthz")[0] == 503
+        assert get(server, "/livez") == (200, "ok\n")
+        wrong["event loop"] = "stuck"
+        assert get(server, "/livez") == (503, "event loop: stuck\n")
+
+
 def test_a_check_that_hangs_is_a_failure_is_not_started_twice_and_delays_nobody() -> None:
     calls: list[int] = []
     release = threading.Event()
@@ -309,7 +320,7 @@ def test_prometheus_can_scrape_it() -> None:
 
 def test_there_is_nothing_else() -> None:
     with served({}) as server:
-        assert get(server, "/") == (404, "here are /metrics and /healthz\n")
+        assert get(server, "/") == (404, "here are /metrics, /healthz and /livez\n")
 
 
 def test_the_port_is_free_again_afterwards() -> None:

@@ -53,6 +53,12 @@ def test_libvirtd_may_be_away_for_a_minute_but_not_longer(clock: SimpleNamespace
     assert answers(dog)["libvirt"] == ""
 
 
+def test_a_libvirtd_that_is_away_is_no_reason_to_restart_the_agent() -> None:
+    dog = Watchdog(SimpleNamespace(answering_since=None, uri="test"), lambda: "")
+    assert set(dog.checks) - set(watchdog.RESTART_MENDS) == {"libvirt"}
+    assert set(watchdog.RESTART_MENDS) < set(dog.checks)
+
+
 def test_what_the_sweep_says_of_the_watch_is_told() -> None:
     dog = Watchdog(SimpleNamespace(answering_since=1.0, uri="test"), lambda: "3 were not noticed")
     assert dog.checks["watch"]() == "3 were not noticed"

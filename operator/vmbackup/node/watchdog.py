@@ -13,6 +13,8 @@ _BEAT = 1.0  # seconds
 _LOOP_LIMIT = 30.0  # seconds without a beat
 _LIBVIRT_LIMIT = 60.0  # seconds without an answer: libvirtd restarts in less
 
+RESTART_MENDS = ("event loop", "watch")  # of `checks`: a libvirtd that is away comes back by itself, or not at all
+
 
 class Watchdog:
     """Its checks are called by the threads of the health server."""

@@ -1,11 +1,11 @@
-"""The HTTP server of an agent: /metrics for Prometheus, /healthz for whoever restarts it."""
+"""The HTTP server of an agent: /metrics for Prometheus, /healthz and /livez for whoever watches over it."""
 
 from __future__ import annotations
 
 import socketserver
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -21,13 +21,22 @@ class HealthServer:
     """Serves from threads of its own, so that it answers while an event loop or libvirt hangs, and says so.
 
     `checks` are run at each request of /healthz, side by side, and are given `limit` seconds together. A check that is
-    still stuck at the next request is not started again. Port 0 takes a free one: see `port`.
+    still stuck at the next request is not started again. /livez runs those of them alone that `restart_mends` names,
+    for whoever restarts what fails. Port 0 takes a free one: see `port`.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, checks: Mapping[str, Check], *, host: str = "", port: int, limit: float = 5.0
+        self,
+        registry: CollectorRegistry,
+        checks: Mapping[str, Check],
+        *,
+        host: str = "",
+        port: int,
+        limit: float = 5.0,
+        restart_mends: Collection[str] = (),
     ) -> None:
         self._checks = [_GuardedCheck(name, check) for name, check in checks.items()]
+        self._vital = [check for check in self._checks if check.name in restart_mends]
         self._limit = limit
         self._metrics: Any = exposition.make_wsgi_app(registry)
         self._server = _Server((host, port), _QuietHandler)
@@ -50,23 +59,23 @@ class HealthServer:
         self._thread.join()
         self._server.server_close()
 
-    def failures(self) -> dict[str, str]:
+    def _failures(self, checks: Iterable[_GuardedCheck]) -> dict[str, str]:
         """What is wrong, by the name of its check; empty if all is well. Takes at most `limit` seconds."""
         deadline = time.monotonic() + self._limit
-        for check in self._checks:
+        for check in checks:
             check.start()
-        answers = {check.name: check.answer(deadline - time.monotonic()) for check in self._checks}
+        answers = {check.name: check.answer(deadline - time.monotonic()) for check in checks}
         return {name: wrong for name, wrong in answers.items() if wrong}
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
             return self._metrics(environ, start_response)
-        if path == "/healthz":
-            failures = self.failures()
+        if path in ("/healthz", "/livez"):
+            failures = self._failures(self._checks if path == "/healthz" else self._vital)
             text = "\n".join(f"{name}: {wrong}" for name, wrong in failures.items()) or "ok"
             return _text(start_response, "503 Service Unavailable" if failures else "200 OK", text)
-        return _text(start_response, "404 Not Found", "here are /metrics and /healthz")
+        return _text(start_response, "404 Not Found", "here are /metrics, /healthz and /livez")
 
 
 def _text(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
