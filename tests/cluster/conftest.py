@@ -14,6 +14,7 @@ from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
 from tests.agents import SLOW, Agent, CatchBackup, VMBackup
 from tests.domains import Domain, DomainFactory
+from tests.installed import MANIFESTS
 from tests.manifests import store
 
 _numbers = count(1)
@@ -30,6 +31,17 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
+    """A real API server on which manifests/ is installed as the README has it, one for the whole run."""
+    with KubeApi(tmp_path_factory.mktemp("installed")) as kube:
+        kube.kubectl("apply", "-k", MANIFESTS)
+        kube.kubectl(
+            "wait", "--for=condition=Established", "--timeout=30s", "crd", "-l", "app.kubernetes.io/name=vmbackup"
+        )
+        yield kube
 
 
 @pytest.fixture(scope="session")
