@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down test unit chaos soak lint format model bench dashboard lock clean
+.PHONY: help install demo demo-down test unit chaos soak lint format model bench dashboard docs plugin lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -50,6 +50,12 @@ bench: install ## measure the figures of the README
 
 dashboard: install ## write the Grafana dashboard anew
 	@$(BIN)/python manifests/components/monitoring/dashboard.py
+
+docs: install ## docs/reference.md, from the CRDs, the command lines and the metrics
+	@$(BIN)/python docs/generate.py
+
+plugin: install ## the kubectl plugin, its archive and its manifest for krew, into dist/
+	@$(BIN)/python -m plugins.build dist
 
 lock: install ## renew requirements/*.lock from pyproject.toml
 	@$(BIN)/uv --quiet lock --upgrade

@@ -1,0 +1,26 @@
+"""`kubectl vmbackup cancel`: give up the copy, bring the guest home, keep the object."""
+
+from __future__ import annotations
+
+from kubectl_vmbackup.backup import BACKUPS, find
+from kubectl_vmbackup.kubectl import Kubectl, PluginError
+from kubectl_vmbackup.waiting import wait
+from vmbackup.api.spec import CANCEL_ANNOTATION
+
+
+def cancel(kubectl: Kubectl, name: str, *, waits: bool, timeout: float | None) -> int:
+    """Cancel it; the exit code. Raises PluginError where there is nothing to cancel."""
+    backup = find(kubectl, name)
+    if backup.terminating:
+        raise PluginError(f"{name} is being deleted, which gives up its copy too")
+    if not backup.running:
+        raise PluginError(f"{name} is over already: {backup.phase}, {backup.reason}")
+    if backup.is_true("BackupComplete"):
+        raise PluginError(f"{name} has its copy already, and it stays; its guest is brought home now, which nothing "
+                          "may cut short")  # fmt: skip
+    kubectl.run("annotate", BACKUPS, name, "--overwrite", f"{CANCEL_ANNOTATION}=true")
+    print(f"{name}: cancelled; its guest is brought home")
+    if waits:
+        ended = wait(kubectl, name, lambda it: not it.running, timeout)
+        print(f"{name}: {ended.phase}, {ended.reason}: {ended.message}")
+    return 0

@@ -1,0 +1,244 @@
+"""`kubectl vmbackup check`: what is in the way of a backup, as far as the API server shows. Changes nothing.
+
+What only the hypervisor knows (domain, disks, room, locks) is said there by `vmbackup check`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from kubectl_vmbackup import advice
+from kubectl_vmbackup.backup import BACKUPS, STORES, Backup, every, find, now
+from kubectl_vmbackup.kubectl import FAILED, USAGE, Kubectl, KubectlError, Object, PluginError, group
+from kubectl_vmbackup.node import AGENT_LABELS, look
+from kubectl_vmbackup.view import printable
+from vmbackup.api.spec import GROUP
+
+
+class Verdict(StrEnum):
+    """Of one thing that was looked at."""
+
+    GOOD = "ok"
+    BAD = "NO"
+    OPEN = "?"  # cannot be seen from here
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    verdict: Verdict
+    text: str
+
+
+Findings = Iterator[Finding]
+
+
+def check(kubectl: Kubectl, name: str | None, file: str | None) -> int:
+    """Print what is found; the exit code. Raises PluginError where nothing can be looked at."""
+    if name and file:
+        raise PluginError("give a NAME or -f, one of both", USAGE)
+    bad = False
+    for title, findings in _subjects(kubectl, name, file):
+        print(printable(title))
+        for finding in findings:
+            bad = bad or finding.verdict is Verdict.BAD
+            print(printable(f"  {finding.verdict:<3} {finding.text}"), flush=True)
+    return FAILED if bad else 0
+
+
+def _subjects(kubectl: Kubectl, name: str | None, file: str | None) -> Iterator[tuple[str, Findings]]:
+    if name:
+        backup = find(kubectl, name)
+        yield f"{backup.namespace}/{backup.name}", _of_existing(kubectl, backup)
+    elif file:
+        for body, stores in _manifests(kubectl, file):
+            metadata = body["metadata"]
+            title = metadata.get("name") or f"{metadata.get('generateName', '')}…"
+            yield f"{metadata.get('namespace')}/{title}", _of_manifest(kubectl, body, stores)
+    else:
+        yield "The installation", _of_installation(kubectl)
+
+
+# -- a VMBackup
+
+
+def _manifests(kubectl: Kubectl, file: str) -> Iterator[tuple[Object, set[str]]]:
+    """Each VMBackup of a file, as kubectl reads it, and the stores that the file brings with it."""
+    text = sys.stdin.read() if file == "-" else Path(file).read_text() if Path(file).is_file() else None
+    if text is None:
+        raise PluginError(f"there is no file {file}", USAGE)
+    read = kubectl.run("create", "--dry-run=client", "-f", "-", "-o", "json", stdin=text)
+    bodies = [each for body in _documents(read) for each in body.get("items", [body])]
+    stores = {body["metadata"]["name"] for body in bodies if body["kind"] == "VMBackupStore"}
+    found = [body for body in bodies if body["kind"] == "VMBackup"]
+    if not found:
+        raise PluginError(f"there is no VMBackup in {file}", USAGE)
+    return ((body, stores) for body in found)
+
+
+def _documents(text: str) -> Iterator[Any]:
+    """JSON documents, one after the other."""
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        body, at = decoder.raw_decode(text, at)
+        yield body
+        at += len(text[at:]) - len(text[at:].lstrip())
+
+
+def _of_manifest(kubectl: Kubectl, body: Object, stores: set[str]) -> Findings:
+    verb = ["apply", "--server-side"] if body["metadata"].get("name") else ["create"]
+    try:
+        kubectl.run(*verb, "--dry-run=server", "-f", "-", stdin=json.dumps(body))
+        yield Finding(Verdict.GOOD, "the API server takes it (tried with --dry-run=server)")
+    except KubectlError as error:
+        yield Finding(Verdict.BAD, f"the API server refuses it: {error}")
+    yield from _around(kubectl, Backup(body), stores)
+
+
+def _of_existing(kubectl: Kubectl, backup: Backup) -> Findings:
+    wrong = not backup.running and not backup.ready
+    state = f"{backup.phase}, {backup.reason}: {backup.message}"
+    yield Finding(Verdict.BAD if wrong else Verdict.GOOD, state)
+    yield from _around(kubectl, backup, set())
+    yield Finding(Verdict.OPEN, f"next: {advice.next_step(backup, now())}")
+
+
+def _around(kubectl: Kubectl, backup: Backup, stores: set[str]) -> Findings:
+    """What a VMBackup needs beside itself."""
+    store = str(group(backup.spec, "storeRef").get("name", ""))
+    yield from _store(kubectl, store, stores)
+    yield from _agent(kubectl, backup.node)
+    yield from _others(kubectl, backup)
+    domain, node = backup.spec.get("domain"), backup.node
+    yield Finding(Verdict.OPEN, f"whether {domain} is on {node}, runs, and has room: vmbackup check, there")
+
+
+def _store(kubectl: Kubectl, store: str, stores: set[str]) -> Findings:
+    if store in stores:
+        yield Finding(Verdict.GOOD, f"the store {store} is in the same file")
+        return
+    try:
+        there = kubectl.find(STORES, store) is not None
+    except KubectlError as error:
+        yield _unseen(f"the store {store}", error)
+        return
+    if there:
+        yield Finding(Verdict.GOOD, f"the store {store} is there")
+    else:
+        yield Finding(Verdict.BAD, f"there is no VMBackupStore {store}: spec.storeRef.name names one that "
+                      "`kubectl get vmbackupstores` shows, or make it")  # fmt: skip
+
+
+def _agent(kubectl: Kubectl, name: str) -> Findings:
+    signs = look(kubectl, name)
+    if signs.agent_ready:
+        yield Finding(Verdict.GOOD, f"the agent of {name} is ready: the pod {signs.agent_ready}")
+    elif signs.agent_pod:
+        yield Finding(Verdict.BAD, f"the agent of {name} is not ready: see the pod {signs.agent_pod}")
+    elif signs.exists and signs.pods is not None:
+        yield Finding(Verdict.BAD, f"no agent runs on the node {name}: label it vmbackup.dev/hypervisor=true")
+    elif signs.last_write is not None:
+        age = advice.span(now() - signs.last_write)
+        yield Finding(Verdict.OPEN, f"no pod of an agent is seen on {name}; it wrote a status {age} ago")
+    else:
+        seen = f"whether an agent runs on {name}: no Node and no pod of it is seen, and no status that it has written"
+        yield Finding(Verdict.OPEN, f"{seen}; outside the cluster: systemctl status vmbackup-agent, there")
+
+
+def _others(kubectl: Kubectl, backup: Backup) -> Findings:
+    """Other VMBackups of the same domain, as far as they may be seen."""
+    selector = f"--field-selector=spec.nodeName={backup.node}"
+    try:
+        found = every(kubectl, "-A", selector)
+    except KubectlError as error:
+        if not error.forbidden:
+            raise
+        found = every(kubectl, selector)
+    domain = {backup.spec.get("domain"), backup.status.get("domainUUID")} - {None}
+    for other in found:
+        same = {other.spec.get("domain"), other.status.get("domainUUID")} & domain
+        if not same or (other.namespace, other.name) == (backup.namespace, backup.metadata.get("name")):
+            continue
+        path = f"{other.namespace}/{other.name}"
+        if other.running:
+            yield Finding(Verdict.OPEN, f"{path} backs up the same domain now: the other one waits for it")
+        elif other.left_on_overlay:
+            yield Finding(Verdict.OPEN, f"{path} has left this domain on an overlay, which is brought home first")
+
+
+# -- the installation
+
+
+def _of_installation(kubectl: Kubectl) -> Findings:
+    yield from _crds(kubectl)
+    yield from _stores(kubectl)
+    yield from _agents(kubectl)
+    yield from _permissions(kubectl)
+
+
+def _crds(kubectl: Kubectl) -> Findings:
+    for name in (BACKUPS, STORES):
+        plural = name.partition(".")[0]
+        try:
+            kubectl.run("get", name, "--chunk-size=1", "-o", "name")
+            yield Finding(Verdict.GOOD, f"the API server serves {plural}")
+        except KubectlError as error:
+            if error.not_found:
+                yield Finding(Verdict.BAD, f"the API server does not know {plural}: kubectl apply -f crds/")
+            else:
+                yield _unseen(plural, error)
+
+
+def _stores(kubectl: Kubectl) -> Findings:
+    try:
+        names = [body["metadata"]["name"] for body in kubectl.items(STORES)]
+    except KubectlError as error:
+        if not error.not_found:
+            yield _unseen("stores", error)
+        return
+    if names:
+        yield Finding(Verdict.GOOD, f"stores: {', '.join(names)}")
+    else:
+        yield Finding(Verdict.BAD, "there is no VMBackupStore: backups have nowhere to go")
+
+
+def _agents(kubectl: Kubectl) -> Findings:
+    try:
+        pods = kubectl.items("pods", "-A", "-l", AGENT_LABELS)
+        nodes = kubectl.items("nodes", "-l", f"{GROUP}/hypervisor=true")
+    except KubectlError as error:
+        yield _unseen("agents", error)
+        return
+    names = {body["metadata"]["name"] for body in nodes} | {str(pod["spec"].get("nodeName", "")) for pod in pods}
+    for name in sorted(names - {""}):
+        yield from _agent(kubectl, name)
+    if not names:
+        yield Finding(Verdict.OPEN, f"no node is labelled {GROUP}/hypervisor=true: are all hypervisors outside?")
+
+
+def _permissions(kubectl: Kubectl) -> Findings:
+    for verb, why in (("create", "make VMBackups"), ("patch", "retry and cancel"), ("delete", "delete them")):
+        may = _may(lambda verb=verb: kubectl.run("auth", "can-i", verb, BACKUPS))
+        yield Finding(Verdict.GOOD if may else Verdict.OPEN, f"you may {'' if may else 'not '}{why} in this namespace")
+
+
+def _may(ask: Callable[[], str]) -> bool:
+    """`kubectl auth can-i` says no by its exit code too."""
+    try:
+        return ask().strip() == "yes"
+    except KubectlError:
+        return False
+
+
+def _unseen(what: str, error: KubectlError) -> Finding:
+    """Whether it is there is not known. Raises the error unless it is a matter of permission."""
+    if not error.forbidden:
+        raise error
+    return Finding(Verdict.OPEN, f"{what}: you may not look")

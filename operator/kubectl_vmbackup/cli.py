@@ -1,0 +1,160 @@
+"""The command line of the plugin."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import PurePath
+from typing import Any
+
+from kubectl_vmbackup import cancel, check, forget, retry, status
+from kubectl_vmbackup.completion import complete
+from kubectl_vmbackup.kubectl import INTERRUPTED, Kubectl, PluginError
+from vmbackup.version import __version__
+
+_GLOBAL = {
+    "namespace": ("-n", "the namespace of the VMBackups"),
+    "context": ("", "the context of the kubeconfig"),
+    "kubeconfig": ("", "the kubeconfig file"),
+    "cluster": ("", "the cluster of the kubeconfig"),
+    "user": ("", "the user of the kubeconfig"),
+    "as": ("", "the user to impersonate"),
+    "request-timeout": ("", "how long one request may take, such as 30s"),
+}
+_EXITS = """\
+exit codes:
+  0    done; check: nothing is in the way
+  1    not done, the message says why; check: something is in the way; --wait: it ended without being Ready
+  2    usage
+  130  interrupted
+"""
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["__complete"]:
+            return _complete(words[1:])
+        if arguments is None and PurePath(sys.argv[0]).name.startswith("kubectl_complete-"):
+            return _complete(words)
+        parsed = _parser().parse_args(words)
+        return _run(parsed, _kubectl(parsed))
+    except PluginError as error:
+        print(f"kubectl vmbackup: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+        return 0
+
+
+def _run(parsed: argparse.Namespace, kubectl: Kubectl) -> int:
+    match parsed.command:
+        case "status":
+            return status.status(kubectl, parsed.name, all_namespaces=parsed.all_namespaces)
+        case "retry":
+            return retry.retry(kubectl, parsed.name, new=parsed.new, waits=parsed.wait, timeout=parsed.timeout)
+        case "cancel":
+            return cancel.cancel(kubectl, parsed.name, waits=parsed.wait, timeout=parsed.timeout)
+        case "check":
+            return check.check(kubectl, parsed.name, parsed.file)
+        case _:
+            return forget.forget(kubectl, parsed.name, yes=parsed.yes, force=parsed.force, silent_for=parsed.silent_for)
+
+
+def _kubectl(parsed: argparse.Namespace) -> Kubectl:
+    given = ((name, getattr(parsed, name.replace("-", "_"), None)) for name in _GLOBAL)
+    return Kubectl(tuple(f"--{name}={value}" for name, value in given if value))
+
+
+def _complete(words: Sequence[str]) -> int:
+    parser = _parser()
+    commands: dict[str, argparse.ArgumentParser] = parser.get_default("commands")
+    for line in complete(words, commands, _kubectl_of):
+        print(line)
+    return 0
+
+
+def _kubectl_of(words: Sequence[str]) -> Kubectl:
+    """Kubectl with the flags among the words of a line that is not complete."""
+    only = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    _add_global(only)
+    try:
+        return _kubectl(only.parse_known_args(words)[0])
+    except argparse.ArgumentError:
+        return Kubectl()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kubectl vmbackup",
+        description="Looks after VMBackups: live backups of libvirt/QEMU guests.",
+        epilog=_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"kubectl-vmbackup {__version__}")
+    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    known: dict[str, argparse.ArgumentParser] = {}
+    parser.set_defaults(commands=known)
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        its: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=_EXITS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        known[name] = its
+        return its
+
+    one = command("status", "show one VMBackup in full with what to do next, or all in a table")
+    one.add_argument("name", nargs="*", metavar="NAME", help="VMBackups; default: a table of all")
+    one.add_argument("-A", "--all-namespaces", action="store_true", help="those of all namespaces")
+    one = command("retry", "bring a guest home that a VMBackup has left on its overlay, or make the same backup anew")
+    one.add_argument("name", metavar="NAME", help="a VMBackup that has failed")
+    one.add_argument("--new", action="store_true", help="make another VMBackup with the same spec, of this moment")
+    _add_wait(one)
+    one = command("cancel", "give up the copy of a running VMBackup, and bring its guest home")
+    one.add_argument("name", metavar="NAME", help="a VMBackup that is running")
+    _add_wait(one)
+    one = command("check", "say whether a backup can be taken, as far as the API server shows; changes nothing")
+    one.add_argument("name", nargs="?", metavar="NAME", help="a VMBackup; without it and -f: the installation")
+    one.add_argument("-f", "--file", metavar="FILE", help="a manifest with VMBackups; - for stdin")
+    one = command("forget", "let a VMBackup vanish whose node is gone for good, after looking for signs of life")
+    one.add_argument("name", metavar="NAME", help="a VMBackup that cannot be deleted, since its agent is gone")
+    one.add_argument("--yes", action="store_true", help="do not ask")
+    one.add_argument("--force", action="store_true", help="also if there are signs of life: its guest may stay on an "
+                     "overlay that nobody tells of")  # fmt: skip
+    one.add_argument("--silent-for", type=_duration, default="10m", metavar="TIME",
+                     help="how long its node and agent must have been silent [default: 10m]")  # fmt: skip
+    for each in known.values():
+        _add_global(each)
+    return parser
+
+
+def _add_wait(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wait", action="store_true", help="wait for its end")
+    parser.add_argument("--timeout", type=lambda text: _duration(text).total_seconds(), metavar="TIME",
+                        help="for --wait, such as 30m [default: no limit]")  # fmt: skip
+
+
+def _add_global(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("flags for kubectl")
+    for name, (short, about) in _GLOBAL.items():
+        group.add_argument(*filter(None, (short, f"--{name}")), metavar=name.upper(), help=about)
+
+
+def _duration(text: str) -> timedelta:
+    """A time such as 90s, 10m, 1h30m."""
+    if not re.fullmatch(r"(\d+[smhd])+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a time such as 90s, 10m, 1h30m")
+    parts = re.findall(r"(\d+)([smhd])", text)
+    return timedelta(seconds=sum(int(count) * _UNITS[unit] for count, unit in parts))

@@ -1,0 +1,95 @@
+"""`kubectl vmbackup forget`: take the finalizer off a VMBackup whose node is gone for good.
+
+The finalizer is the promise that the guest is home. Only the agent can keep it; so this is for agents that will never
+come back, and it refuses as long as there is a sign of life of the node or its agent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from kubectl_vmbackup import node
+from kubectl_vmbackup.advice import span
+from kubectl_vmbackup.backup import BACKUPS, Backup, find, now
+from kubectl_vmbackup.kubectl import USAGE, Kubectl, PluginError
+from kubectl_vmbackup.node import Signs
+from kubectl_vmbackup.view import printable
+from vmbackup.api.spec import FINALIZER
+
+
+def forget(kubectl: Kubectl, name: str, *, yes: bool, force: bool, silent_for: timedelta) -> int:
+    """Let it vanish; the exit code. Raises PluginError where its node may be alive, or nobody has agreed."""
+    backup = find(kubectl, name)
+    if not backup.held:
+        raise PluginError(f"{name} has no finalizer of vmbackup: kubectl delete vmb {name}")
+    alive = signs_of_life(backup, node.look(kubectl, backup.node), now(), silent_for)
+    if alive and not force:
+        reasons = "".join(f"\n  {each}" for each in alive)
+        raise PluginError(f"{name} is not forgotten, since {backup.node} or its agent may be alive:{reasons}")
+    print(printable("\n".join([*(f"in spite of this: {each}" for each in alive), *what_remains(backup)])))
+    if not yes:
+        _ask(name)
+    if not backup.terminating:
+        kubectl.run("delete", BACKUPS, name, "--wait=false")
+    others = [each for each in backup.finalizers if each != FINALIZER]
+    patch = [
+        {"op": "test", "path": "/metadata/uid", "value": backup.metadata["uid"]},
+        {"op": "test", "path": "/metadata/finalizers", "value": backup.finalizers},
+        {"op": "replace", "path": "/metadata/finalizers", "value": others},
+    ]
+    kubectl.run("patch", BACKUPS, name, "--type=json", "-p", json.dumps(patch))
+    print(f"{name}: forgotten" + (f"; it waits for the finalizers {', '.join(others)}" if others else ""))
+    return 0
+
+
+def signs_of_life(backup: Backup, signs: Signs, at: datetime, silent_for: timedelta) -> Sequence[str]:
+    """Why the agent may yet keep the promise: each with what would make it go away. Pure."""
+    found: list[str] = []
+    least = span(silent_for)
+    if signs.exists is None:
+        found.append("you may not see nodes: ask somebody who may, with kubectl auth can-i get nodes")
+    elif signs.ready:
+        found.append("the node is Ready: mend its agent instead, or delete the Node once the machine is gone")
+    elif signs.exists and signs.since is not None and at - signs.since < silent_for:
+        found.append(f"the node is not Ready for {span(at - signs.since)} only: wait {least}")
+    if signs.agent_ready:
+        found.append(f"its agent is ready: the pod {signs.agent_ready}")
+    if signs.last_write is not None and at - signs.last_write < silent_for:
+        found.append(f"its agent wrote a status {span(at - signs.last_write)} ago: wait {least}")
+    if backup.deleted_at is None:
+        if not signs.exists:  # an agent outside the cluster has no Node, and an idle one writes nothing
+            found.append(f"nobody has asked its agent yet: kubectl delete vmb {backup.name} --wait=false; wait {least}")
+    elif at - backup.deleted_at < silent_for:
+        found.append(f"it was deleted {span(at - backup.deleted_at)} ago only: wait {least}")
+    return found
+
+
+def what_remains(backup: Backup) -> list[str]:
+    """What is left behind where it was, and what to do with it. Pure."""
+    lines = [f"{backup.name} of the domain {backup.spec.get('domain')} on {backup.node} will vanish. What remains:"]
+    overlays = [disk for disk in backup.disks if disk.get("overlay")]
+    if backup.left_on_overlay or overlays:
+        lines.append(f"  on {backup.node}, if its disks come back: an overlay that holds the guest's newest data")
+        lines += [f"    {disk['target']}: {disk['overlay']}, on {disk.get('base', '')}" for disk in overlays]
+        lines.append("  delete none of them; an agent that starts there brings them home by itself; without one boot")
+        lines.append("  the guest from its overlay, and: virsh blockcommit DOMAIN TARGET --active --pivot")
+    elif backup.is_true("ChainClean"):
+        lines.append("  no overlay: the guest is on its own images")
+    else:
+        lines.append("  perhaps an overlay: how the guest's disks stand was never seen (*.vmb-*.qcow2, delete none)")
+    if location := backup.status.get("location"):
+        lines.append(f"  the copy, as it is: {location}; forgetting deletes nothing in a store")
+    else:
+        lines.append("  perhaps a part of a copy in the store: its agent would have removed it")
+    lines.append("  on the node, the journal of this backup: an agent that comes back reads it")
+    return lines
+
+
+def _ask(name: str) -> None:
+    if not sys.stdin.isatty():
+        raise PluginError("nobody can be asked here: --yes says that it shall be forgotten", USAGE)
+    if input(f"Type its name to forget it ({name}): ").strip() != name:
+        raise PluginError(f"{name} is not forgotten")

@@ -1,0 +1,57 @@
+"""`kubectl vmbackup retry`: bring a guest home that was left on its overlay, or make the same backup anew."""
+
+from __future__ import annotations
+
+import json
+
+from kubectl_vmbackup.backup import BACKUPS, Backup, find, now
+from kubectl_vmbackup.kubectl import FAILED, Kubectl, PluginError
+from kubectl_vmbackup.waiting import wait
+from vmbackup.api.spec import RETRY_ANNOTATION
+
+_LONGEST_PREFIX = 190  # a VMBackup's name may have 200 characters, and the API server adds 5
+
+
+def retry(kubectl: Kubectl, name: str, *, new: bool, waits: bool, timeout: float | None) -> int:
+    """Try again; the exit code. Raises PluginError where that would be of no use."""
+    backup = find(kubectl, name)
+    if backup.terminating:
+        raise PluginError(f"{name} is being deleted; its guest is brought home before it goes")
+    if backup.running:
+        raise PluginError(f"{name} is still {backup.phase}: there is nothing to try again yet")
+    return _anew(kubectl, backup, waits, timeout) if new else _home(kubectl, backup, waits, timeout)
+
+
+def _home(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) -> int:
+    if backup.ready:
+        raise PluginError(f"{backup.name} is Ready: there is nothing to try again; --new makes another one like it")
+    if not backup.left_on_overlay:
+        raise PluginError(
+            f"{backup.name} has no copy, and its guest is home: what was not copied then cannot be copied any more; "
+            "--new makes another one like it, of this moment"
+        )
+    value = now().isoformat(timespec="milliseconds")
+    kubectl.run("annotate", BACKUPS, backup.name, "--overwrite", f"{RETRY_ANNOTATION}={value}")
+    print(f"{backup.name}: its guest is brought home once more, with all attempts open again")
+    if not waits:
+        return 0
+    return _tell(wait(kubectl, backup.name, lambda it: it.handled_retry == value and not it.running, timeout))
+
+
+def _anew(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) -> int:
+    if backup.left_on_overlay:
+        print(f"{backup.name} has left its guest on an overlay: that goes home first")
+    body = {
+        "apiVersion": backup.body["apiVersion"],
+        "kind": backup.body["kind"],
+        "metadata": {"generateName": f"{backup.name[:_LONGEST_PREFIX]}-", "namespace": backup.namespace},
+        "spec": backup.spec,
+    }
+    made = json.loads(kubectl.run("create", "-f", "-", "-o", "json", stdin=json.dumps(body)))["metadata"]["name"]
+    print(f"{made}: made, with the spec of {backup.name}")
+    return _tell(wait(kubectl, made, lambda it: not it.running, timeout)) if waits else 0
+
+
+def _tell(backup: Backup) -> int:
+    print(f"{backup.name}: {backup.phase}, {backup.reason}: {backup.message}")
+    return 0 if backup.ready else FAILED

@@ -1,0 +1,35 @@
+"""`kubectl vmbackup status`: one VMBackup in full, or all in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kubectl_vmbackup import view
+from kubectl_vmbackup.backup import Backup, every, find, now
+from kubectl_vmbackup.kubectl import Kubectl, KubectlError, Object
+
+
+def status(kubectl: Kubectl, names: Sequence[str], *, all_namespaces: bool) -> int:
+    """Print it; the exit code. Raises PluginError."""
+    if names:
+        shown = [find(kubectl, name) for name in names]
+        print("\n\n".join(view.details(backup, _events(kubectl, backup), now()) for backup in shown))
+        return 0
+    backups = every(kubectl, *(["-A"] if all_namespaces else []))
+    backups.sort(key=lambda backup: (backup.namespace, str(backup.metadata.get("creationTimestamp")), backup.name))
+    if backups:
+        print(view.table(backups, now(), namespaces=all_namespaces))
+    else:
+        print("There is no VMBackup" + ("." if all_namespaces else " in this namespace; -A shows those of all."))
+    return 0
+
+
+def _events(kubectl: Kubectl, backup: Backup) -> Sequence[Object]:
+    """Its events; none where they may not be read."""
+    selector = f"--field-selector=involvedObject.uid={backup.metadata['uid']}"
+    try:
+        return kubectl.items("events", "-n", backup.namespace, selector)
+    except KubectlError as error:
+        if not error.forbidden:
+            raise
+        return ()

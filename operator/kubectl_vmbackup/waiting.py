@@ -1,0 +1,21 @@
+"""Waiting for the end of a VMBackup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kubectl_vmbackup.backup import Backup, find
+from kubectl_vmbackup.kubectl import Kubectl, PluginError
+
+_LOOK = 1.0  # seconds
+
+
+def wait(kubectl: Kubectl, name: str, over: Callable[[Backup], bool], seconds: float | None) -> Backup:
+    """The VMBackup once it is `over`. Raises PluginError if that takes longer than `seconds`; None: no limit."""
+    until = None if seconds is None else time.monotonic() + seconds
+    while not over(backup := find(kubectl, name)):
+        if until is not None and time.monotonic() >= until:
+            raise PluginError(f"{name}: still {backup.phase} ({backup.reason}) after {seconds:.0f} s; it goes on")
+        time.sleep(_LOOK)
+    return backup
