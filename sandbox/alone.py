@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ PLACES = (
 )
 _VARIABLE = "VMBACKUP_SANDBOX_ALONE"
 _CGROUPS = Path("/sys/fs/cgroup")
+_TERMINATED = 128 + signal.SIGTERM
+_END_SECONDS = 10
 
 
 def directory() -> Path:
@@ -49,7 +52,7 @@ def run(command: Sequence[str]) -> int:
         own = Path(world.enter_context(tempfile.TemporaryDirectory(prefix="vmb-")))  # short, for socket paths
         world.enter_context(_control_groups(f"vmbackup-{own.name}"))
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the command; its end is ours
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
         namespaces = ["--mount", "--propagation=slave", "--net", "--ipc", "--pid", "--mount-proc"]
         return subprocess.call(
             [
@@ -67,16 +70,27 @@ def _control_groups(name: str) -> Iterator[None]:
     groups = [hierarchy / name for hierarchy in hierarchies if (hierarchy / "cgroup.procs").exists()]
     if not groups:
         raise SandboxError(f"there are no control groups in {_CGROUPS}, and containers cannot do without: mount them")
-    try:
+    with ExitStack() as made:
         for group in groups:
-            group.mkdir()
+            try:
+                group.mkdir()
+            except OSError as error:
+                raise SandboxError(f"a control group cannot be made: {error}; containers need one") from None
+            made.callback(_remove, group)
         yield
-    except OSError as error:
-        raise SandboxError(f"a control group cannot be made: {error}") from error
-    finally:
-        for group in groups:
+
+
+def _remove(group: Path) -> None:
+    """Remove a control group and those below it, once the last of its processes is gone, which takes some ms."""
+    deadline = time.monotonic() + _END_SECONDS
+    while group.exists():
+        try:
             for folder, _folders, _files in os.walk(group, topdown=False):
                 Path(folder).rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _inside(command: Sequence[str]) -> int:
@@ -101,7 +115,8 @@ def _inside(command: Sequence[str]) -> int:
     while True:
         pid, status = os.wait()
         if pid == child.pid:
-            return os.waitstatus_to_exitcode(status) % 256
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code  # as a shell has it
 
 
 def _run(*command: str) -> None:
@@ -109,12 +124,12 @@ def _run(*command: str) -> None:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--inside"]:
-        return _inside(sys.argv[2:])
     try:
-        return run(sys.argv[1:])
+        return _inside(sys.argv[2:]) if sys.argv[1:2] == ["--inside"] else run(sys.argv[1:])
     except SandboxError as error:
         sys.exit(str(error))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"this machine does not let us be alone: {' '.join(error.cmd)} failed, and says why above")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from uuid import NAMESPACE_DNS, uuid5
@@ -87,6 +88,7 @@ class Guest:
         memory_mib: int = 128,
     ) -> None:
         self.name = name
+        self.directory = directory
         self.disks = {disk.target: disk for disk in disks}
         self.console_log = directory / f"{name}.console.log"
         self.serial_log = directory / f"{name}.serial.log"
@@ -141,6 +143,15 @@ class Guest:
     def destroy(self) -> None:
         """Pull its power plug."""
         self._virsh("destroy", self.name)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """It stands still meanwhile, so that its images can be copied as they are."""
+        self._virsh("suspend", self.name)
+        try:
+            yield
+        finally:
+            self._virsh("resume", self.name)
 
     def shut_down(self, *, seconds: float = BOOT_SECONDS) -> None:
         """Ask it to shut down (the agent if there is one, else the power button), and wait until it is off."""

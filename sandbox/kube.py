@@ -10,6 +10,7 @@ the start.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import random
 import socket
@@ -183,8 +184,14 @@ class KubeApi:
         path.chmod(0o600)
         return path
 
+    def seen_by(self, user: str, *, groups: Sequence[str] = ()) -> KubeApi:
+        """This server as `user` sees it: their kubectl."""
+        theirs = copy.copy(self)
+        theirs.kubeconfig = self.kubeconfig_for(user, groups=groups)
+        return theirs
+
     def kubectl(self, *arguments: str | Path, stdin: str = "", kubeconfig: Path | None = None) -> str:
-        """Run kubectl (as the administrator, unless `kubeconfig` says otherwise); its output. Raises KubectlError."""
+        """Run kubectl (by our kubeconfig, unless another is given); its output. Raises KubectlError."""
         words = [str(argument) for argument in arguments]
         done = subprocess.run(
             [

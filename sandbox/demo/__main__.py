@@ -33,7 +33,7 @@ def up(world: World, view: View) -> None:
     folder = world.backup_folder(name)
     for proven in prove_copy(folder, bounds):
         view.step(f"copy of {proven}" if proven[0] == "v" else proven)
-    for proven in prove_guest(world, guest):
+    for proven in prove_guest(guest):
         view.step(proven)
     _what_next(world, view, name, folder)
 

@@ -6,11 +6,9 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox.demo.world import DOMAIN, World
 from sandbox.guest import Guest
 from sandbox.oracle import Journal, ProofError, prove, prove_one_moment
 
@@ -49,7 +47,7 @@ def prove_copy(folder: Path, bounds: Bounds) -> Iterator[str]:
     yield f"the disks are of one moment: they end with records {ends}"
 
 
-def prove_guest(world: World, guest: Guest) -> Iterator[str]:
+def prove_guest(guest: Guest) -> Iterator[str]:
     """Prove that the guest goes on and has lost nothing; yields what is proven. Raises ProofError.
 
     Its images are copied while it is suspended for a moment: a running guest's image is no use to fsck.
@@ -58,24 +56,15 @@ def prove_guest(world: World, guest: Guest) -> Iterator[str]:
     guest.assert_only_rising()
     now = min(acknowledged(guest).values())
     yield f"the guest writes on: it has acknowledged record {now} by now, each number once"
-    with tempfile.TemporaryDirectory(dir=world.state) as temporary:
+    with tempfile.TemporaryDirectory(dir=guest.directory) as temporary:
         copies = {target: Path(temporary, target) for target in guest.disks}
-        with _suspended(world):
+        with guest.suspended():
             wanted = acknowledged(guest)
             for target, disk in guest.disks.items():
                 subprocess.run(["cp", "--reflink=auto", "--sparse=always", disk.path, copies[target]], check=True)
         for target, disk in guest.disks.items():
             found = prove(copies[target], acknowledged_at_least=wanted[target], image_format=disk.format)
             yield f"{target}: the image that the guest runs on now holds {found}; {wanted[target]} were acknowledged"
-
-
-@contextmanager
-def _suspended(world: World) -> Iterator[None]:
-    world.libvirtd.virsh("suspend", DOMAIN)
-    try:
-        yield
-    finally:
-        world.libvirtd.virsh("resume", DOMAIN)
 
 
 def _sha256(path: Path) -> str:
