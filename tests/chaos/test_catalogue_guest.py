@@ -16,7 +16,6 @@ from tests.domains import wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import chain
 
-IN_THE_MIDDLE = pytest.mark.parametrize("begun", [in_a_copy, in_a_commit])
 BOTH = ["vda", "vdb"]
 
 
@@ -36,8 +35,15 @@ def press_reset(witness: Witness) -> None:
     witness.libvirtd.virsh("reset", witness.name)
 
 
-@IN_THE_MIDDLE
-@pytest.mark.parametrize("stop", [power_off_from_inside, pull_the_plug])
+@pytest.mark.parametrize(
+    ("begun", "stop"),
+    [
+        (in_a_copy, power_off_from_inside),
+        (in_a_commit, pull_the_plug),
+        pytest.param(in_a_copy, pull_the_plug, marks=pytest.mark.chaos),
+        pytest.param(in_a_commit, power_off_from_inside, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
     witness: Witness, backup: BackupFactory, begun: Callable[..., RunningBackup], stop: Callable[[Witness], None]
 ) -> None:
@@ -54,8 +60,15 @@ def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
     comes_home(witness, running)
 
 
-@IN_THE_MIDDLE
-@pytest.mark.parametrize("again", [reboot_from_inside, press_reset])
+@pytest.mark.parametrize(
+    ("begun", "again"),
+    [
+        (in_a_copy, press_reset),
+        (in_a_commit, reboot_from_inside),
+        pytest.param(in_a_copy, reboot_from_inside, marks=pytest.mark.chaos),
+        pytest.param(in_a_commit, press_reset, marks=pytest.mark.chaos),
+    ],
+)
 def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_same(
     witness: Witness, backup: BackupFactory, begun: Callable[..., RunningBackup], again: Callable[[Witness], None]
 ) -> None:
