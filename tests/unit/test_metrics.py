@@ -13,6 +13,7 @@ from shutil import disk_usage
 
 import pytest
 from prometheus_client import generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report, RetryReason
@@ -60,7 +61,9 @@ def test_every_counter_starts_at_0_for_every_label_value(metrics: Metrics) -> No
     }
 
 
-def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: Path) -> None:
+@pytest.fixture
+def everything(metrics: Metrics, tmp_path: Path) -> Metrics:
+    """All that can be so at a moment is."""
     metrics.overlay("web-01", "vda", tmp_path, since=0)
     metrics.stalled("web-01", "vda")
     metrics.suspended("web-01", since=0)
@@ -68,6 +71,23 @@ def test_the_names_are_those_that_outsiders_rely_on(metrics: Metrics, tmp_path: 
     metrics.failed("web-01", at=1)
     metrics.told("web-01", Report())
     metrics.told("web-02", Report(reason=Reason.QUARANTINED, outcome=Outcome.FAILED))
+    return metrics
+
+
+def test_the_table_in_docs_monitoring_is_what_there_is(everything: Metrics) -> None:
+    def row(family: Metric) -> str:
+        sample = next(each for each in family.samples if not each.name.endswith("_created"))
+        labels = ",".join(label for label in sample.labels if label != "le")
+        name = family.name if family.type == "histogram" else sample.name
+        return f"| `{name}{{{labels}}}` | {family.type} | {family.documentation} |".replace("{}", "")
+
+    rows = [row(family) for family in everything.registry.collect() if family.name.startswith("vmbackup_")]
+    text = (Path(__file__).parent.parent.parent / "docs" / "monitoring.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `vmbackup_")] == rows, "\n".join(rows)
+
+
+def test_the_names_are_those_that_outsiders_rely_on(everything: Metrics) -> None:
+    metrics = everything
     shown = {(name, tuple(sorted(key for key, _ in labels))) for name, labels in scrape(metrics)}
     assert {sample for sample in shown if sample[0].startswith("vmbackup_")} == {
         *((f"vmbackup_commit_duration_seconds_{part}", ()) for part in ("count", "sum")),
