@@ -96,8 +96,8 @@ def a_commit_that_does_not_converge(watched: Watched, agent: Agent, domain: Doma
     commit = {"bandwidth": SLOW, "deadlineSeconds": 1, "stallPolicy": "Pause", "stallPauseSeconds": 300}
     made = agent.apply(guest.name, **{"copy.bandwidth": SLOW, "commit": commit})
     watched.wait_for("vmbackup_overlay_bytes")
-    guest.write("vda", 0x22, offset="16M", length="16M")
-    watched.wait_for("vmbackup_overlay_bytes > 8e6")
+    guest.write("vda", 0x22, offset="16M", length="32M")  # a commit takes 16 MiB at once
+    watched.wait_for("vmbackup_overlay_bytes > 3e7")
     made.patch({"copy": {"bandwidth": None}})
     watched.wait_for("vmbackup_commit_stalled")
     watched.wait_for("vmbackup_guest_suspended_seconds > 1")

@@ -153,7 +153,8 @@ def _ask(url: str) -> Look:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=_ANSWER_SECONDS) as answer:
             return read(answer.read().decode(), node, now)
     except (OSError, ValueError) as error:
-        return Look(node, now, error=str(getattr(error, "reason", error)))
+        cause = getattr(error, "reason", error)
+        return Look(node, now, error=str(getattr(cause, "strerror", None) or cause))
 
 
 def _wrong(look: Look) -> bool:
@@ -182,7 +183,7 @@ def _row(look: Look, guest: Guest, before: Look | None) -> tuple[RenderableType,
         size(guest.get("overlay_bytes")) if overlay else "",
         size(guest.get("overlay_free_bytes")) if overlay else "",
         span(overlay) if overlay else "",
-        f"{span(look.at - last)} ago" if last else "never seen",
+        f"{span(look.at - last)} ago" if last else "none known",
         Text(", ".join(troubles(guest, look.at)), style="bold red"),
     )
 
