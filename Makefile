@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down test unit chaos soak lint format model bench dashboard docs plugin lock clean
+.PHONY: help install demo demo-down image test unit chaos soak lint format model bench dashboard docs plugin lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,6 +17,9 @@ demo: install ## a live guest, an API server, and a backup of the one declared i
 
 demo-down: ## end and remove what `make demo` started, and only that
 	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "without .venv there is no demo"; fi
+
+image: install ## build the agent's image here, without a registry (root); Dockerfile builds it anywhere else
+	@$(BIN)/python -m sandbox.image
 
 test: install lint ## everything: linters, types, layers, and every test on real parts
 	@$(BIN)/python -m sandbox.prepare tests
@@ -59,7 +62,7 @@ plugin: install ## the kubectl plugin, its archive and its manifest for krew, in
 
 lock: install ## renew requirements/*.lock from pyproject.toml
 	@$(BIN)/uv --quiet lock --upgrade
-	@for group in run dev sandbox; do \
+	@for group in run build dev sandbox; do \
 		case $$group in run) flags=--no-dev;; dev) flags="--group dev";; *) flags="--only-group $$group";; esac; \
 		$(BIN)/uv --quiet export --frozen --no-emit-project --no-header --no-annotate $$flags >requirements/$$group.lock; \
 	done

@@ -6,7 +6,6 @@ downloaded with apt and unpacked beside it.
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import os
@@ -14,12 +13,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.processes import SandboxError
+from sandbox.tools import CACHE, locked
 
 _SOURCES = Path(__file__).with_name("guest-os")
 _KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -51,9 +49,9 @@ def guest_os() -> GuestOS:
 
     Raises SandboxError where a package or a tool cannot be had.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmbackup-sandbox" / "guest"
+    cache = CACHE / "guest"
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
+    with locked(cache / "lock"):
         kernel = _unpacked(_KERNEL_PACKAGE, cache)
         agent = _unpacked(_AGENT_PACKAGE, cache)
         initramfs = cache / f"initramfs-{_fingerprint(kernel)}.cpio.gz"
@@ -175,14 +173,6 @@ def _only(directory: Path, pattern: str) -> Path:
     if len(found) != 1:
         raise SandboxError(f"{directory} holds {len(found)} of {pattern}: remove the directory, it is fetched again")
     return found[0]
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None]:
-    """One builder at a time, however many test runs start at once."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _run(*command: str, directory: str | None = None) -> str:

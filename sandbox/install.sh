@@ -12,6 +12,7 @@ packages=(
     prometheus                                        # and promtool, for the alerts and the dashboard
     busybox-static cpio gcc libc6-dev                 # the test guest's initramfs
     python3 python3-dev python3-venv libvirt-dev pkg-config # libvirt-python has no wheels
+    buildah debootstrap                               # the image
 )
 
 say() { printf '%s\n' "$*" >&2; }

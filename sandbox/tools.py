@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sandbox.processes import SandboxError
@@ -32,3 +35,11 @@ def install() -> None:
 def say(text: str) -> None:
     """Tell the user what is going on; on stderr, as stdout may be somebody's input."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """One builder at a time, however many test runs start at once."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

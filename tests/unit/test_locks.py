@@ -38,7 +38,13 @@ def test_a_lock_pins_each_package_by_hashes_and_names_no_address_and_no_path(loc
 
 
 @pytest.mark.parametrize(
-    ("lock", "groups"), [("run.lock", ["run"]), ("dev.lock", ["run", "dev"]), ("sandbox.lock", ["sandbox"])]
+    ("lock", "groups"),
+    [
+        ("run.lock", ["run"]),
+        ("build.lock", ["build"]),
+        ("dev.lock", ["run", "dev"]),
+        ("sandbox.lock", ["sandbox"]),
+    ],
 )
 def test_a_lock_holds_what_the_project_asks_for(lock: str, groups: list[str]) -> None:
     """Else it was not renewed: `make lock`."""
