@@ -132,9 +132,10 @@ _TOP = (
         "--url",
         "the /metrics of an agent; give it once for each, or several with commas between them",
         flags.urls,
-        default="http://127.0.0.1:9777/metrics",
+        default=flags.own_metrics(),
         metavar="URL",
         gathers=True,
+        default_says="that of the agent with this environment, http://127.0.0.1:9777/metrics",
     ),
     Flag("--interval", "how often to look", flags.seconds, default="2", metavar="SECONDS"),
     Flag(

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import yaml
 
 from sandbox.libvirtd import Libvirtd
 from sandbox.prometheus import Prometheus
-from tests.agents import SECONDS, SLOW, Agent
+from tests.agents import SECONDS, SLOW, Agent, CatchBackup
 from tests.domains import DomainFactory, wait_until
 
 COMPONENT = Path(__file__).parent.parent.parent / "manifests/components/monitoring"
@@ -86,6 +88,22 @@ def test_every_query_of_the_dashboard_and_of_the_alerts_returns_data(
     assert firing == {"VMBackupFailed"}
     own_agent.apply(late.name).wait()
     wait_until(lambda: not watched.prometheus.query("vmbackup_last_failure_timestamp_seconds"), "no failure", SECONDS)
+
+
+def test_top_shows_what_a_real_agent_does(agent: Agent, copying: CatchBackup) -> None:
+    made, guest = copying(agent)
+    assert re.search(rf"{guest.name} +Copying +\d+%", top(agent))
+    made.patch({"copy": {"bandwidth": None}})
+    made.wait()
+    assert re.search(rf"{guest.name} +- +\d+s ago", top(agent))
+
+
+def top(agent: Agent) -> str:
+    vmbackup = Path(sys.executable).with_name("vmbackup")
+    command = [vmbackup, "top", "--once", f"--url={agent.url}/metrics"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr  # other tests share the agent, and may have failed backups
+    return done.stdout
 
 
 def a_commit_that_does_not_converge(watched: Watched, agent: Agent, domain: DomainFactory, libvirtd: Libvirtd) -> None:

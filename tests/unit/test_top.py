@@ -13,6 +13,7 @@ from rich.console import Console
 
 from vmbackup import cli
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
+from vmbackup.commands import flags
 from vmbackup.commands.amounts import size, span
 from vmbackup.commands.top import Look, read, render, troubles
 from vmbackup.report.health import HealthServer
@@ -162,6 +163,17 @@ def test_once_it_ends_with_what_scripts_want_to_know(
     assert cli.main(["top", "--once"]) == 1
     assert "127.0.0.1:1  does not answer" in capsys.readouterr().out
     assert cli.main(["top", "--once", "--url", nobody]) == 2  # a flag counts more
+
+
+def test_in_the_pod_of_an_agent_it_needs_no_flag(served: tuple[Metrics, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    port = served[1].partition("127.0.0.1:")[2].partition("/")[0]
+    monkeypatch.setenv("VMBACKUP_METRICS_HOST", "127.0.0.2")
+    monkeypatch.setenv("VMBACKUP_METRICS_PORT", port)
+    assert flags.own_metrics() == f"http://127.0.0.2:{port}/metrics"
+    monkeypatch.setenv("VMBACKUP_METRICS_HOST", "fd00::1")
+    assert flags.own_metrics() == f"http://[fd00::1]:{port}/metrics"
+    monkeypatch.delenv("VMBACKUP_METRICS_HOST")
+    assert flags.own_metrics() == served[1]
 
 
 def test_a_page_that_is_not_there_is_no_answer(served: tuple[Metrics, str], capsys: pytest.CaptureFixture[str]) -> None:

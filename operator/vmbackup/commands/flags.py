@@ -93,6 +93,13 @@ def urls(text: str) -> tuple[str, ...]:
     return found
 
 
+def own_metrics() -> str:
+    """Where an agent with this environment serves /metrics, as in the pod of one: so `top` needs no flag there."""
+    host = os.environ.get("VMBACKUP_METRICS_HOST") or "127.0.0.1"
+    port = os.environ.get("VMBACKUP_METRICS_PORT") or "9777"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+
 def port(text: str) -> int:
     """A TCP port."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
