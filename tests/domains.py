@@ -1,14 +1,19 @@
-"""Domains without an OS for tests: started paused they cost no CPU, yet have real disks, snapshots and block jobs."""
+"""Domains without an OS for tests: started paused they cost no CPU, yet have real disks, snapshots and block jobs.
+
+And Linux guests that write (`at_work`).
+"""
 
 from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import DiskSpec, Libvirtd
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Disk, Mirror
@@ -99,6 +104,21 @@ def make_disk(directory: Path, target: str, kind: str, size: str = "64M") -> Dis
         backing = ["-b", str(template), "-F", "qcow2"]
     qemu_img("create", "-f", image_format, *backing, str(path), size)
     return DiskSpec(target, path, image_format)
+
+
+@contextmanager
+def at_work(guest: WritingGuest, libvirtd: Libvirtd) -> Generator[WritingGuest]:
+    """Start a guest that has an agent: it has begun to write, and the agent answers. It is gone afterwards."""
+    guest.define()
+    guest.start()
+    try:
+        guest.wait_for(3)
+        guest.wait_for_agent()
+        yield guest
+    finally:
+        if guest.name in libvirtd.guest_pids():
+            guest.destroy()
+        libvirtd.virsh("undefine", guest.name)
 
 
 def qemu_img(*arguments: str) -> str:

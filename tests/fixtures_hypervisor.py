@@ -14,7 +14,7 @@ import pytest
 from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk as make_ext4
 from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
-from tests.domains import Domain, DomainFactory, GuestFactory, make_disk
+from tests.domains import Domain, DomainFactory, GuestFactory, at_work, make_disk
 from vmbackup.hypervisor.connection import Hypervisor
 
 _numbers = count(1)
@@ -98,13 +98,5 @@ def writer(libvirtd: Libvirtd, tmp_path: Path) -> Iterator[WritingGuest]:
         make_ext4("vdb", tmp_path / "vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
     ]
     guest = WritingGuest(libvirtd.virsh, "writer", tmp_path, disks, agent=True, dirty_kib_per_second=256)
-    guest.define()
-    guest.start()
-    try:
-        guest.wait_for(3)
-        guest.wait_for_agent()
+    with at_work(guest, libvirtd):
         yield guest
-    finally:
-        if "writer" in libvirtd.guest_pids():
-            guest.destroy()
-        libvirtd.virsh("undefine", "writer")

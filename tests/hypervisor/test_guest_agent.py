@@ -21,7 +21,7 @@ import pytest
 from sandbox.guest import Guest, make_disk
 from sandbox.libvirtd import Libvirtd
 from tests.backups import BackupFactory
-from tests.domains import wait_until
+from tests.domains import at_work, wait_until
 from tests.kill_points import Driving, Moment, Task, When, guardians
 from vmbackup.api.status import Outcome
 from vmbackup.reconcile.record import Freeze
@@ -128,16 +128,8 @@ def guest(libvirtd: Libvirtd, tmp_path: Path, channel: Channel) -> Iterator[Gues
     disk = make_disk("vda", tmp_path / "vda.raw", size_mib=64)
     made = ProxiedGuest(libvirtd.virsh, "deaf", tmp_path, [disk], agent=True)
     made.channel = channel.path
-    made.define()
-    made.start()
-    try:
-        made.wait_for(3)
-        made.wait_for_agent()
+    with at_work(made, libvirtd):
         yield made
-    finally:
-        if "deaf" in libvirtd.guest_pids():
-            made.destroy()
-        libvirtd.virsh("undefine", "deaf")
 
 
 def frozen(libvirtd: Libvirtd) -> bool:
