@@ -24,6 +24,9 @@ from tests.backups import BackupFactory
 from tests.domains import at_work, wait_until
 from tests.kill_points import Driving, Moment, Task, When, guardians
 from vmbackup.api.status import Outcome
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.mark import Mark, MarkedDisk
+from vmbackup.reconcile import quiescing
 from vmbackup.reconcile.record import Freeze
 
 FREEZE, THAW = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"
@@ -220,4 +223,24 @@ def test_killed_while_it_waits_for_an_agent_that_hangs_nothing_is_left_frozen(
     assert not frozen(libvirtd)
     report, _, reasons = Driving(replace(task, moment=None, guarded=False)).end()
     assert report.outcome is Outcome.SUCCEEDED, reasons
+    assert_it_writes(libvirtd, guest, channel)
+
+
+def test_a_guest_that_a_lost_backup_left_frozen_and_whose_agent_never_answers_is_refused_and_later_thawed(
+    guest: Guest,
+    channel: Channel,
+    backup: BackupFactory,
+    libvirtd: Libvirtd,
+    hypervisor: Hypervisor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quiescing, "_THAW_ATTEMPTS", 2)
+    hypervisor.guest("deaf").mark(Mark("uid-of-a-lost-one", frozen=True, disks=(MarkedDisk("vda", "/gone.qcow2"),)))
+    libvirtd.virsh("domfsfreeze", "deaf")
+    channel.swallow()
+    refused = backup("deaf", snapshot=QUIESCE_TRY).end()
+    assert (refused.outcome, refused.reason) == (Outcome.REFUSED, "GuestFrozen")
+    assert "virsh domfsthaw deaf" in refused.message
+    channel.pass_all()
+    assert backup("deaf", snapshot=QUIESCE_TRY).end().outcome is Outcome.SUCCEEDED
     assert_it_writes(libvirtd, guest, channel)

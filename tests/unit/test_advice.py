@@ -35,7 +35,11 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 def test_every_advice_is_in_this_table() -> None:
     functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
-    assert len(functions) == len(TOLD) + 1  # and the one of the whole domain, below
+    assert len(functions) == len(TOLD) + 2  # and those of the whole domain, below
+
+
+def test_a_guest_that_stays_frozen_is_named_with_its_cure() -> None:
+    assert "virsh domfsthaw web" in advice.stays_frozen("web")
 
 
 def test_a_job_of_the_whole_domain_is_named_with_its_cure() -> None:

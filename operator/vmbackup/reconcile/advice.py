@@ -103,6 +103,14 @@ def migrating(record: Record) -> str:
     )
 
 
+def stays_frozen(domain: str) -> str:
+    """A lost backup left its guest frozen, and this one has given up thawing it."""
+    return (
+        f"domain {domain} was frozen by a backup whose journal is lost, and its guest agent does not answer: thaw it "
+        f"by hand (virsh domfsthaw {domain}), or shut it down and start it, then make a new VMBackup"
+    )
+
+
 def image_changed(disk: DiskRecord) -> str:
     """Before the snapshot: L or P is not B any more."""
     return (

@@ -14,7 +14,8 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging import image
-from vmbackup.reconcile.record import DiskRecord, Record, Snapshot
+from vmbackup.reconcile import advice
+from vmbackup.reconcile.record import DiskRecord, Freeze, Record, Snapshot
 from vmbackup.reconcile.room import with_room
 from vmbackup.reconcile.stranded import stranded, taken_back
 from vmbackup.reconcile.transition import planned_anew
@@ -43,6 +44,8 @@ class Planner:
         """
         live, persistent, earlier = guest.live_xml(), guest.persistent_xml(), list(earlier)
         mark = stranded(guest, live, [*earlier, record])
+        if mark and mark.frozen and record.freeze is Freeze.TRIED:  # to thaw it, in vain
+            raise RefusedError(advice.stays_frozen(guest.name), reason="GuestFrozen")
         record = replace(planned_anew(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
         left = left_on_overlay(live, persistent, earlier)
         if mark and live:
