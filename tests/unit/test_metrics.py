@@ -233,6 +233,26 @@ def test_a_failure_is_shown_until_a_later_backup_of_the_domain_has_succeeded(met
     assert shown() is None
 
 
+def test_of_a_domain_that_is_not_here_nothing_is_told(metrics: Metrics) -> None:
+    for domain in ("stays", "goes"):
+        metrics.succeeded(domain, at=100, ended=100)
+        metrics.failed(domain, at=200)
+
+    def shown() -> set[str]:
+        return {dict(labels)["domain"] for name, labels in scrape(metrics) if name.startswith("vmbackup_last_")}
+
+    assert shown() == {"stays", "goes"}
+    metrics.domains(["stays"])
+    assert shown() == {"stays"}
+    metrics.succeeded("goes", at=150, ended=150)
+    assert shown() == {"stays"}
+    metrics.told("comes", Report())  # since the last look
+    metrics.succeeded("comes", at=300, ended=300)
+    assert shown() == {"stays", "comes"}
+    metrics.domains(["stays", "goes"])
+    assert shown() == {"stays", "goes"}
+
+
 def test_a_running_backup_shows_what_it_does_and_how_far_it_is(metrics: Metrics) -> None:
     disks = tuple(
         DiskReport(target, DiskState.COPYING, copied_bytes=10, total_bytes=100, merged_bytes=1)

@@ -92,6 +92,8 @@ class Orphans:
             self._seen = await self._premises.threads.call(self._look)
         except VMBackupError as error:  # what was seen last counts on
             _log.warning("the domains cannot be looked at: %s", error)
+            return
+        self._premises.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
 
     async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[Seen]) -> None:
         """Tell, count and bring home what is left over.

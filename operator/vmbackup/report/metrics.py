@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +135,7 @@ class Metrics:
         self._ended: dict[str, float] = {}  # and when that backup was over
         self._failed: dict[str, float] = {}
         self._unreported: dict[str, float] = {}
+        self._here: frozenset[str] | None = None  # None: not known yet, so it counts as here
 
     def committed(self, seconds: float, merged_bytes: int) -> None:
         """One disk is home: a commit took this long and merged this much."""
@@ -162,6 +164,8 @@ class Metrics:
 
     def told(self, domain: str, report: Report) -> None:
         """The backup that works on a domain is like this now."""
+        with self._lock:
+            self._here = None if self._here is None else self._here | {domain}
         if report.reason == Reason.QUARANTINED:
             self._levels.put(_QUARANTINED, (domain,))
         else:
@@ -231,6 +235,13 @@ class Metrics:
             self._failed[domain] = max(at, self._failed.get(domain, 0.0))
             self._tell_last(domain)
 
+    def domains(self, names: Iterable[str]) -> None:
+        """These domains are on this node, by name or UUID: of others it is not told when they were backed up last."""
+        with self._lock:
+            self._here = frozenset(names)
+            for domain in {*self._succeeded, *self._failed}:
+                self._tell_last(domain)
+
     def unreported(self, uid: str, since: float | None) -> None:
         """The status of a VMBackup has not arrived since then; None: it has."""
         with self._lock:
@@ -248,10 +259,13 @@ class Metrics:
         self._orphans.set(count)
 
     def _tell_last(self, domain: str) -> None:
-        if domain in self._succeeded:
+        here = self._here is None or domain in self._here
+        if here and domain in self._succeeded:
             self._levels.put(_SUCCESS, (domain,), self._succeeded[domain])
+        else:
+            self._levels.drop(_SUCCESS, domain)
         failed = self._failed.get(domain)
-        if failed is not None and failed > self._ended.get(domain, 0.0):
+        if here and failed is not None and failed > self._ended.get(domain, 0.0):
             self._levels.put(_FAILURE, (domain,), failed)
         else:
             self._levels.drop(_FAILURE, domain)
