@@ -12,7 +12,7 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.backups import BackupFactory
-from tests.domains import Domain, DomainFactory
+from tests.domains import Domain, DomainFactory, GuestFactory
 from tests.hypervisor.test_kill_points import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
 from tests.kill_points import Deed, Driving, Moment, When
 from vmbackup.api.status import Outcome
@@ -41,20 +41,11 @@ STILL = [
 ]
 
 
-def guests(domain: DomainFactory, libvirtd: Libvirtd, count: int) -> list[Domain]:
-    made = [domain({"vda": "raw", "vdb": "qcow2"}, size="4M") for _ in range(count)]
-    for guest in made:
-        libvirtd.virsh("resume", guest.name)
-    return made
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("same", [True, False], ids=["the same backup", "the next backup"])
-def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(
-    domain: DomainFactory, libvirtd: Libvirtd, same: bool
-) -> None:
+def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests: GuestFactory, same: bool) -> None:
     moments: Sequence[Moment] = STILL if same else STILL[1::3]
-    several = guests(domain, libvirtd, len(moments))
+    several = guests(len(moments))
 
     def survive(guest: Domain, moment: Moment) -> list[str]:
         task = task_of(guest, GUARDED, moment)
@@ -81,9 +72,9 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(
 
 
 def test_the_mark_is_there_while_the_guest_stands_still_and_never_in_its_definition(
-    domain: DomainFactory, libvirtd: Libvirtd
+    guests: GuestFactory, libvirtd: Libvirtd
 ) -> None:
-    (guest,) = guests(domain, libvirtd, 1)
+    (guest,) = guests(1)
     task = task_of(guest, GUARDED, Moment(When.AFTER, "redefining", 2), deed=Deed.HOLD)
     driving = Driving(task)
     assert driving.wait_until_held()
