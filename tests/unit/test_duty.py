@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from vmbackup.node.duty import Seen, begun, done
-from vmbackup.reconcile.record import Record, Snapshot
+from vmbackup.node.duty import Seen
 
 ENDED = "2026-01-01T00:00:00Z"
 NEW = {"observedGeneration": -1, "conditions": [{"type": "Ready", "status": "Unknown", "reason": "Pending"}]}
@@ -69,20 +68,3 @@ def test_it_expires_after_its_end_but_never_while_its_guest_is_on_an_overlay(
 ) -> None:
     assert seen(status, ttlSecondsAfterFinished=60).expires == expires
     assert seen(status).expires is None
-
-
-@pytest.mark.parametrize(
-    ("record", "is_begun", "is_done"),
-    [
-        (Record("u", "n", "n"), False, False),
-        (Record("u", "n", "n", snapshot=Snapshot.INTENDED), True, False),
-        (Record("u", "n", "n", snapshot=Snapshot.ADOPTED), True, False),
-        (Record("u", "n", "n", snapshot=Snapshot.DONE, finished=True), False, True),
-        (Record("u", "n", "n", snapshot=Snapshot.DONE, finished=True, gave_up=True), True, False),
-        (Record("u", "n", "n", snapshot=Snapshot.DONE, orphan=True), True, False),
-        (Record("u", "n", "n", finished=True), False, True),
-    ],
-    ids=["new", "snapshot intended", "adopting", "finished", "gave up", "orphan", "refused"],
-)
-def test_a_journal_says_whether_its_guest_may_be_on_an_overlay(record: Record, is_begun: bool, is_done: bool) -> None:
-    assert (begun(record), done(record)) == (is_begun, is_done)

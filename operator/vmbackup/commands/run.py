@@ -93,8 +93,8 @@ def taken_up(request: Request, records: Sequence[Record], *, retry: bool) -> Rec
 def _forget_done(request: Request, records: Sequence[Record], state_dir: Path) -> None:
     """Remove the journals of earlier runs of this name that left nothing to do. Those of an agent have their spec."""
     for record in records:
-        left = not record.finished or record.gave_up or record.orphan or record.quarantined
-        if (record.namespace, record.name) == (request.namespace, request.name) and not (left or record.spec):
+        mine = (record.namespace, record.name) == (request.namespace, request.name) and not record.spec
+        if mine and record.done:
             forget(state_dir, record.uid)
 
 

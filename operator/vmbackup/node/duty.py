@@ -9,7 +9,6 @@ from typing import Any
 
 from vmbackup.api.spec import CANCEL_ANNOTATION, FINALIZER, RETRY_ANNOTATION, DeletionPolicy
 from vmbackup.api.status import Reason
-from vmbackup.reconcile.record import Record, Snapshot
 from vmbackup.report.status import condition, is_finished
 
 Body = Mapping[str, Any]
@@ -116,18 +115,3 @@ class Seen:
 def _group(body: Body, name: str) -> Body:
     found: Body | None = body.get(name)
     return found or {}
-
-
-def left_behind(record: Record) -> bool:
-    """It ended, or waits, without its chain being home."""
-    return record.gave_up or record.orphan or bool(record.quarantined)
-
-
-def done(record: Record) -> bool:
-    """Nothing is left to do for its chain."""
-    return record.finished and not left_behind(record)
-
-
-def begun(record: Record) -> bool:
-    """Its guest may be on an overlay."""
-    return record.snapshot is not Snapshot.NONE and not done(record)

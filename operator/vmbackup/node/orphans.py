@@ -13,7 +13,7 @@ from pathlib import Path
 from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.guest import Guest
-from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Ticket
 from vmbackup.reconcile import journal as journals
@@ -129,7 +129,7 @@ class Orphans:
         """The overlays of runs of `vmbackup run` that were interrupted, and that nobody has carried on yet."""
         found: list[_Orphan] = []
         for record in records:
-            left = [] if record.spec or not begun(record) else _left(record)
+            left = [] if record.spec or not record.begun else _left(record)
             if left and await self._is_free(record.domain_uuid):
                 run = f"`vmbackup run` of {record.full_name}"
                 story = f"left on the domain {record.domain} by an interrupted {run}: run it again, and it carries on"
@@ -138,7 +138,7 @@ class Orphans:
 
     async def _unknown(self, records: Iterable[Record], listed: Mapping[str, Seen]) -> list[_Orphan]:
         """Overlays that no journal knows, nor a VMBackup that is not over: that one adopts its own."""
-        known = {disk.overlay for record in records if not done(record) for disk in record.disks}
+        known = {disk.overlay for record in records if not record.done for disk in record.disks}
         found: list[_Orphan] = []
         for look in self._seen:
             mine: list[_Orphan] = []

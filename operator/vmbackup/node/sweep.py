@@ -12,7 +12,7 @@ from pathlib import Path
 from vmbackup.errors import VMBackupError
 from vmbackup.node import memory
 from vmbackup.node.alone import Alone
-from vmbackup.node.duty import Body, Seen, begun, done
+from vmbackup.node.duty import Body, Seen
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.orphans import Orphans
 from vmbackup.node.premises import Premises
@@ -50,7 +50,7 @@ class Sweep:
         for record in records:
             if not record.spec:  # of `vmbackup run`
                 continue
-            if begun(record) and not record.finished:
+            if record.begun and not record.finished:
                 self._premises.queue.reserve(record.domain_uuid, record.uid)
             self._tell_overlays(record)
         await self._orphans.begin()
@@ -85,9 +85,9 @@ class Sweep:
         self._fleet.vanished(kept - uids)
         gone = [each for each in records if each.spec and each.uid not in uids and not self._fleet.attends(each.uid)]
         for record in gone:
-            if done(record):
+            if record.done:
                 await self._premises.threads.call(journals.forget, self._premises.node.state_dir, record.uid)
-        await self._orphans.look(records, [each for each in gone if not done(each)], map(Seen, bodies))
+        await self._orphans.look(records, [each for each in gone if not each.done], map(Seen, bodies))
 
     def neglected(self) -> str:
         """What is wrong with the watch: VMBackups that nobody had heard of at the last two looks. From any thread."""
@@ -97,7 +97,7 @@ class Sweep:
     async def forget(self, uid: str) -> None:
         """A VMBackup is gone: so is its journal, if nothing is left to do for its chain."""
         record = await self._premises.threads.call(journals.record_of, self._premises.node.state_dir, uid)
-        if record is not None and done(record):
+        if record is not None and record.done:
             await self._premises.threads.call(journals.forget, self._premises.node.state_dir, uid)
 
     def stop(self) -> None:
@@ -119,7 +119,7 @@ class Sweep:
 
     async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
         alone = Alone(self._premises)
-        alone.carry_on(record for record in records if begun(record) and record.store and not record.finished)
+        alone.carry_on(record for record in records if record.begun and record.store and not record.finished)
         try:
             while (bodies := await self._list()) is None:
                 await asyncio.sleep(_LIST_AGAIN)

@@ -12,7 +12,7 @@ from vmbackup.api.spec import StoreSpec
 from vmbackup.api.status import Phase, Reason, Report
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
-from vmbackup.node.duty import Seen, begun, done
+from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
 from vmbackup.node.queue import Ticket
 from vmbackup.reconcile.backup import Backup
@@ -89,9 +89,9 @@ class Turn:
 
     async def _admitted(self, seen: Seen, record: Record | None) -> bool:
         """Wait for its turn, where it needs one. False: it need not run any more."""
-        if record is not None and done(record):
+        if record is not None and record.done:
             return True
-        has_begun = record is not None and begun(record)
+        has_begun = record is not None and record.begun
         if self._dropped and not has_begun:
             return True  # it ends at once, without touching its domain
         domain = record.domain_uuid if record is not None else ""

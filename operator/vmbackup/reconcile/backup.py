@@ -156,9 +156,8 @@ class Backup:
 
     def _open_again(self, record: Record) -> bool:
         """It ended with something left to do, and is asked for again, or deleted."""
-        left = record.gave_up or record.orphan or bool(record.quarantined)
         wish = self._wish()
-        return left and (wish.deleted or wish.retry != record.handled_retry)
+        return record.left_behind and (wish.deleted or wish.retry != record.handled_retry)
 
     def _after_the_end(self, journal: Journal) -> Ending:
         """Nothing is left to do for the chain. The end may not have reached the API server before a run was killed."""
@@ -283,7 +282,7 @@ class Backup:
     def _adopted_home(self, domain_uuid: str) -> None:
         """PROTOCOL R7: the backups whose overlay came home are told: chain clean, and ready if the copy is stored."""
         for record in self._earlier(domain_uuid):
-            if not (record.gave_up or record.orphan or record.quarantined):
+            if not record.left_behind:
                 continue
             reporter = None if record.orphan else self._node.reporter_of(record)
             with domain_lock(record.uid, lambda: False, self._node.lock_dir) as held:

@@ -177,6 +177,21 @@ class Record:
         return self.guard is Guard.OURS or self.frozen
 
     @property
+    def left_behind(self) -> bool:
+        """It ended, or waits, without its chain being home."""
+        return self.gave_up or self.orphan or bool(self.quarantined)
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do for its chain."""
+        return self.finished and not self.left_behind
+
+    @property
+    def begun(self) -> bool:
+        """Its guest may be on an overlay."""
+        return self.snapshot is not Snapshot.NONE and not self.done
+
+    @property
     def throttles_guest(self) -> bool:
         """The guest's writes to one of the disks may be slowed down by us."""
         return any(disk.throttle is not None for disk in self.disks)
