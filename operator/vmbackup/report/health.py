@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import socketserver
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, exposition
+
+from vmbackup.report.server import Certificate, Server
 
 Check = Callable[[], str]
 """Says what is wrong, '' if nothing is. What it raises counts as wrong too."""
@@ -32,14 +32,16 @@ class HealthServer:
         *,
         host: str = "",
         port: int,
+        tls: Certificate | None = None,
         limit: float = 5.0,
         restart_mends: Collection[str] = (),
     ) -> None:
+        """Raises PermanentError if the certificate is of no use."""
         self._checks = [_GuardedCheck(name, check) for name, check in checks.items()]
         self._vital = [check for check in self._checks if check.name in restart_mends]
         self._limit = limit
         self._metrics: Any = exposition.make_wsgi_app(registry)
-        self._server = _Server((host, port), _QuietHandler)
+        self._server = Server((host, port), tls)
         self._server.set_app(self._answer)
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
 
@@ -68,6 +70,12 @@ class HealthServer:
         return {name: wrong for name, wrong in answers.items() if wrong}
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if (method := environ["REQUEST_METHOD"]) not in ("GET", "HEAD"):
+            return _text(start_response, "405 Method Not Allowed", "give GET or HEAD", ("Allow", "GET, HEAD"))
+        body = list(self._body({**environ, "REQUEST_METHOD": "GET"}, start_response))
+        return body if method == "GET" else []
+
+    def _body(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
             return self._metrics(environ, start_response)
@@ -78,9 +86,11 @@ class HealthServer:
         return _text(start_response, "404 Not Found", "here are /metrics, /healthz and /livez")
 
 
-def _text(start_response: StartResponse, status: str, text: str) -> Iterable[bytes]:
+def _text(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> Iterable[bytes]:
     body = f"{text}\n".encode()
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))])
+    start_response(
+        status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body))), *headers]
+    )
     return [body]
 
 
@@ -113,20 +123,3 @@ class _GuardedCheck:
             self._wrong = self._check()
         except Exception as error:
             self._wrong = f"{type(error).__name__}: {error}"
-
-
-class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def server_bind(self) -> None:
-        # HTTPServer's own also asks DNS for the name of this host, which can hang a start-up for many seconds.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-        self.setup_environ()
-
-
-class _QuietHandler(WSGIRequestHandler):
-    timeout = 10  # seconds: a client that says nothing does not keep its thread for ever
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """No line for each probe and scrape."""
