@@ -91,10 +91,14 @@ class Agent:
         """Status code and text of /healthz; None while nobody answers."""
         return self._get("/healthz")
 
+    def metrics(self) -> str:
+        """What /metrics shows; nothing while nobody answers."""
+        answer = self._get("/metrics")
+        return answer[1] if answer else ""
+
     def metric(self, sample: str) -> float | None:
         """The value of a sample, given as it stands in /metrics; None if it is not there."""
-        answer = self._get("/metrics")
-        found = re.search(rf"^{re.escape(sample)} (.+)$", answer[1] if answer else "", re.MULTILINE)
+        found = re.search(rf"^{re.escape(sample)} (.+)$", self.metrics(), re.MULTILINE)
         return float(found[1]) if found else None
 
     def rss_mb(self) -> float:

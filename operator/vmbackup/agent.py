@@ -27,7 +27,7 @@ from kubernetes.client import ApiClient
 
 from vmbackup.api.spec import FINALIZER, GROUP, VERSION
 from vmbackup.backoff import Backoff
-from vmbackup.errors import VMBackupError
+from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.node import memory
 from vmbackup.node.duty import Seen
@@ -45,6 +45,7 @@ from vmbackup.report.cluster import BACKUPS, Cluster, authorization, load_client
 from vmbackup.report.events import Events
 from vmbackup.report.health import HealthServer
 from vmbackup.report.metrics import Metrics
+from vmbackup.report.server import Certificate
 
 _log = logging.getLogger(__name__)
 
@@ -63,8 +64,11 @@ class AgentSettings:
     kubeconfig: str | None
     metrics_host: str
     metrics_port: int
+    metrics_tls_cert: Path | None
+    metrics_tls_key: Path | None
     state_dir: Path
     overlay_dir: Path | None
+    image_roots: tuple[Path, ...] | None
     max_concurrent_backups: int
     commit_backoff: float
     relist_interval: float
@@ -87,6 +91,7 @@ def run(settings: AgentSettings) -> int:
                 agent.watchdog.checks,
                 host=settings.metrics_host,
                 port=settings.metrics_port,
+                tls=_certificate(settings),
                 restart_mends=RESTART_MENDS,
             ) as health,
         ):
@@ -98,6 +103,15 @@ def run(settings: AgentSettings) -> int:
     finally:
         hypervisor.close()
     return 0
+
+
+def _certificate(settings: AgentSettings) -> Certificate | None:
+    certificate, key = settings.metrics_tls_cert, settings.metrics_tls_key
+    if certificate and key:
+        return Certificate(certificate, key)
+    if certificate or key:
+        raise RefusedError("give --metrics-tls-cert and --metrics-tls-key, both or none")
+    return None
 
 
 def _say_what_it_does(settings: AgentSettings, hypervisor: Hypervisor, port: int) -> None:
@@ -134,6 +148,7 @@ class _Agent:
             settings.state_dir,
             self.metrics,
             overlay_dir=settings.overlay_dir,
+            image_roots=settings.image_roots or (),
             backoff=Backoff(first=settings.commit_backoff),
             reporter_of=lambda record: self._fleet.reporter_of(record),
         )

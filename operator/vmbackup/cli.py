@@ -44,6 +44,13 @@ _COMMON = (
         metavar="DIR",
         default_says="beside each disk's image",
     ),
+    Flag(
+        "--image-roots",
+        "back up disks only whose images, the backing images too, are in these directories, links resolved",
+        flags.paths,
+        metavar="DIR[:DIR]",
+        default_says="any image that libvirt's XML names",
+    ),
 )
 _AGENT = (
     Flag(
@@ -67,6 +74,13 @@ _AGENT = (
         metavar="IP",
     ),
     Flag("--metrics-port", "port to serve them on", flags.port, default="9777", metavar="PORT"),
+    Flag(
+        "--metrics-tls-cert",
+        "serve them by TLS with this certificate, PEM, read again when it was renewed",
+        flags.path,
+        metavar="FILE",
+    ),
+    Flag("--metrics-tls-key", "the key of that certificate, PEM", flags.path, metavar="FILE"),
     Flag(
         "--max-concurrent-backups",
         "so many domains are backed up at a time, the others wait",

@@ -39,6 +39,7 @@ class CheckSettings:
     libvirt_config_dir: Path | None
     state_dir: Path
     overlay_dir: Path | None
+    image_roots: tuple[Path, ...] | None
 
 
 def check(settings: CheckSettings) -> int:
@@ -48,7 +49,7 @@ def check(settings: CheckSettings) -> int:
         if not hypervisor.ping():
             raise TransientError(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri")
         guests = [hypervisor.guest(settings.domain)] if settings.domain else hypervisor.guests()
-        planner = Planner(hypervisor, settings.overlay_dir)
+        planner = Planner(hypervisor, settings.overlay_dir, settings.image_roots or ())
         records = list(journal.records(settings.state_dir))
         found = sorted(survey(planner, guests, records), key=lambda domain: domain.name)
     finally:

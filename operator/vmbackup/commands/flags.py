@@ -97,7 +97,13 @@ def own_metrics() -> str:
     """Where an agent with this environment serves /metrics, as in the pod of one: so `top` needs no flag there."""
     host = os.environ.get("VMBACKUP_METRICS_HOST") or "127.0.0.1"
     port = os.environ.get("VMBACKUP_METRICS_PORT") or "9777"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+    scheme = "https" if os.environ.get("VMBACKUP_METRICS_TLS_CERT") else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+
+def paths(text: str) -> tuple[Path, ...]:
+    """Paths, one after the other with ':' between them."""
+    return tuple(path(each) for each in text.split(":") if each)
 
 
 def port(text: str) -> int:

@@ -51,6 +51,7 @@ class RunSettings:
     libvirt_config_dir: Path | None
     state_dir: Path
     overlay_dir: Path | None
+    image_roots: tuple[Path, ...] | None
 
 
 def run(settings: RunSettings) -> int:
@@ -58,7 +59,8 @@ def run(settings: RunSettings) -> int:
     request = read(settings.file, store_file=settings.store, store_path=settings.store_path)
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     try:
-        node = Node(hypervisor, settings.state_dir, Metrics(), overlay_dir=settings.overlay_dir)
+        roots = settings.image_roots or ()
+        node = Node(hypervisor, settings.state_dir, Metrics(), overlay_dir=settings.overlay_dir, image_roots=roots)
         records = node.records()
         earlier = taken_up(request, records, retry=settings.retry)
         if not hypervisor.ping():

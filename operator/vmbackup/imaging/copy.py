@@ -17,6 +17,7 @@ from vmbackup.imaging.control import CopyControl
 from vmbackup.imaging.digest import CHUNK, Digester
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.imaging.throttle import TokenBucket
+from vmbackup.paths import open_trusted
 
 FICLONE = 0x40049409  # linux/fs.h; in Python's fcntl since 3.14
 FICLONERANGE = 0x4020940D
@@ -105,15 +106,19 @@ def _copy(source: Path, source_fd: int, destination: Path, destination_fd: int, 
 
 def digest_file(path: Path, control: CopyControl) -> str:
     """The digest `sha256:<hex>` of a file, holes as zeros, as sha256sum prints it. Raises as `copy_file`."""
-    with opened_image(path) as fd:
+    with errors_of(path):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         return _transfer(fd, path, size_of(fd), control, None)
+    finally:
+        os.close(fd)
 
 
 @contextmanager
 def opened_image(path: Path) -> Generator[int]:
-    """The image open for reading. Errors of opening it are raised as ours."""
+    """The image of a guest open for reading (paths.open_trusted). Errors of opening it are raised as ours."""
     with errors_of(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_trusted(path)
     try:
         yield fd
     finally:

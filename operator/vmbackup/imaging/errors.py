@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
+from vmbackup.paths import name_of
 
 _NO_SPACE = "free space there, or choose another store"
 _MEDIUM = "the medium or its connection is failing: see the kernel's log"
@@ -22,7 +23,8 @@ _CURES = {
     errno.EPERM: ("NoAccess", _ACCESS),
     errno.EIO: ("IOError", _MEDIUM),
     errno.ENOENT: ("NotFound", "put it back, or correct the path"),
-    errno.ELOOP: ("SymbolicLink", "replace the symbolic link by what it points to"),
+    errno.ELOOP: ("SymbolicLink", "replace the symbolic link by what it points to, or let root own it"),
+    errno.EMLINK: ("HardLink", "it has another name, so another may write it: give it one name only"),
 }
 _TRANSIENT = frozenset(
     (
@@ -41,7 +43,7 @@ _TRANSIENT = frozenset(
 def classified(error: OSError, path: Path | str) -> VMBackupError:
     """`error` as one of our kinds, naming the file and the cure."""
     number = error.errno or 0
-    text = f"{path}: {os.strerror(number) if number else error}"
+    text = f"{name_of(path)}: {os.strerror(number) if number else error}"
     if number in _TRANSIENT:
         return TransientError(f"{text}; it will be tried again", reason="Busy")
     reason, cure = _CURES.get(number, ("StorageError", "see the system's log"))

@@ -17,6 +17,7 @@ from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.imaging.control import Cancelled, CopyControl
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.imaging.locks import is_locked
+from vmbackup.paths import open_trusted
 
 QEMU_IMG_SECONDS = 60.0
 COMPARE_SECONDS = 6 * 3600.0
@@ -26,6 +27,15 @@ _LOOK = 0.1  # seconds between looks whether qemu-img is to end
 # length, cluster bits, size, encryption, number of L1 entries, their offset, refcount table (2), number of snapshots.
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQII")
 _QCOW2_MAGIC = b"QFI\xfb"
+# Of version 3: magic, version, size, incompatible features, length of the header, after which extensions follow: their
+# kind and length, then so many bytes, padded to a multiple of 8.
+_QCOW2_V3 = struct.Struct(">4sI16xQ40xQ20xI")
+_QCOW2_EXTENSION = struct.Struct(">II")
+_HAS_DATA_FILE = 1 << 2
+_DATA_FILE_NAME = 0x44415441
+_LONGEST_EXTENSIONS = 64 << 10
+_LONGEST_NAME = 1023  # bytes of a backing file's name, as QEMU has it
+_LONGEST_L1 = 32 << 20  # bytes, likewise (block/qcow2.h, QCOW_MAX_L1_SIZE)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ def _is_empty_qcow2(path: Path) -> bool:
         if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
             return False
         *_, l1_entries, l1_offset, _refcounts, _refcount_clusters, snapshots = _QCOW2_HEADER.unpack(header)
+        if 8 * l1_entries > _LONGEST_L1 or l1_offset >= 1 << 63:
+            return False
         file.seek(l1_offset)
         l1_table = file.read(8 * l1_entries)
     return snapshots == 0 and l1_entries > 0 and len(l1_table) == 8 * l1_entries and not any(l1_table)
@@ -80,6 +92,8 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
 
     Give the format where it is known: a guest can write into its raw image what then probes as another format.
     """
+    if image_format in (None, "qcow2") and (known := _with_data_file(path)):
+        return known  # qemu-img would open that file, whatever it is
     # -U: the header stays as it is while an image is in use; and without it a guest that is just starting would find
     # the image locked by us.
     given = ("-f", image_format) if image_format else ()
@@ -99,6 +113,27 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
     )
 
 
+def _with_data_file(path: Path) -> ImageInfo | None:
+    """What the header of a qcow2 says that keeps its data in another file; None for any other image."""
+    with errors_of(path), os.fdopen(open_trusted(path), "rb") as file:
+        header = file.read(_QCOW2_V3.size)
+        if len(header) < _QCOW2_V3.size or not header.startswith(_QCOW2_MAGIC):
+            return None
+        _, version, virtual_bytes, features, length = _QCOW2_V3.unpack(header)
+        if version < 3 or not features & _HAS_DATA_FILE:
+            return None
+        file.seek(length)
+        extensions = file.read(_LONGEST_EXTENSIONS)
+    name = "of no name"
+    while len(extensions) >= _QCOW2_EXTENSION.size:
+        kind, size = _QCOW2_EXTENSION.unpack_from(extensions)
+        if kind == _DATA_FILE_NAME:
+            name = os.fsdecode(extensions[_QCOW2_EXTENSION.size :][:size])
+            break
+        extensions = extensions[_QCOW2_EXTENSION.size + (size + 7) // 8 * 8 :]
+    return ImageInfo("qcow2", virtual_bytes, 0, None, None, name, encrypted=False)
+
+
 def images_below(path: Path) -> list[str]:
     """The backing images of an image, nearest first, as far as qcow2 headers name files.
 
@@ -113,16 +148,18 @@ def images_below(path: Path) -> list[str]:
 
 def _backing_file(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_trusted(path), "rb") as file:
             header = file.read(_QCOW2_HEADER.size)
             if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
                 return None
             _, _, offset, length, *_ = _QCOW2_HEADER.unpack(header)
+            if not offset or length > _LONGEST_NAME:
+                return None
             file.seek(offset)
-            name = os.fsdecode(file.read(length)) if offset else ""
-    except OSError:
+            name = os.fsdecode(file.read(length))
+    except (OSError, ValueError):  # an image may hold anything, also offsets beyond every file
         return None
-    return str(path.parent / name) if name else None
+    return str(path.parent / name) if name and "\0" not in name else None
 
 
 def rebase(path: Path, backing: str, backing_format: str) -> None:

@@ -45,6 +45,7 @@ class Node:
     state_dir: Path
     metrics: Metrics
     overlay_dir: Path | None = None
+    image_roots: tuple[Path, ...] = ()
     backoff: Backoff = field(default_factory=Backoff)
     lock_dir: Path = DIRECTORY
     reporter_of: Callable[[Record], Reporter | None] = field(default=lambda _record: None)
@@ -256,7 +257,7 @@ class Backup:
             journal=journal,
             guest=guest,
             observer=observer,
-            planner=Planner(node.hypervisor, node.overlay_dir),
+            planner=Planner(node.hypervisor, node.overlay_dir, node.image_roots),
             open_store=self._open_store,
             earlier=lambda: self._earlier(guest.uuid),
             adopted_home=lambda: self._adopted_home(guest.uuid),

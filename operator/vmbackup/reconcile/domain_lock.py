@@ -43,7 +43,7 @@ def _acquire(path: Path) -> int | None:
     """The open and locked file, or None while another process has it."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         text = f"{path.parent} cannot be written ({error.strerror}): it holds the lock of each domain"
         raise PermanentError(text, reason="LockUnwritable") from error

@@ -20,10 +20,12 @@ from pathlib import Path
 import msgspec
 
 from vmbackup.errors import PermanentError
+from vmbackup.paths import read_trusted
 from vmbackup.reconcile.record import Guard, Record
 
 _SUFFIX = ".journal"
 _NVRAM_SUFFIX = ".nvram"
+_NVRAM_BYTES = 64 << 20  # the largest variable stores have 4 MiB
 _NEW_SUFFIX = ".new"
 _GARBLED_SUFFIX = ".garbled"
 _COMPACT_BYTES = 1 << 20  # a journal that has grown by so much is replaced by its last line, where there is room
@@ -138,7 +140,7 @@ class Journal:
         kept = self.path.with_suffix(_NVRAM_SUFFIX)
         if kept != Path(self.record.nvram):  # else they are kept already
             with open(kept, "wb", opener=_private) as file:
-                file.write(Path(self.record.nvram).read_bytes())
+                file.write(read_trusted(Path(self.record.nvram), _NVRAM_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
         return str(kept)

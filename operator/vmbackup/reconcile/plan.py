@@ -24,10 +24,14 @@ from vmbackup.stores.base import BackupKey, DiskSource, SourceImage, Store
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans backups on one hypervisor. `overlay_dir`: where overlays go instead of beside their base."""
+    """Plans backups on one hypervisor.
+
+    `overlay_dir`: where overlays go instead of beside their base. `image_roots`: where images may be, () for anywhere.
+    """
 
     hypervisor: Hypervisor
     overlay_dir: Path | None = None
+    image_roots: tuple[Path, ...] = ()
 
     def plan(
         self,
@@ -73,6 +77,7 @@ class Planner:
 
     def _disk_record(self, disk: chain.Disk, uid: str) -> DiskRecord:
         base = disk.source or ""
+        self._refuse_outside(disk.target, (base, *(below.path for below in disk.chain)))
         overlay = chain.overlay_path(disk, uid[:8], str(self.overlay_dir) if self.overlay_dir else None)
         if os.path.lexists(overlay):
             raise RefusedError(
@@ -97,6 +102,16 @@ class Planner:
             total_bytes=info.virtual_bytes,
             backing=tuple((below.path, below.format) for below in disk.chain),
         )
+
+    def _refuse_outside(self, target: str, paths: Iterable[str]) -> None:
+        roots = [root.resolve() for root in self.image_roots]
+        for path in paths:
+            if roots and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+                raise RefusedError(
+                    f"disk {target}: {path} is not in {', '.join(map(str, roots))}: move it there, or have the "
+                    "agent's --image-roots name its directory",
+                    reason="ImageOutsideRoots",
+                )
 
 
 @dataclass(frozen=True)

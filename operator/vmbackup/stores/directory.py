@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
@@ -21,6 +21,7 @@ from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import can_clone, clone_or_copy, digest_file, opened_image
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import info, rebase
+from vmbackup.paths import name_of, read_trusted
 from vmbackup.stores import manifest as manifests
 from vmbackup.stores import notes
 from vmbackup.stores import readme as readmes
@@ -40,7 +41,7 @@ from vmbackup.stores.files import (
     fsync_file,
     fsync_folder,
     length,
-    make_folder,
+    opened_folder,
     read_file,
     write_private,
 )
@@ -49,6 +50,7 @@ from vmbackup.stores.places import Places, checked_format, checked_target
 
 DOMAIN_XML = "domain.xml"
 NVRAM = "nvram.fd"
+NVRAM_BYTES = 64 << 20  # the largest variable stores have 4 MiB
 SPARE_BYTES = 64 << 20  # for the file system's own needs, the manifest and the domain XML
 
 
@@ -60,7 +62,7 @@ class DirectoryStore:
 
     def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """See Store. Writes and removes a small file, to see whether that works and whether clones do."""
-        places = Places(self._root, key)
+        places = Places.of(self._root, key)
         if os.path.lexists(places.final):
             raise RefusedError(
                 f"{places.final} is there already: make a new VMBackup, or delete that folder", reason="AlreadyStored"
@@ -68,10 +70,10 @@ class DirectoryStore:
         try:
             for source in sources:
                 _check_source(source)
-            make_folder(self._root, places.namespace)
-            to_copy = _bytes_to_copy({image.path for source in sources for image in source.chain}, places.namespace)
-            with errors_of(self._root):
-                free, device = free_bytes(places.namespace), places.namespace.stat().st_dev
+            with self._opened(places, make=True) as here:
+                to_copy = _bytes_to_copy({image.path for source in sources for image in source.chain}, here.namespace)
+                with errors_of(self._root):
+                    free, device = free_bytes(here.namespace), here.namespace.stat().st_dev
         except PermanentError as error:
             raise RefusedError(str(error), reason=error.reason) from error
         copied = sum(to_copy.values())
@@ -87,52 +89,69 @@ class DirectoryStore:
     def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:
         """See Store. A backing image that another disk of this backup brought along is not copied again."""
         checked_target(source.target)
-        places = Places(self._root, key)
-        others = [disk for disk in notes.read(places.notes) if disk.target != source.target]
-        make_folder(self._root, places.partial)
-        notes.write(places.notes, others)
-        _remove_all_but(places.partial, {image.file for disk in others for image in disk.images})
-
-        disk = TakenDisk(source.target, source.virtual_bytes, _take_chain(places.partial, source, others, control))
-        with errors_of(places.partial):
-            fsync_folder(places.partial)
-        notes.write(places.notes, [*others, disk])
+        with self._opened(Places.of(self._root, key), make=True) as here:
+            others = [disk for disk in notes.read(here.notes) if disk.target != source.target]
+            with opened_folder(here.namespace, here.partial.name, make=True) as partial:
+                notes.write(here.notes, others)
+                _remove_all_but(partial, {image.file for disk in others for image in disk.images})
+                disk = TakenDisk(source.target, source.virtual_bytes, _take_chain(partial, source, others, control))
+                with errors_of(partial):
+                    fsync_folder(partial)
+            notes.write(here.notes, [*others, disk])
         return disk
 
     def taken(self, key: BackupKey) -> tuple[TakenDisk, ...]:
         """See Store."""
-        return notes.read(Places(self._root, key).notes)
+        places = Places.of(self._root, key)
+        if not os.path.lexists(places.namespace):
+            return ()
+        with self._opened(places) as here:
+            return notes.read(here.notes)
 
     def publish(self, key: BackupKey, taken: Sequence[TakenDisk], facts: GuestFacts, control: CopyControl) -> Published:
         """See Store."""
-        places = Places(self._root, key)
-        if not os.path.lexists(places.final):
-            complete = _with_digests(places, taken, control)
-            _describe(places.partial, key, complete, facts)
-            with errors_of(places.final):
-                fsync_folder(places.partial)
-                places.partial.rename(places.final)
-                fsync_folder(places.namespace)
-        found = _manifest_of(places.final, key.uid)
+        places = Places.of(self._root, key)
+        with self._opened(places) as here:
+            if not os.path.lexists(here.final):
+                with opened_folder(here.namespace, here.partial.name) as partial:
+                    complete = _with_digests(partial, here.notes, taken, control)
+                    _describe(partial, key, complete, facts)
+                    with errors_of(here.final):
+                        fsync_folder(partial)
+                        here.partial.rename(here.final)
+                        fsync_folder(here.namespace)
+            found = _manifest_of(here, key.uid)
         self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
     def discard(self, key: BackupKey) -> None:
         """See Store."""
-        places = Places(self._root, key)
-        _remove_folder(places.partial)
-        with errors_of(places.notes):
-            places.notes.unlink(missing_ok=True)
+        places = Places.of(self._root, key)
+        if not os.path.lexists(places.namespace):
+            return
+        with self._opened(places) as here:
+            _remove_folder(here.partial)
+            with errors_of(here.notes):
+                here.notes.unlink(missing_ok=True)
 
     def delete(self, location: str, uid: str) -> None:
         """See Store. The folder disappears by rename, so that half a backup is never to be seen."""
         places = Places.of_location(self._root, location, uid)
-        if os.path.lexists(places.final):
-            _manifest_of(places.final, uid)
-            with errors_of(places.final):
-                places.final.rename(places.deleted)
-                fsync_folder(places.namespace)
-        _remove_folder(places.deleted)
+        if not os.path.lexists(places.namespace):
+            return
+        with self._opened(places) as here:
+            if os.path.lexists(here.final):
+                _manifest_of(here, uid)
+                with errors_of(here.final):
+                    here.final.rename(here.deleted)
+                    fsync_folder(here.namespace)
+            _remove_folder(here.deleted)
+
+    @contextmanager
+    def _opened(self, places: Places, *, make: bool = False) -> Generator[Places]:
+        """The same places, in the folder of the namespace as it is now, whatever its name may lead to later."""
+        with opened_folder(self._root, places.namespace.name, make=make) as namespace:
+            yield replace(places, namespace=namespace)
 
 
 def _check_source(source: DiskSource) -> None:
@@ -164,6 +183,13 @@ def _bytes_to_copy(paths: Iterable[str], folder: Path) -> dict[str, int]:
     """Bytes that a copy of each image needs in `folder`, 0 if it can be cloned."""
     needed: dict[str, int] = {}
     with errors_of(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        ours, its = os.fstat(probe.fileno()).st_uid, folder.stat().st_uid
+        if its != ours:  # on a share our files may belong to anybody, but then our folders do too
+            raise PermanentError(
+                f"{name_of(folder)} belongs to the user {its}, who could replace what is stored in it, not to {ours}: "
+                "move it away, the agent makes its own",
+                reason="FolderNotOurs",
+            )
         for path in sorted(paths):
             with opened_image(Path(path)) as fd:
                 needed[path] = 0 if can_clone(fd, probe.fileno()) else allocated_bytes(Path(path))
@@ -207,14 +233,14 @@ def _take_image(
     return TakenImage(destination.name, image.format, length(destination), "", image.path)
 
 
-def _with_digests(places: Places, taken: Sequence[TakenDisk], control: CopyControl) -> list[TakenDisk]:
+def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], control: CopyControl) -> list[TakenDisk]:
     """Compute the digests that are missing, noting each, so that a restart does not compute it again."""
     missing = {image.file: image.bytes for disk in taken for image in disk.images if not image.digest}
     complete, done = list(taken), 0
     for file, size in missing.items():
-        digest = digest_file(places.partial / file, control.part(done, sum(missing.values())))
+        digest = digest_file(partial / file, control.part(done, sum(missing.values())))
         complete = [_with_digest(disk, file, digest) for disk in complete]
-        notes.write(places.notes, complete)
+        notes.write(noted, complete)
         done += size
     return complete
 
@@ -228,7 +254,8 @@ def _describe(folder: Path, key: BackupKey, taken: Sequence[TakenDisk], facts: G
     """Write all but the images: domain XML, NVRAM, README and the manifest."""
     write_private(folder / DOMAIN_XML, facts.domain_xml.encode())
     if facts.nvram:
-        write_private(folder / NVRAM, read_file(facts.nvram))
+        with errors_of(facts.nvram):
+            write_private(folder / NVRAM, read_trusted(facts.nvram, NVRAM_BYTES))
     manifest = Manifest(
         uid=key.uid,
         namespace=key.namespace,
@@ -262,12 +289,15 @@ def _stored_disk(disk: TakenDisk) -> StoredDisk:
     )
 
 
-def _manifest_of(folder: Path, uid: str) -> Manifest:
-    """The manifest of a published folder. Raises RefusedError if it is not that of `uid`."""
-    path = folder / manifests.FILE_NAME
-    found = Manifest.from_json(read_file(path).decode(errors="replace"), str(path))
+def _manifest_of(places: Places, uid: str) -> Manifest:
+    """The manifest of a published backup. Raises RefusedError if it is not that of `uid`."""
+    with opened_folder(places.namespace, places.folder) as final:
+        path = final / manifests.FILE_NAME
+        found = Manifest.from_json(read_file(path).decode(errors="replace"), name_of(path))
     if found.uid != uid:
-        raise RefusedError(f"{folder} belongs to the VMBackup with the uid {found.uid}, not {uid}", reason="NotOurs")
+        raise RefusedError(
+            f"{name_of(places.final)} belongs to the VMBackup with the uid {found.uid}, not {uid}", reason="NotOurs"
+        )
     return found
 
 

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vmbackup.errors import PermanentError
-from vmbackup.imaging.errors import errors_of
+from vmbackup.imaging.errors import classified, errors_of
+from vmbackup.paths import held, name_of
 
 FOLDER_MODE = 0o700  # guests' disks are for the administrator alone
 FILE_MODE = 0o600
 
 
-def make_folder(root: Path, path: Path) -> None:
-    """Make `path`, which is below `root`, and what is missing above it, durably.
-
-    Raises PermanentError if a part of it below the root is no folder, or is a symbolic link.
-    """
-    with errors_of(root):
-        root.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-    below = path.relative_to(root).parts
-    for depth in range(len(below)):
-        folder = root.joinpath(*below[: depth + 1])
-        with errors_of(folder):
-            if not os.path.lexists(folder):
-                folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-                fsync_folder(folder.parent)
-            if not stat.S_ISDIR(folder.lstat().st_mode):
-                raise PermanentError(f"{folder} is not a folder: move it away", reason="NotAFolder")
+@contextmanager
+def opened_folder(root: Path, *names: str, make: bool = False) -> Generator[Path]:
+    """As paths.held; `make` what is missing, for the administrator alone. Errors of opening it are raised as ours."""
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(held(root, *names, make_mode=FOLDER_MODE if make else None))
+        except NotADirectoryError as error:
+            path = name_of(root.joinpath(*names))
+            raise PermanentError(
+                f"{path} is a symbolic link, or no folder: move it away", reason="NotAFolder"
+            ) from error
+        except OSError as error:
+            raise classified(error, root.joinpath(*names)) from error
+        yield folder
 
 
 def fsync_folder(path: Path) -> None:
     """Make the entries of a folder durable. Raises OSError."""
-    _fsync(path, os.O_DIRECTORY)
+    _fsync(path, os.O_DIRECTORY)  # also of one that is held, whose path is a link of /proc
 
 
 def fsync_file(path: Path) -> None:
     """Make the content of a file durable. Raises OSError."""
-    _fsync(path, 0)
+    _fsync(path, os.O_NOFOLLOW)
 
 
 def _fsync(path: Path, flags: int) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(fd)
     finally:
@@ -63,9 +64,9 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a small file. Errors are ours, naming the file."""
-    with errors_of(path):
-        return path.read_bytes()
+    """The content of a small file, which is no symbolic link. Errors are ours, naming the file."""
+    with errors_of(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        return file.read()
 
 
 def length(path: Path) -> int:

@@ -14,7 +14,7 @@ from vmbackup.errors import PermanentError
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")  # never a path, and no name of ours for what is unfinished
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -79,7 +79,7 @@ class Manifest:
         """
         try:
             values: object = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PermanentError(f"{origin} is not JSON ({error})", reason="BadManifest") from None
         top = _Fields(origin, values)
         version = top.get("schemaVersion", int)
@@ -117,7 +117,7 @@ def _image_to_json(image: StoredImage, **sizes: int) -> dict[str, object]:
 
 def _image_from_json(fields: _Fields) -> dict[str, Any]:
     return {
-        "file": fields.matching("file", _FILE),
+        "file": fields.matching("file", FILE),
         "format": fields.get("format", str),
         "bytes": fields.size("bytes"),
         "digest": fields.matching("digest", _DIGEST),
@@ -164,7 +164,7 @@ class _Fields:
     def file_or_none(self, name: str) -> str | None:
         if name in self._values and self._values[name] is None:
             return None
-        return self.matching(name, _FILE)
+        return self.matching(name, FILE)
 
     def time(self, name: str) -> datetime:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmbackup.errors import RefusedError
@@ -15,30 +16,52 @@ _TARGET = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}")  # no dash: `backing-1` is ne
 _LONGEST_FILE_NAME = 255  # bytes, on every file system of Linux
 
 
+@dataclass(frozen=True)
 class Places:
-    """The paths of one backup. Raises RefusedError if a name of the key is not fit for a path."""
+    """The paths of one backup, whose folder is named `folder`, in the folder of its namespace."""
 
-    def __init__(self, root: Path, key: BackupKey) -> None:
+    namespace: Path
+    folder: str
+
+    @classmethod
+    def of(cls, root: Path, key: BackupKey) -> Places:
+        """Those in the store `root`. Raises RefusedError if a name of the key is not fit for a path."""
         _check("namespace", key.namespace, _NAMESPACE)
         _check("name", key.name, _NAME)
         _check("uid", key.uid, _UID)
         folder = f"{key.name}.{key.uid}"
         if len(f".{folder}.taken.json.new") > _LONGEST_FILE_NAME:
             raise RefusedError(f"the name {key.name} is too long for a folder: choose a shorter one", reason="BadName")
-        self.namespace = root / key.namespace
-        self.final = self.namespace / folder
-        self.partial = self.namespace / f".{folder}.partial"
-        self.notes = self.namespace / f".{folder}.taken.json"
-        self.deleted = self.namespace / f".{folder}.deleted"
+        return cls(root / key.namespace, folder)
 
     @classmethod
     def of_location(cls, root: Path, location: str, uid: str) -> Places:
-        """The paths of a published backup. Raises RefusedError if it is not a backup of this store with this uid."""
+        """Those of a published backup. Raises RefusedError if it is not a backup of this store with this uid."""
         path = Path(location)
         name = path.name.removesuffix(f".{uid}")
         if path.parent.parent != root or name == path.name:
             raise RefusedError(f"{location} is not a backup with the uid {uid} in {root}", reason="NotOurs")
-        return cls(root, BackupKey(path.parent.name, name, uid))
+        return cls.of(root, BackupKey(path.parent.name, name, uid))
+
+    @property
+    def final(self) -> Path:
+        """The published backup."""
+        return self.namespace / self.folder
+
+    @property
+    def partial(self) -> Path:
+        """The backup while it is made."""
+        return self.namespace / f".{self.folder}.partial"
+
+    @property
+    def notes(self) -> Path:
+        """What was taken of it so far."""
+        return self.namespace / f".{self.folder}.taken.json"
+
+    @property
+    def deleted(self) -> Path:
+        """The backup while it is deleted."""
+        return self.namespace / f".{self.folder}.deleted"
 
 
 def checked_target(target: str) -> str:
