@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Semaphore
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import Domain, GuestFactory
+from tests.domains import Domain, GuestFactory, wait_until
 from tests.kill_points import Deed, Driving, Moment, When
 from tests.survival import (
     SUSPENDED_SECONDS,
@@ -86,9 +87,16 @@ def qemu_dies(
         if driving.task.moment.when is When.DURING:
             driving.let_go()
         libvirtd.kill_guest(guest.name)
+        wait_until(partial(is_off, guest), f"libvirt knows that {guest.name} is off")
         if driving.task.moment.when is not When.DURING:
             driving.let_go()
     return all_come_home(several, held)
+
+
+def is_off(guest: Domain) -> bool:
+    with suppress(TransientError):  # libvirt is busy with the call in the middle of which QEMU died
+        return guest.guest.state()[0] is GuestState.OFF
+    return False
 
 
 def all_come_home(several: Sequence[Domain], held: Sequence[Driving]) -> list[str]:
