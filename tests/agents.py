@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.record import Record
 from vmbackup.report.status import condition
 
-_numbers = count(1)
+_numbers, _nodes = count(1), count(1)
 SECONDS = 60  # for anything to happen on a loaded machine
 SLOW = "1Mi"  # bytes per second: a copy of 16 MiB, or a commit of 32 MiB, can be caught in the middle
 
@@ -228,3 +229,17 @@ def assert_home(guest: Domain, pattern: int = 0x11) -> None:
         assert guest.live(target).source == guest.persistent(target).source == base
         assert not list(Path(base).parent.glob("*.vmb-*"))
     assert guest.holds("vda", pattern, offset="0" if pattern == 0x11 else "16M")
+
+
+def make_agent(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Agent:
+    """An agent that is not started yet; its store has the name of its node."""
+    node = f"node-{next(_nodes)}"
+    kube.apply(store(node, directory={"path": str(directory / "store")}))
+    return Agent(kube, libvirtd, node, directory, free_port())
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

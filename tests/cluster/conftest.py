@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,9 @@ import pytest
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SLOW, Agent, CatchBackup, VMBackup
+from tests.agents import SLOW, Agent, CatchBackup, VMBackup, free_port, make_agent
 from tests.domains import Domain, DomainFactory
 from tests.installed import MANIFESTS
-from tests.manifests import store
-
-_numbers = count(1)
-
-
-def make_agent(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Agent:
-    """An agent that is not started yet; its store has the name of its node."""
-    node = f"node-{next(_numbers)}"
-    kube.apply(store(node, directory={"path": str(directory / "store")}))
-    return Agent(kube, libvirtd, node, directory, free_port())
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sandbox import binaries
 from sandbox.kube import KubeApi
 from sandbox.processes import Program
-from tests.agents import SECONDS, Agent, VMBackup
-from tests.cluster.conftest import free_port
+from tests.agents import SECONDS, Agent, VMBackup, free_port
 from tests.domains import DomainFactory, wait_until
 from tests.manifests import backup
 

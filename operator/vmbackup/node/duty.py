@@ -61,6 +61,16 @@ class Seen:
         return FINALIZER in (self.metadata.get("finalizers") or ())
 
     @property
+    def held_by_others(self) -> bool:
+        """Somebody else's finalizer is stored on it, as that of Argo CD on its hooks: we do not end it alone."""
+        return any(each != FINALIZER for each in self.metadata.get("finalizers") or ())
+
+    @property
+    def departed(self) -> bool:
+        """It was deleted and we hold it no more, nor can again: gone, to us, however long others still hold it."""
+        return self.terminating and not self.held
+
+    @property
     def retry(self) -> str:
         """The retry that is asked for last. An annotation that was taken away asks for nothing new."""
         return str(_group(self.metadata, "annotations").get(RETRY_ANNOTATION) or self.handled_retry)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +24,7 @@ from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.reporter import ClusterReporter
-from vmbackup.report.status import with_generation
+from vmbackup.report.status import condition, is_finished, with_generation
 from vmbackup.report.writer import BackupRef, StatusWriter
 
 Result = TypeVar("Result")
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _PARKED = (Reason.DOMAIN_OFF, Reason.QUARANTINED)
 _PAUSES = Backoff(first=1.0, longest=60.0)  # after failures of the node itself
+_FLUSH = 5.0  # seconds for the last status of an object that others hold
 _LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
 
 
@@ -286,7 +288,7 @@ class Keeper:
             return
         ending = await self._turn.run(record)
         if ending is Ending.RELEASED:
-            self._released.set()
+            await self._part()
         elif ending is Ending.FINISHED:
             self._handled = str(self._writer.latest.get("lastHandledRetry") or "")
         elif not self._stopped and self._doomed is None:
@@ -306,8 +308,18 @@ class Keeper:
         else:
             ending = await self._turn.run(record)
         if ending is Ending.RELEASED:
-            self._released.set()
+            await self._part()
             self._changed.set()
+
+    async def _part(self) -> None:
+        """Let it vanish. Who else holds it, as Argo CD does a hook, waits for a status that says that it is over."""
+        if self._seen.held_by_others and not is_finished(self._writer.latest):
+            clean = condition(self._writer.latest, "ChainClean").get("status")
+            report = Report(Phase.FAILED, Reason.DELETED, "the VMBackup was deleted", Outcome.DELETED)
+            chain = {"True": True, "False": False}.get(str(clean))
+            self.reporter.report(replace(report, backup_complete=False, chain_clean=chain, completion_time=time.time()))
+            await self._call(self._writer.flush, _FLUSH)
+        self._released.set()
 
     async def _delete_data(self) -> None:
         location = str(self._seen.status.get("location") or "")

@@ -115,7 +115,7 @@ class Sweep:
         except VMBackupError as error:
             _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
             return None
-        return list(bodies)
+        return [body for body in bodies if not Seen(body).departed]
 
     async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
         alone = Alone(self._premises)

@@ -16,6 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from vmbackup.api.spec import GROUP, VERSION, StoreSpec
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
+from vmbackup.version import __version__
 
 BACKUPS = "vmbackups"
 STORES = "vmbackupstores"
@@ -40,7 +41,9 @@ def load_client(kubeconfig: str | None = None) -> ApiClient:
         ) from error
     # Whoever calls decides whether to try again: nothing is to be kept waiting behind its back.
     configuration.retries = False
-    return ApiClient(configuration)
+    client: Any = ApiClient(configuration)
+    client.user_agent = f"vmbackup/{__version__}"  # up to the slash it names who manages a field
+    return client
 
 
 def authorization(client: ApiClient) -> str:
