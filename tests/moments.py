@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.reconcile.terms import CANCELLED
 
 CODES = {"T": "True", "F": "False", "U": "Unknown"}
 HEALTH = {"InProgress": "Progressing", "Failed": "Degraded", "Current": "Healthy"}
@@ -101,6 +102,17 @@ MOMENTS = [
         "copy failed, chain home",
         replace(FAILED, reason=Reason.COPY_FAILED, message="disk vda: the store is full", **COPY_FAILED),
         *("F CopyFailed", "F CopyFailed", "T", "F", "T", "Failed"),
+    ),
+    Moment(
+        "cancelled",
+        replace(
+            FAILED,
+            reason=Reason.CANCELLED,
+            message=CANCELLED,
+            outcome=Outcome.CANCELLED,
+            backup_complete=False,
+        ),
+        *("F Cancelled", "F Cancelled", "T", "F", "T", "Failed"),
     ),
     Moment(
         "commit retry",
