@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test unit chaos soak lint format model bench dashboard docs plugin lock clean
+.PHONY: help install demo demo-down image test unit chaos soak lint format model bench dashboard docs plugin release lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -59,6 +59,9 @@ docs: install ## docs/reference.md, from the CRDs, the command lines and the met
 
 plugin: install ## the kubectl plugin, its archive and its manifest for krew, into dist/
 	@$(BIN)/python -m plugins.build dist
+
+release: install ## what a release carries, into dist/ (root): manifests, chart, image, wheel, bill of materials, sums
+	@$(BIN)/python -m sandbox.release
 
 lock: install ## renew requirements/*.lock from pyproject.toml
 	@$(BIN)/uv --quiet lock --upgrade

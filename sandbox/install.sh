@@ -13,6 +13,7 @@ packages=(
     busybox-static cpio gcc libc6-dev                 # the test guest's initramfs
     python3 python3-dev python3-venv libvirt-dev pkg-config # libvirt-python has no wheels
     buildah debootstrap                               # the image
+    systemd systemd-container                         # the unit of the agent, on a systemd of its own
 )
 
 say() { printf '%s\n' "$*" >&2; }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from sandbox import binaries, go
+from sandbox import binaries, go, image
 from sandbox.guest_os import guest_os
 from sandbox.processes import SandboxError
 
@@ -22,6 +22,8 @@ def main() -> None:
         for program in ("etcd", "kube-apiserver", "kubectl", *more):
             binaries.path(program)
         guest_os()
+        if more:
+            image.archive()
     except SandboxError as error:
         sys.exit(str(error))
 
