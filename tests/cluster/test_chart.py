@@ -17,6 +17,7 @@ import yaml
 from sandbox import binaries
 from sandbox.kube import KubeApi
 from tests.installed import AGENT, MANIFESTS, NAMESPACE, Objects, by_name
+from tests.manifests import backup
 from vmbackup.version import __version__
 
 CHART = MANIFESTS / "chart"
@@ -193,6 +194,27 @@ def test_crds_go_with_the_release_only_if_they_are_not_to_be_kept() -> None:
             assert (metadata.get("annotations", {}).get("helm.sh/resource-policy") == "keep") is keep
 
 
+def test_installed_and_uninstalled_it_leaves_the_crds_and_every_backup_unless_told_otherwise(tmp_path: Path) -> None:
+    with KubeApi(tmp_path / "kube") as kube:
+        kube.kubectl("create", "namespace", NAMESPACE)
+
+        def release(verb: str, *arguments: str | Path) -> None:
+            done = helm(verb, "vmbackup", *arguments, f"--namespace={NAMESPACE}", f"--kubeconfig={kube.kubeconfig}")
+            assert done.returncode == 0, done.stderr
+
+        release("install", CHART)
+        kube.kubectl("wait", "--for=condition=Established", "--timeout=30s", *(f"crd/{name}" for name in CRDS))
+        kube.apply(backup("outlives-the-release"))
+        release("uninstall")
+        assert kube.kubectl("get", "vmbackup", "-o", "name").strip() == "vmbackup.vmbackup.dev/outlives-the-release"
+        assert not kube.kubectl("get", "validatingadmissionpolicies", "-o", "name")
+        release("install", CHART)  # takes the CRDs that it had left
+        release("upgrade", CHART, "--set=crds.keep=false")
+        assert kube.get("vmbackup", "outlives-the-release")
+        release("uninstall")
+        kube.kubectl("wait", "--for=delete", "--timeout=30s", *(f"crd/{name}" for name in CRDS))
+
+
 def pod(**values: Any) -> dict[str, Any]:
     return template(**values)["DaemonSet", AGENT]["spec"]["template"]["spec"]
 
@@ -279,5 +301,5 @@ def test_another_namespace_is_taken_everywhere() -> None:
 def test_the_server_takes_all_of_it(installed: KubeApi) -> None:
     """Also what only an option brings, but for what is the Prometheus operator's."""
     made = template(dashboard__enabled=True, networkPolicy__enabled=True, hostNetwork=True)
-    text = "\n---\n".join(map(json.dumps, made.values()))
+    text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(made.values())})
     installed.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=text)
