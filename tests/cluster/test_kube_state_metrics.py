@@ -60,11 +60,11 @@ def shown(kube: KubeApi, tmp_path: Path) -> Iterator[Shown]:
             f"--telemetry-port={free_port()}",
         ]
     )
-    program.wait_until(lambda: "kube_vmbackup_created" in scrape(port), seconds=SECONDS)
+    program.wait_until(lambda: get(port, "/healthz") is not None, seconds=SECONDS)
 
     def look(made: VMBackup) -> dict[str, list[tuple[dict[str, str], float]]]:
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for family in text_string_to_metric_families(scrape(port)):
+        for family in text_string_to_metric_families(get(port, "/metrics") or ""):
             for sample in family.samples:
                 if (sample.labels.get("namespace"), sample.labels.get("name")) == (made.namespace, made.name):
                     found.setdefault(sample.name, []).append((sample.labels, sample.value))
@@ -74,13 +74,14 @@ def shown(kube: KubeApi, tmp_path: Path) -> Iterator[Shown]:
     program.stop()
 
 
-def scrape(port: int) -> str:
+def get(port: int, path: str) -> str | None:
+    """What it answers; None while it does not."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with direct.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with direct.open(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
             return answer.read().decode()
     except OSError:
-        return ""
+        return None
 
 
 def test_it_shows_what_the_alerts_ask_of_objects(
