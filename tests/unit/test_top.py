@@ -171,8 +171,10 @@ def test_in_the_pod_of_an_agent_it_needs_no_flag(served: tuple[Metrics, str], mo
     monkeypatch.setenv("VMBACKUP_METRICS_PORT", port)
     assert flags.own_metrics() == f"http://127.0.0.2:{port}/metrics"
     monkeypatch.setenv("VMBACKUP_METRICS_HOST", "fd00::1")
-    assert flags.own_metrics() == f"http://[fd00::1]:{port}/metrics"
+    monkeypatch.setenv("VMBACKUP_METRICS_TLS_CERT", "/etc/vmbackup/tls.crt")
+    assert flags.own_metrics() == f"https://[fd00::1]:{port}/metrics"
     monkeypatch.delenv("VMBACKUP_METRICS_HOST")
+    monkeypatch.delenv("VMBACKUP_METRICS_TLS_CERT")
     assert flags.own_metrics() == served[1]
 
 
