@@ -4,10 +4,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test unit chaos soak lint format model bench dashboard docs plugin release lock clean
+.PHONY: help install demo demo-down image test e2e unit chaos soak lint format model bench dashboard docs plugin release lock clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: ## install what is missing (Debian 12 or later; root or sudo)
 	@sandbox/install.sh
@@ -24,6 +24,10 @@ image: install ## build the agent's image here, without a registry (root); Docke
 test: install lint ## everything: linters, types, layers, and every test on real parts
 	@$(BIN)/python -m sandbox.prepare tests
 	@$(BIN)/pytest --cov --cov-report=term:skip-covered
+
+e2e: ## the image and the manifests on a real node with a real guest, in namespaces of its own (root)
+	@sandbox/install.sh node
+	@$(BIN)/python -m sandbox.alone $(BIN)/pytest -m e2e tests/e2e
 
 unit: install ## the fast tests: seconds, nothing real
 	@$(BIN)/pytest tests/unit

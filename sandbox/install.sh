@@ -2,6 +2,7 @@
 # Installs what is missing for the demo, the tests and the benchmarks; nothing to do takes well under a second.
 #
 # Made for Debian 12 or later on x86-64, as root or with sudo. Elsewhere it says what it cannot install.
+# `install.sh node` installs what `make e2e` needs too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +16,11 @@ packages=(
     buildah debootstrap                               # the image
     systemd systemd-container                         # the unit of the agent, on a systemd of its own
 )
+if [[ ${1-} == node ]]; then
+    packages+=(containernetworking-plugins iproute2)
+    command -v containerd >/dev/null || packages+=(containerd) # Docker brings one of its own
+    command -v runc >/dev/null || packages+=(runc)
+fi
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -70,4 +76,4 @@ install_python_packages() {
 
 install_packages
 install_python_packages
-.venv/bin/python -m sandbox.prepare
+.venv/bin/python -m sandbox.prepare "$@"
