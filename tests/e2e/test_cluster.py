@@ -10,6 +10,7 @@ from tests.e2e.cluster import DOMAIN, NODE, SECONDS, Cluster
 
 pytestmark = pytest.mark.e2e
 
+
 def test_a_stolen_token_changes_nothing_of_another_node(cluster: Cluster, user: KubeApi) -> None:
     for name, node in (("here", NODE), ("elsewhere", "node-b")):
         user.apply(manifest(name, node, "none", DOMAIN, "team-a"))
