@@ -30,7 +30,7 @@ def guest(host: HostLibvirtd) -> Guest:
         make_disk("vda", IMAGES / f"{DOMAIN}-vda.raw", size_mib=160, bulk_mib=64),
         make_disk("vdb", IMAGES / f"{DOMAIN}-vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
     ]
-    made = Guest(host.virsh, DOMAIN, IMAGES, disks, dirty_kib_per_second=1024, agent=True)
+    made = Guest(host.virsh, DOMAIN, IMAGES, disks, dirty_kib_per_second=2048, agent=True)
     made.define()
     made.start()
     return made

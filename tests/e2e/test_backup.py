@@ -17,9 +17,9 @@ from tests.e2e.cluster import SECONDS, Cluster, agent_process
 
 pytestmark = pytest.mark.e2e
 
-# A copy of 72 MiB takes so long that the guest writes some 20 MiB to its overlays; and a commit of them never ends by
+# A copy of 72 MiB takes so long that the guest writes some 40 MiB to its overlays; and a commit of them never ends by
 # itself, since the guest writes faster than it merges.
-SLOW = {"copy.bandwidth": "4Mi", "commit.bandwidth": "256Ki"}
+SLOW = {"copy.bandwidth": "4Mi", "commit.bandwidth": "1Mi"}
 RESUMED_WITHIN = 45.0  # seconds from the start of the next container, if a call was under way (docs/operations.md)
 
 
