@@ -57,7 +57,7 @@ def _while_deleted(backup: Backup, now: datetime) -> str:
         return "nothing: it was deleted, and vanishes once the guest is home"
     return (
         f"see to the agent of {backup.node}: it was told {span(since)} ago to let go of this VMBackup, which vanishes "
-        f"once the guest is home; if that node is gone for good: kubectl vmbackup forget {backup.name}"
+        f"once the guest is home; if that node is gone for good: {_command(backup, 'forget')}"
     )
 
 
@@ -70,13 +70,10 @@ def _after_the_end(backup: Backup) -> str:
             "by itself; delete no file"
         )
     if backup.left_on_overlay:
-        return (
-            "mend what the message names; the guest runs on, and loses nothing; then: "
-            f"kubectl vmbackup retry {backup.name}"
-        )
+        return f"mend what the message names; the guest runs on, and loses nothing; then: {_command(backup, 'retry')}"
     if backup.reason == Reason.CANCELLED:
-        return f"nothing; for a backup after all: kubectl vmbackup retry {backup.name} --new"
-    return f"mend what the message names, then: kubectl vmbackup retry {backup.name} --new"
+        return f"nothing; for a backup after all: {_command(backup, 'retry')} --new"
+    return f"mend what the message names, then: {_command(backup, 'retry')} --new"
 
 
 def _unseen(backup: Backup, now: datetime) -> str:
@@ -85,8 +82,12 @@ def _unseen(backup: Backup, now: datetime) -> str:
         return "nothing: the agent of its node is about to take it"
     return (
         f"no agent has taken it: is {backup.node} right, and does an agent with that --node-name run? "
-        f"kubectl vmbackup check {backup.name}"
+        f"{_command(backup, 'check')}"
     )
+
+
+def _command(backup: Backup, verb: str) -> str:
+    return f"kubectl vmbackup {verb} {backup.name} -n {backup.namespace}"
 
 
 def _quoted(backup: Backup) -> str:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from kubectl_vmbackup import advice
+from kubectl_vmbackup import advice, policy
 from kubectl_vmbackup.backup import BACKUPS, STORES, Backup, every, find, now
 from kubectl_vmbackup.kubectl import FAILED, USAGE, Kubectl, KubectlError, Object, PluginError, group
 from kubectl_vmbackup.node import AGENT_LABELS, look
@@ -114,6 +114,7 @@ def _around(kubectl: Kubectl, backup: Backup, stores: set[str]) -> Findings:
     """What a VMBackup needs beside itself."""
     store = str(group(backup.spec, "storeRef").get("name", ""))
     yield from _store(kubectl, store, stores)
+    yield _policy(kubectl, backup)
     yield from _agent(kubectl, backup.node)
     yield from _others(kubectl, backup)
     domain, node = backup.spec.get("domain"), backup.node
@@ -134,6 +135,15 @@ def _store(kubectl: Kubectl, store: str, stores: set[str]) -> Findings:
     else:
         yield Finding(Verdict.BAD, f"there is no VMBackupStore {store}: spec.storeRef.name names one that "
                       "`kubectl get vmbackupstores` shows, or make it")  # fmt: skip
+
+
+def _policy(kubectl: Kubectl, backup: Backup) -> Finding:
+    try:
+        answer = policy.ask(kubectl, backup)
+    except KubectlError as error:
+        return _unseen("policies", error)
+    verdict = {True: Verdict.GOOD, False: Verdict.BAD, None: Verdict.OPEN}[answer.allowed]
+    return Finding(verdict, answer.text)
 
 
 def _agent(kubectl: Kubectl, name: str) -> Findings:
@@ -184,7 +194,7 @@ def _of_installation(kubectl: Kubectl) -> Findings:
 
 
 def _crds(kubectl: Kubectl) -> Findings:
-    for name in (BACKUPS, STORES):
+    for name in (BACKUPS, STORES, policy.POLICIES):
         plural = name.partition(".")[0]
         try:
             kubectl.run("get", name, "--chunk-size=1", "-o", "name")

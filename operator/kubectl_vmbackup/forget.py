@@ -24,7 +24,7 @@ def forget(kubectl: Kubectl, name: str, *, yes: bool, force: bool, silent_for: t
     """Let it vanish; the exit code. Raises PluginError where its node may be alive, or nobody has agreed."""
     backup = find(kubectl, name)
     if not backup.held:
-        raise PluginError(f"{name} has no finalizer of vmbackup: kubectl delete vmb {name}")
+        raise PluginError(f"{name} has no finalizer of vmbackup: kubectl delete vmb {name} -n {backup.namespace}")
     alive = signs_of_life(backup, node.look(kubectl, backup.node), now(), silent_for)
     if alive and not force:
         reasons = "".join(f"\n  {each}" for each in alive)
@@ -55,13 +55,17 @@ def signs_of_life(backup: Backup, signs: Signs, at: datetime, silent_for: timede
         found.append("the node is Ready: mend its agent instead, or delete the Node once the machine is gone")
     elif signs.exists and signs.since is not None and at - signs.since < silent_for:
         found.append(f"the node is not Ready for {span(at - signs.since)} only: wait {least}")
-    if signs.agent_ready:
+    if signs.pods is None:
+        found.append("you may not see pods: ask somebody who may, with kubectl auth can-i list pods -A")
+    elif signs.agent_ready:
         found.append(f"its agent is ready: the pod {signs.agent_ready}")
-    if signs.last_write is not None and at - signs.last_write < silent_for:
-        found.append(f"its agent wrote a status {span(at - signs.last_write)} ago: wait {least}")
+    last = max((write for write in (signs.last_write, backup.last_write) if write), default=None)
+    if last is not None and at - last < silent_for:
+        found.append(f"its agent wrote a status {span(at - last)} ago: wait {least}")
     if backup.deleted_at is None:
+        command = f"kubectl delete vmb {backup.name} -n {backup.namespace} --wait=false"
         if not signs.exists:  # an agent outside the cluster has no Node, and an idle one writes nothing
-            found.append(f"nobody has asked its agent yet: kubectl delete vmb {backup.name} --wait=false; wait {least}")
+            found.append(f"nobody has asked its agent yet: {command}; wait {least}")
     elif at - backup.deleted_at < silent_for:
         found.append(f"it was deleted {span(at - backup.deleted_at)} ago only: wait {least}")
     return found
@@ -75,7 +79,7 @@ def what_remains(backup: Backup) -> list[str]:
         lines.append(f"  on {backup.node}, if its disks come back: an overlay that holds the guest's newest data")
         lines += [f"    {disk['target']}: {disk['overlay']}, on {disk.get('base', '')}" for disk in overlays]
         lines.append("  delete none of them; an agent that starts there brings them home by itself; without one boot")
-        lines.append("  the guest from its overlay, and: virsh blockcommit DOMAIN TARGET --active --pivot")
+        lines.append("  the guest from its overlay, and: virsh blockcommit DOMAIN TARGET --shallow --active --pivot")
     elif backup.is_true("ChainClean"):
         lines.append("  no overlay: the guest is on its own images")
     else:

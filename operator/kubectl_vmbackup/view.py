@@ -23,7 +23,10 @@ def table(backups: Sequence[Backup], now: datetime, *, namespaces: bool) -> str:
         for backup, row in zip(backups, rows, strict=True):
             row.insert(0, backup.namespace)
     urgent = [backup for backup in backups if advice.needs_a_human(backup, now)]
-    notes = [f"{backup.name}: {backup.message}\n  next: {advice.next_step(backup, now)}" for backup in urgent]
+    notes = [
+        f"{backup.namespace}/{backup.name}: {backup.message}\n  next: {advice.next_step(backup, now)}"
+        for backup in urgent
+    ]
     return "\n\n".join([columns([head, *rows]), *map(printable, notes)])
 
 

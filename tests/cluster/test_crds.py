@@ -257,7 +257,8 @@ def test_the_columns_are_those_that_people_look_for(kube: KubeApi, api: CustomOb
     get = ("get", "vmb", "columns", "-n", NAMESPACE)
     titles = "NAME DOMAIN NODE PHASE PROGRESS READY REASON AGE"
     assert " ".join(kube.kubectl(*get).splitlines()[0].split()) == titles
-    assert " ".join(kube.kubectl(*get, "-o", "wide").splitlines()[0].split()) == f"{titles} STORE MERGED BYTES MESSAGE"
+    wide = f"{titles} STORE SNAPSHOT COMPLETE CHAIN CLEAN MERGED BYTES MESSAGE"
+    assert " ".join(kube.kubectl(*get, "-o", "wide").splitlines()[0].split()) == wide
     row = kube.kubectl(*get).splitlines()[1].split()
     assert row[:6] == ["columns", "web-01", "node-a", "Pending", "Unknown", "Pending"]
 

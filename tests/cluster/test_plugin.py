@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -94,8 +95,8 @@ def test_status_lists_all_and_says_below_what_needs_a_human(
     text = vmbackup(run, "status", "-n", namespace)
     assert line_of(text, "good")[3:7] == ["Pivoted", "100%", "True", "Succeeded"]
     assert line_of(text, "bad")[3:6] == ["Failed", "False", "DomainNotFound"]
-    assert "good:" not in text
-    assert "next: mend what the message names, then: kubectl vmbackup retry bad --new" in text
+    assert "/good:" not in text
+    assert f"next: mend what the message names, then: kubectl vmbackup retry bad -n {namespace} --new" in text
     assert line_of(vmbackup(run, "status", "-A"), namespace)[0] == namespace
 
 
@@ -107,7 +108,7 @@ def test_retry_brings_a_guest_home_that_was_left_on_its_overlay(run: Run, agent:
         made.patch({"copy": {"bandwidth": None}})
         made.wait("False")
         text = vmbackup(run, "status", made.name)
-        assert f"kubectl vmbackup retry {made.name}." in text
+        assert f"kubectl vmbackup retry {made.name} -n default." in text
         assert ".vmb-" in " ".join(line_of(text, "vda"))
         assert "CommitLimitReached" in vmbackup(run, "retry", made.name, "--wait", "--timeout=60s", code=1)
     assert "Succeeded" in vmbackup(run, "retry", made.name, "--wait", "--timeout=60s")
@@ -148,6 +149,47 @@ def test_check_says_what_is_in_the_way_of_a_manifest_and_changes_nothing(
     text = vmbackup(run, "check", f"--file={file}")
     assert "the store local is in the same file" in text
     assert "whether an agent runs on" in text
+
+
+def test_check_asks_the_policies_what_they_say(run: Run, kube: KubeApi, agent: Agent) -> None:
+    def checked(domain: str, store: str, code: int) -> str:
+        body = manifest(f"{agent.node}-check", agent.node, store, domain)
+        return vmbackup(run, "check", "-f", "-", stdin=json.dumps(body), code=code)
+
+    rule = {"namespaces": ["default"], "domains": ["web-*"], "nodes": ["*"], "stores": [agent.node]}
+    kube.apply({
+        "apiVersion": "vmbackup.dev/v1alpha1",
+        "kind": "VMBackupPolicy",
+        "metadata": {"name": "only-web"},
+        "spec": {"rules": [rule]},
+    })  # fmt: skip
+    try:
+        assert "ok  a VMBackupPolicy allows default" in checked("web-1", agent.node, 0)
+        assert "no VMBackupPolicy allows default to back up db-1" in checked("db-1", agent.node, 0)
+        assert "NO  no VMBackupPolicy allows default to back up web-1" in checked("web-1", "nowhere", 1)
+    finally:
+        kube.kubectl("delete", "vmbackuppolicy", "only-web")
+    assert "there is no VMBackupPolicy: everything is allowed" in checked("web-1", agent.node, 0)
+
+
+def test_get_wide_tells_the_story_alone(run: Run, agent: Agent, copying: CatchBackup) -> None:
+    made, _guest = copying(agent, **{"commit.backoffLimit": 0})
+
+    def row() -> dict[str, str]:
+        heads, line = run("get", "vmb", made.name, "-o", "wide").stdout.splitlines()
+        starts = [match.start() for match in re.finditer(r"(?<!\S)\S+( \S+)*", heads)]
+        ends = [*starts[1:], None]
+        return {heads[at:to].strip(): line[at:to].strip() for at, to in zip(starts, ends, strict=True)}
+
+    seen = row()
+    assert (seen["PHASE"], seen["READY"], seen["CHAIN CLEAN"]) == ("Copying", "Unknown", "False")
+    assert re.fullmatch(r"\d+s", seen["SNAPSHOT"])
+    made.patch({"copy": {"bandwidth": None}})
+    made.wait()
+    seen = row()
+    assert (seen["PROGRESS"], seen["READY"], seen["REASON"]) == ("100%", "True", "Succeeded")
+    assert (seen["COMPLETE"], seen["CHAIN CLEAN"], seen["STORE"]) == ("True", "True", agent.node)
+    assert "stored at" in seen["MESSAGE"]
 
 
 def _a_store(name: str) -> str:

@@ -19,6 +19,7 @@ from kubectl_vmbackup.advice import next_step, span
 from kubectl_vmbackup.backup import Backup
 from kubectl_vmbackup.forget import signs_of_life, what_remains
 from kubectl_vmbackup.node import Signs
+from kubectl_vmbackup.policy import judge
 from plugins.build import ARCHIVE, build
 from vmbackup.api.spec import FINALIZER
 from vmbackup.api.status import Outcome, Phase, Reason, Report
@@ -47,14 +48,14 @@ def ended(reason: str, *, home: bool = True) -> Report:
         (backup(Report(Phase.COPYING, Reason.COPYING)), "nothing: it is running"),
         (backup(Report(Phase.COPYING, Reason.COPYING, last_progress_time=0.0)), "there was no progress"),
         (backup(Report(Phase.COMMITTING, Reason.DOMAIN_OFF, chain_clean=False)), "virsh start web"),
-        (backup(ended(Reason.COMMIT_LIMIT_REACHED, home=False)), "kubectl vmbackup retry nightly"),
-        (backup(ended(Reason.COPY_FAILED)), "kubectl vmbackup retry nightly --new"),
+        (backup(ended(Reason.COMMIT_LIMIT_REACHED, home=False)), "kubectl vmbackup retry nightly -n default"),
+        (backup(ended(Reason.COPY_FAILED)), "kubectl vmbackup retry nightly -n default --new"),
         (backup(ended(Reason.QUARANTINED, home=False)), "delete no file"),
         (backup(ended("BaseInUse")), "mend what the message names"),
         (backup(), "no agent has taken it"),
         (backup(creationTimestamp=NOW.isoformat()), "about to take it"),
         (backup(deletionTimestamp=NOW.isoformat(), finalizers=[FINALIZER]), "nothing: it was deleted"),
-        (backup(deletionTimestamp=LONG_AGO, finalizers=[FINALIZER]), "kubectl vmbackup forget nightly"),
+        (backup(deletionTimestamp=LONG_AGO, finalizers=[FINALIZER]), "kubectl vmbackup forget nightly -n default"),
         (backup(deletionTimestamp=LONG_AGO, finalizers=["of/another"]), "of/another"),
     ],
 )
@@ -82,6 +83,7 @@ DELETED = backup(deletionTimestamp=LONG_AGO)
         (DELETED, signs(pods=[READY_POD]), "vmbackup-system/agent-1"),
         (DELETED, signs(last_write=NOW - timedelta(minutes=9)), "wrote a status 9m ago"),
         (DELETED, signs(exists=None), "may not see nodes"),
+        (DELETED, signs(pods=None), "may not see pods"),
         (backup(), signs(), "nobody has asked its agent yet"),
         (backup(deletionTimestamp=(NOW - timedelta(minutes=3)).isoformat()), signs(), "deleted 3m ago only"),
     ],
@@ -145,3 +147,29 @@ def test_an_old_python_is_told_so_instead_of_failing_on_the_syntax():
     start = Path(kubectl_vmbackup.__file__).with_name("__main__.py").read_text()
     ast.parse(start, feature_version=(3, 4))
     assert start.index("sys.exit") < start.index("from kubectl_vmbackup")
+
+
+def rules(**changes: Any) -> dict[str, Any]:
+    rule = {"namespaces": ["default"], "domains": ["web*"], "nodes": ["*"], "stores": ["local"], **changes}
+    return {"rules": [{name: value for name, value in rule.items() if value is not None}]}
+
+
+BY_LABEL: dict[str, Any] = {"namespaces": None, "namespaceSelector": {"matchLabels": {"team": "a"}}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels", "answer"),
+    [
+        (rules(), {}, True),
+        (rules(nodes=["node-b"]), {}, False),
+        (rules(domains=["db"]), {}, None),  # perhaps the rule means its UUID, or its other name
+        (rules(**BY_LABEL), {"team": "a"}, True),
+        (rules(**BY_LABEL), {}, False),
+        (rules(**BY_LABEL), None, None),
+        (rules(verbs=["all"]), {}, False),  # not understood: it allows nothing
+    ],
+)
+def test_the_policies_are_read_as_the_agent_reads_them(
+    spec: dict[str, Any], labels: dict[str, str] | None, answer: bool | None
+):
+    assert judge({"one": spec}, backup(), labels).allowed is answer

@@ -241,7 +241,7 @@ class Orphans:
             for path, target in foreign_overlays(look).items():
                 story = (
                     f"disk {target} of the domain {look.guest.name} writes it, and goes back to an older image at the "
-                    "next start; it is not ours and stays: commit it (virsh blockcommit --active --pivot)"
+                    "next start; it is not ours and stays: commit it (virsh blockcommit --shallow --active --pivot)"
                 )
                 self._tell_once(told, path, self._node, "ForeignOverlay", story)
         self._told = told
