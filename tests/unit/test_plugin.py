@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import subprocess
 import tarfile
 from datetime import UTC, datetime, timedelta
@@ -135,6 +136,24 @@ def test_the_same_sources_make_the_same_archive_and_the_manifest_has_its_digest(
         modes = {member.name: member.mode for member in packed}
     assert modes == {"kubectl-vmbackup": 0o755, "kubectl_complete-vmbackup": 0o755, "LICENSE": 0o644}
     assert {file["from"] for file in platform["files"]} == set(modes)
+
+
+def test_the_manifest_keeps_the_rules_of_krew(tmp_path: Path):
+    """Those of krew's internal/index/validation: there is no Go module of krew to ask."""
+    build(tmp_path)
+    manifest = yaml.safe_load((tmp_path / "vmbackup.yaml").read_text())
+    spec = manifest["spec"]
+    assert (manifest["apiVersion"], manifest["kind"]) == ("krew.googlecontainertools.github.com/v1alpha2", "Plugin")
+    assert re.fullmatch(r"[\w-]+", manifest["metadata"]["name"])
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", spec["version"])
+    assert spec["shortDescription"]
+    assert "\n" not in spec["shortDescription"]
+    (platform,) = spec["platforms"]
+    assert re.fullmatch(r"[a-f0-9]{64}", platform["sha256"])
+    assert platform["uri"].startswith("https://")
+    (expression,) = platform["selector"]["matchExpressions"]
+    assert (expression["key"], expression["operator"]) == ("os", "In")
+    assert platform["bin"] in {file["from"] for file in platform["files"] if file["to"] == "."}
 
 
 def test_it_needs_nothing_but_the_standard_library(tmp_path: Path):

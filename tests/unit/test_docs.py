@@ -1,0 +1,78 @@
+"""What the documents name is there: links, files, commands; and the reference is that of the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kubectl_vmbackup.cli
+import vmbackup.cli
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+
+_LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"```.*?```", re.DOTALL)
+_MANIFEST = re.compile(r"\b(?:kubectl|helm)\b[^\n`|]*?\s((?:manifests|crds)(?:/[\w./-]*)?)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(document: Path):
+    lost = [target for target in _links(document) if not _leads_somewhere(document, target)]
+    assert lost == []
+
+
+def _links(document: Path) -> Iterator[str]:
+    for target in _LINK.findall(_CODE.sub("", document.read_text())):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            yield target
+
+
+def _leads_somewhere(document: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = (document.parent / path).resolve() if path else document
+    if not file.exists() or not file.is_relative_to(ROOT):
+        return False
+    return not anchor or (file.suffix == ".md" and anchor in _anchors(file))
+
+
+def _anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.+)$", _CODE.sub("", document.read_text()), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in plain}
+
+
+def test_every_manifest_that_a_command_names_is_there():
+    named = {path for document in DOCUMENTS for path in _MANIFEST.findall(document.read_text())}
+    assert {"manifests/samples/store.yaml", "manifests/"} <= named
+    assert [path for path in sorted(named) if not (ROOT / path.rstrip(".")).exists()] == []
+
+
+def test_every_make_target_that_is_named_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for document in DOCUMENTS for name in re.findall(r"`make ([a-z-]+)", document.read_text())}
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize(("program", "parser"), [("vmbackup", vmbackup.cli._parser()),
+                                                 ("kubectl vmbackup", kubectl_vmbackup.cli._parser())])  # fmt: skip
+def test_every_command_that_is_named_is_there(program: str, parser: object):
+    known = set(re.findall(r"^    (\w+) ", parser.format_help(), re.MULTILINE))  # type: ignore[attr-defined]
+    pattern = re.compile(rf"(?:`|^|\$ ){program} ([a-z]+)", re.MULTILINE)
+    named = {word for document in DOCUMENTS for word in pattern.findall(document.read_text())}
+    assert named
+    assert named <= known
+
+
+def test_the_reference_is_fresh():
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{done.stderr}: run `make docs`, and commit docs/reference.md"
