@@ -73,19 +73,27 @@ def test_it_renders_to_what_kustomize_installs(default: Objects) -> None:
 
 def test_with_all_options_it_renders_to_what_the_components_add(default: Objects, tmp_path: Path) -> None:
     """But for the labels of the version and of the whole, which a kustomization sets on its own resources alone."""
-    components = ("monitoring", "network-policy", "host-network")
+    components = ("monitoring", "network-policy", "host-network", "metrics-tls")
     kustomization = {
         "resources": [os.path.relpath(MANIFESTS, tmp_path)],
         "components": [os.path.relpath(MANIFESTS / "components" / each, tmp_path) for each in components],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     options = {f"{each}__enabled": True for each in ("podMonitor", "prometheusRule", "dashboard", "networkPolicy")}
-    rendered = template(hostNetwork=True, crds__keep=False, **options)
+    rendered = template(hostNetwork=True, crds__keep=False, metricsTls__secretName="vmbackup-metrics-tls", **options)
     of_the_whole = (*HELMS_OWN_LABELS, "app.kubernetes.io/version", "app.kubernetes.io/part-of")
     expected = without(kustomized(tmp_path), *of_the_whole)
     del expected["Namespace", NAMESPACE]
-    assert without(rendered, *of_the_whole) == expected
+    assert sorted_variables(without(rendered, *of_the_whole)) == sorted_variables(expected)
     assert len(rendered) == len(default) + 4
+
+
+def sorted_variables(objects: Objects) -> Objects:
+    """kustomize puts variables, volumes and mounts that a patch adds before the others."""
+    pod = objects["DaemonSet", AGENT]["spec"]["template"]["spec"]
+    for named in (pod["volumes"], pod["containers"][0]["env"], pod["containers"][0]["volumeMounts"]):
+        named.sort(key=lambda each: each["name"])
+    return objects
 
 
 def test_what_it_installs_says_that_helm_did(default: Objects) -> None:
@@ -289,6 +297,18 @@ def test_labels_and_annotations_get_where_they_are_looked_for() -> None:
     assert metadata["annotations"]["note"] == "1"
 
 
+def test_metrics_by_tls_are_scraped_for_the_name_that_the_certificate_is_for() -> None:
+    tls = {"secretName": "mine", "serverName": "agents.example"}
+    made = template(podMonitor__enabled=True, metricsTls=tls)
+    (endpoint,) = made["PodMonitor", AGENT]["spec"]["podMetricsEndpoints"]
+    assert endpoint["scheme"] == "https"
+    assert endpoint["tlsConfig"] == {
+        "serverName": "agents.example",
+        "ca": {"secret": {"name": "mine", "key": "ca.crt"}},
+    }
+    assert endpoint["port"] == "metrics"
+
+
 def test_another_namespace_is_taken_everywhere() -> None:
     done = helm("template", "vmbackup", CHART, "--namespace=other", *[
         f"--set={each}.enabled=true" for each in ("podMonitor", "prometheusRule", "dashboard", "networkPolicy")
@@ -300,6 +320,8 @@ def test_another_namespace_is_taken_everywhere() -> None:
 
 def test_the_server_takes_all_of_it(installed: KubeApi) -> None:
     """Also what only an option brings, but for what is the Prometheus operator's."""
-    made = template(dashboard__enabled=True, networkPolicy__enabled=True, hostNetwork=True)
+    made = template(
+        dashboard__enabled=True, networkPolicy__enabled=True, hostNetwork=True, metricsTls__secretName="mine"
+    )
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(made.values())})
     installed.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=text)

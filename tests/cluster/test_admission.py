@@ -1,0 +1,297 @@
+"""What is stolen on one hypervisor is of no use against the guests of another: the admission policies of manifests/.
+
+On a real API server, with tokens bound to pods as the kubelet gets them, and client certificates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.kube import KubeApi, KubectlError
+from sandbox.libvirtd import Libvirtd
+from tests.agents import SECONDS, Agent
+from tests.cluster.conftest import make_agent
+from tests.domains import DomainFactory, wait_until
+from tests.installed import AGENT, NAMESPACE, Pods
+from tests.manifests import backup
+from vmbackup.api.spec import FINALIZER
+from vmbackup.errors import VMBackupError
+from vmbackup.report.cluster import Cluster, load_client
+
+NODE_A, NODE_B = "node-a.of-admission", "node-b.of-admission"
+OUR_ANNOTATION = {"metadata": {"annotations": {"vmbackup.dev/progress": "1"}}}
+OUR_FINALIZER = {"metadata": {"finalizers": [FINALIZER]}}
+NO_FINALIZERS = {"metadata": {"finalizers": None}}
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="module")
+def token_of_a(installed: KubeApi) -> Path:
+    """What a thief finds in the pod of node-a, once the policies are in force."""
+    stolen = Pods(installed).kubeconfig(NODE_A)
+    of_b = installed_backup(installed, NODE_B)
+
+    def is_denied() -> bool:
+        try:
+            write_status(installed, stolen, of_b)
+        except VMBackupError as error:
+            return "ValidatingAdmissionPolicy" in str(error)
+        return False
+
+    wait_until(is_denied, "the policies are in force", SECONDS)
+    return stolen
+
+
+@pytest.fixture(scope="module")
+def certificate_of_a(installed: KubeApi, token_of_a: Path) -> Path:
+    """What an agent outside of the cluster has."""
+    return installed.kubeconfig_for(f"vmbackup:node:{NODE_A}", groups=["vmbackup:nodes"])
+
+
+@pytest.fixture(params=["token", "certificate"])
+def agent_of_a(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_of_a")
+
+
+def installed_backup(kube: KubeApi, node: str, **metadata: Any) -> str:
+    """A new VMBackup of that node; its name."""
+    made = backup(f"of-{next(_numbers)}", nodeName=node)
+    made["metadata"] |= metadata
+    kube.apply(made)
+    return made["metadata"]["name"]
+
+
+def patch(kube: KubeApi, kubeconfig: Path, name: str, change: dict[str, Any], *flags: str) -> None:
+    kube.kubectl("patch", "vmbackup", name, "--type=merge", "-p", json.dumps(change), *flags, kubeconfig=kubeconfig)
+
+
+def write_status(kube: KubeApi, kubeconfig: Path, name: str) -> None:
+    """As the agent does it, and with its code."""
+    uid = kube.get("vmbackup", name)["metadata"]["uid"]
+    Cluster(load_client(str(kubeconfig))).put_status("default", name, uid, {"message": "written by an agent"})
+
+
+DENIED = (KubectlError, VMBackupError)
+Act = Callable[[KubeApi, Path, str], None]
+ACTS: dict[str, Act] = {
+    "status": write_status,
+    "annotation": lambda kube, who, name: patch(kube, who, name, OUR_ANNOTATION),
+    "finalizer": lambda kube, who, name: patch(kube, who, name, OUR_FINALIZER),
+    "no finalizers": lambda kube, who, name: patch(kube, who, name, NO_FINALIZERS),
+    "delete": lambda kube, who, name: print(kube.kubectl("delete", "vmbackup", name, "--wait=false", kubeconfig=who)),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_an_agent_does_to_the_backups_of_its_own_node_what_it_has_to(
+    installed: KubeApi, agent_of_a: Path, act: str
+) -> None:
+    ACTS[act](installed, agent_of_a, installed_backup(installed, NODE_A))
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_it_does_nothing_to_those_of_another(installed: KubeApi, agent_of_a: Path, act: str) -> None:
+    name = installed_backup(installed, NODE_B, finalizers=[FINALIZER])
+    before = installed.get("vmbackup", name)
+    with pytest.raises(DENIED, match=f"the agent of node {NODE_A} may change no VMBackup of node {NODE_B}"):
+        ACTS[act](installed, agent_of_a, name)
+    assert installed.get("vmbackup", name) == before
+    patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_token_that_is_bound_to_no_pod_is_of_no_use(installed: KubeApi, token_of_a: Path, act: str) -> None:
+    """Who may ask for tokens of the service account, and asks for one without a pod, is the agent of no node."""
+    token = installed.kubectl("create", "token", AGENT, "-n", NAMESPACE).strip()
+    unbound = installed.kubeconfig_of(token, name="unbound")
+    name = installed_backup(installed, NODE_A, finalizers=[FINALIZER])
+    with pytest.raises(DENIED, match="an agent without the name of its node may change no VMBackup"):
+        ACTS[act](installed, unbound, name)
+    patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_certificate_of_the_group_alone_is_the_agent_of_no_node(
+    installed: KubeApi, token_of_a: Path, act: str
+) -> None:
+    odd = installed.kubeconfig_for("somebody", groups=["vmbackup:nodes"], name="odd")
+    name = installed_backup(installed, NODE_A, finalizers=[FINALIZER])
+    with pytest.raises(DENIED, match="an agent without the name of its node may change no VMBackup"):
+        ACTS[act](installed, odd, name)
+    patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spec": {"copy": {"bandwidth": "1Mi"}}}, "changes no spec"),
+        ({"spec": {"deletionPolicy": "Delete"}}, "changes no spec"),
+        ({"metadata": {"annotations": {"argocd.argoproj.io/sync-wave": "1"}}}, "changes no annotations"),
+        ({"metadata": {"annotations": {"theirs": None}}}, "changes no annotations"),
+        ({"metadata": {"annotations": {"theirs": "changed"}}}, "changes no annotations"),
+        ({"metadata": {"labels": {"app": "web"}}}, "changes no labels"),
+        ({"metadata": {"labels": {"theirs": None}}}, "changes no labels"),
+        ({"metadata": {"finalizers": ["their.dev/finalizer", "other.dev/finalizer"]}}, "changes no finalizers"),
+        ({"metadata": {"finalizers": [FINALIZER]}}, "changes no finalizers"),
+        ({"metadata": {"ownerReferences": [
+            {"apiVersion": "v1", "kind": "Node", "name": "node-a", "uid": "0"}]}}, "changes no owners"),
+    ],
+)  # fmt: skip
+def test_what_is_the_users_an_agent_does_not_touch_even_on_its_own_node(
+    installed: KubeApi, agent_of_a: Path, change: dict[str, Any], said: str
+) -> None:
+    theirs = {"theirs": "as-it-was"}
+    name = installed_backup(installed, NODE_A, labels=theirs, annotations=theirs, finalizers=["their.dev/finalizer"])
+    try:
+        with pytest.raises(KubectlError, match=f"an agent {said}"):
+            patch(installed, agent_of_a, name, change)
+        patch(installed, agent_of_a, name, {"metadata": {"finalizers": ["their.dev/finalizer", FINALIZER]}})
+        patch(installed, agent_of_a, name, {"metadata": {"finalizers": ["their.dev/finalizer"]}})
+    finally:
+        patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
+
+
+def test_an_agent_makes_no_backups(installed: KubeApi, agent_of_a: Path) -> None:
+    """RBAC says so, and the policy says it again, should an agent be given more by mistake."""
+    body = json.dumps(backup("made-by-an-agent", nodeName=NODE_A))
+    with pytest.raises(KubectlError, match="cannot create resource"):
+        installed.kubectl("create", "-f", "-", stdin=body, kubeconfig=agent_of_a)
+    admin = installed.kubeconfig_for(
+        f"vmbackup:node:{NODE_A}", groups=["system:masters"], name="an-agent-with-too-many-rights"
+    )
+    with pytest.raises(KubectlError, match="an agent makes no VMBackups"):
+        installed.kubectl("create", "-f", "-", stdin=body, kubeconfig=admin)
+
+
+# Events
+
+
+def event(node: str, kind: str = "VMBackup", name: str = "web-01", **fields: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"generateName": "of-admission-", "namespace": "default"},
+        "eventTime": "2026-01-01T00:00:00.000000Z",
+        "type": "Normal",
+        "reason": "Tested",
+        "action": "Tested",
+        "reportingController": "vmbackup",
+        "reportingInstance": f"vmbackup-{node}",
+        "regarding": {"apiVersion": "vmbackup.dev/v1alpha1", "kind": kind, "name": name, "namespace": "default"},
+    } | fields
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (event(NODE_A), ""),
+        (event(NODE_A, "Node", NODE_A), ""),
+        (event(NODE_B), "reportingInstance vmbackup-NODE, of its own node"),
+        (event(NODE_A, reportingController="kubelet"), "as reportingController vmbackup"),
+        (event(NODE_A, "Node", NODE_B), "about VMBackups and its own node"),
+        (event(NODE_A, "Pod", "etcd"), "about VMBackups and its own node"),
+    ],
+)
+def test_an_agent_tells_events_in_no_name_but_its_own(
+    installed: KubeApi, agent_of_a: Path, told: dict[str, Any], said: str
+) -> None:
+    def tell() -> None:
+        installed.kubectl("create", "-f", "-", stdin=json.dumps(told), kubeconfig=agent_of_a)
+
+    if not said:
+        return tell()
+    with pytest.raises(KubectlError, match=said):
+        tell()
+    return None
+
+
+def test_the_events_of_a_node_with_a_very_long_name_are_its_own_too(installed: KubeApi, token_of_a: Path) -> None:
+    """reportingInstance has 128 characters at most, the name of a node 253."""
+    node = "n" * 63 + "." + "o" * 63 + "." + "p" * 63
+    certificate = installed.kubeconfig_for(f"vmbackup:node:{node[:40]}", groups=["vmbackup:nodes"], name="long")
+    body = event(node[:40])
+    installed.kubectl("create", "-f", "-", stdin=json.dumps(body), kubeconfig=certificate)
+    token = Pods(installed).kubeconfig(node)
+    body = event(node, reportingInstance=f"vmbackup-{node}"[:128])
+    installed.kubectl("create", "-f", "-", stdin=json.dumps(body), kubeconfig=token)
+
+
+# Everybody else
+
+
+@pytest.fixture
+def editor(installed: KubeApi, token_of_a: Path) -> Path:
+    """Somebody with the rights that `edit` has in the namespace `default`, where Kubernetes' controllers run."""
+    for role in ("vmbackup-edit", "vmbackup-view"):
+        installed.kubectl("delete", "rolebinding", f"editor-{role}", "--ignore-not-found")
+        installed.kubectl("create", "rolebinding", f"editor-{role}", f"--clusterrole={role}", "--user=editor")
+    return installed.kubeconfig_for("editor")
+
+
+def test_users_change_and_delete_their_backups_on_whatever_node(installed: KubeApi, editor: Path) -> None:
+    body = json.dumps(backup("of-a-user", nodeName=NODE_B))
+    installed.kubectl("apply", "-f", "-", stdin=body, kubeconfig=editor)
+    patch(installed, editor, "of-a-user", {"spec": {"copy": {"bandwidth": "1Mi"}}})
+    patch(installed, editor, "of-a-user", {"metadata": {"annotations": {"vmbackup.dev/retry": "1", "theirs": "2"}}})
+    patch(installed, editor, "of-a-user", {"metadata": {"labels": {"theirs": "2"}, "finalizers": ["their.dev/one"]}})
+    patch(installed, editor, "of-a-user", NO_FINALIZERS)
+    installed.kubectl("delete", "vmbackup", "of-a-user", kubeconfig=editor)
+
+
+def test_users_cannot_forge_a_status(installed: KubeApi, editor: Path) -> None:
+    """Not in a namespace of their own either: RBAC gives nobody but agents the subresource, and it is the only way."""
+    forged = {"phase": "Pivoted", "message": "forged", "location": "/etc"}
+    body = json.dumps(backup("forged", nodeName=NODE_A) | {"status": forged})
+    installed.kubectl("create", "-f", "-", stdin=body, kubeconfig=editor)
+    patch(installed, editor, "forged", {"status": forged, "spec": {"copy": {"bandwidth": "2Mi"}}})
+    stored = installed.get("vmbackup", "forged")
+    assert stored["spec"]["copy"]["bandwidth"] == "2Mi"
+    assert "forged" not in json.dumps(stored["status"])
+    with pytest.raises(KubectlError, match='cannot patch resource "vmbackups/status"'):
+        patch(installed, editor, "forged", {"status": forged}, "--subresource=status")
+    installed.kubectl("delete", "vmbackup", "forged", kubeconfig=editor)
+
+
+@pytest.mark.parametrize("resource", ["vmbackupstores", "vmbackuppolicies"])
+def test_users_make_no_stores_and_no_policies(installed: KubeApi, editor: Path, resource: str) -> None:
+    with pytest.raises(KubectlError, match=f'cannot delete resource "{resource}"'):
+        installed.kubectl("delete", resource, "any", kubeconfig=editor)
+
+
+# A whole agent
+
+
+@pytest.fixture
+def agent_in_a_pod(installed: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
+    """With the token of its pod, and no other rights."""
+    agent = make_agent(installed, libvirtd, tmp_path)
+    agent.flags["kubeconfig"] = str(Pods(installed).kubeconfig(agent.node))
+    yield agent
+    agent.stop()
+
+
+def test_an_agent_does_all_its_work_with_the_token_of_its_pod(
+    agent_in_a_pod: Agent, token_of_a: Path, domain: DomainFactory
+) -> None:
+    """From the finalizer to the deletion of what is past its time to live, orphans and events of the node included."""
+    agent_in_a_pod.start(relist_interval="1")
+    guest = domain()
+    made = agent_in_a_pod.apply(guest.name, ttlSecondsAfterFinished=None)
+    made.wait()
+    wait_until(lambda: len(made.events()) > 2, "events", SECONDS)
+    made.patch({"ttlSecondsAfterFinished": 1})
+    made.wait_until_gone()
+    deleted = agent_in_a_pod.apply(guest.name, deletionPolicy="Delete")
+    deleted.wait()
+    deleted.delete()
+    deleted.wait_until_gone()
+    orphaned = guest.snapshot("vda", uid8="0badcafe")
+    wait_until(lambda: guest.live().source == guest.bases["vda"], f"{orphaned} is home", SECONDS)
+    assert "orbidden" not in agent_in_a_pod.log
