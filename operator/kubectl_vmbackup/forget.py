@@ -95,5 +95,6 @@ def what_remains(backup: Backup) -> list[str]:
 def _ask(name: str) -> None:
     if not sys.stdin.isatty():
         raise PluginError("nobody can be asked here: --yes says that it shall be forgotten", USAGE)
-    if input(f"Type its name to forget it ({name}): ").strip() != name:
+    print(f"Type its name to forget it ({name}): ", end="", flush=True)
+    if sys.stdin.readline().strip() != name:
         raise PluginError(f"{name} is not forgotten")

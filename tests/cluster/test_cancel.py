@@ -67,7 +67,9 @@ def test_cancelled_in_the_middle_of_the_commit_is_too_late_and_the_good_copy_sta
     assert_home(guest, 0x22)
 
 
-def test_a_cancel_survives_the_death_of_the_agent(own_agent: Agent, copying: CatchBackup) -> None:
+def test_a_cancel_survives_the_death_of_the_agent_and_is_no_failure_to_the_next_one(
+    own_agent: Agent, copying: CatchBackup, domain: DomainFactory
+) -> None:
     own_agent.start()
     made, guest = copying(own_agent)
     own_agent.kill()
@@ -75,6 +77,13 @@ def test_a_cancel_survives_the_death_of_the_agent(own_agent: Agent, copying: Cat
     own_agent.start()
     ends_cancelled(made)
     assert_home(guest)
+    other = domain(size="8M")
+    own_agent.apply(other.name).wait()  # listed after the other one
+    own_agent.kill()
+    own_agent.start()
+    succeeded = f'vmbackup_last_success_timestamp_seconds{{domain="{other.name}"}}'
+    wait_until(lambda: own_agent.metric(succeeded) is not None, "what it has read of the API server", SECONDS)
+    assert own_agent.metric(f'vmbackup_last_failure_timestamp_seconds{{domain="{guest.name}"}}') is None
 
 
 def test_made_with_the_annotation_it_never_begins_and_any_other_value_says_nothing(

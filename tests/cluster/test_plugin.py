@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -34,8 +35,12 @@ def run(kube: KubeApi, tmp_path_factory: pytest.TempPathFactory) -> Run:
     python.symlink_to(shutil.which("python3", path="/usr/bin:/bin") or "/usr/bin/python3")
     environment = {"PATH": f"{dist}:/usr/bin:/bin", "HOME": str(dist), "KUBECONFIG": str(kube.kubeconfig)}
 
-    def run_it(*words: str, stdin: str = "", kubeconfig: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run_it(
+        *words: str, stdin: str = "", typed: str | None = None, kubeconfig: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         its = environment | ({"KUBECONFIG": str(kubeconfig)} if kubeconfig else {})
+        if typed is not None:
+            return _at_a_terminal(dist / "kubectl", words, its, typed)
         return subprocess.run(
             ["kubectl", *words], env=its, input=stdin, capture_output=True, text=True, timeout=120, check=False,
             executable=str(dist / "kubectl"),
@@ -52,6 +57,20 @@ def agent_pod(kube: KubeApi, request: pytest.FixtureRequest) -> Iterator[AgentPo
     pod = add_agent_pod(kube, node)
     yield pod
     remove(pod)
+
+
+def _at_a_terminal(
+    kubectl: Path, words: Sequence[str], environment: dict[str, str], typed: str
+) -> subprocess.CompletedProcess[str]:
+    keyboard, terminal = pty.openpty()
+    try:
+        os.write(keyboard, f"{typed}\n".encode())
+        return subprocess.run(
+            [kubectl, *words], env=environment, stdin=terminal, capture_output=True, text=True, timeout=120, check=False
+        )
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
 
 
 def vmbackup(run: Run, *words: str, code: int = 0, **more: Any) -> str:
@@ -248,8 +267,9 @@ def test_forget_lets_the_backup_of_a_node_go_that_is_gone_and_names_what_remains
     wait_until(lambda: _silent(run, made.name), "silence", SECONDS)
     said = vmbackup(run, "forget", made.name, "--silent-for=1s", code=2)
     assert "--yes" in said
+    assert "is not forgotten" in vmbackup(run, "forget", made.name, "--silent-for=1s", typed="y", code=1)
     assert made.exists()
-    said = vmbackup(run, "forget", made.name, "--silent-for=1s", "--yes")
+    said = vmbackup(run, "forget", made.name, "--silent-for=1s", typed=made.name)
     assert guest.live().source in said
     assert "delete none of them" in said
     assert not made.exists()

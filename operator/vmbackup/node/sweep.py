@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from vmbackup.api.status import Reason
 from vmbackup.errors import VMBackupError
 from vmbackup.node import memory
 from vmbackup.node.alone import Alone
@@ -143,10 +144,12 @@ class Sweep:
         for body in bodies:
             seen, metrics = Seen(body), self._premises.node.metrics
             taken, ended = seen.status.get("snapshotTime"), seen.status.get("completionTime")
-            ready = condition(seen.status, "Ready").get("status")
+            ready, reason = (condition(seen.status, "Ready").get(field) for field in ("status", "reason"))
             domain = domains.get(seen.uid) or str(body["spec"]["domain"])
             if ready == "True" and taken and ended:
                 metrics.succeeded(domain, _seconds(str(taken)), _seconds(str(ended)))
+            elif reason in (Reason.CANCELLED, Reason.DELETED):
+                continue  # somebody wanted that
             elif ready == "False" and ended and seen.over and seen.status.get("domainUUID"):
                 metrics.failed(domain, _seconds(str(ended)))
 
