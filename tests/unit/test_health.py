@@ -20,7 +20,7 @@ from vmbackup.report.metrics import Metrics
 from vmbackup.report.server import Certificate
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[HealthServer]:
     with HealthServer(Metrics().registry, {}, host="127.0.0.1", port=0) as started:
         yield started

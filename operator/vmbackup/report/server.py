@@ -57,6 +57,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # socketserver's 5 lets the kernel drop the next one, which tries again a second later
 
     def __init__(self, address: tuple[str, int], tls: Certificate | None) -> None:
         self._tls = tls
