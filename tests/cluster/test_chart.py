@@ -73,13 +73,16 @@ def test_it_renders_to_what_kustomize_installs(default: Objects) -> None:
 
 def test_with_all_options_it_renders_to_what_the_components_add(default: Objects, tmp_path: Path) -> None:
     """But for the labels of the version and of the whole, which a kustomization sets on its own resources alone."""
-    components = ("monitoring", "network-policy", "host-network", "metrics-tls")
+    components = ("monitoring", "network-policy", "host-network", "metrics-tls", "block-devices")
     kustomization = {
         "resources": [os.path.relpath(MANIFESTS, tmp_path)],
         "components": [os.path.relpath(MANIFESTS / "components" / each, tmp_path) for each in components],
     }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    options = {f"{each}__enabled": True for each in ("podMonitor", "prometheusRule", "dashboard", "networkPolicy")}
+    options = {
+        f"{each}__enabled": True
+        for each in ("podMonitor", "prometheusRule", "dashboard", "networkPolicy", "blockDevices")
+    }
     rendered = template(hostNetwork=True, crds__keep=False, metricsTls__secretName="vmbackup-metrics-tls", **options)
     of_the_whole = (*HELMS_OWN_LABELS, "app.kubernetes.io/version", "app.kubernetes.io/part-of")
     expected = without(kustomized(tmp_path), *of_the_whole)
@@ -197,8 +200,9 @@ def test_without_crds_it_has_none() -> None:
 
 def test_crds_go_with_the_release_only_if_they_are_not_to_be_kept() -> None:
     for keep in (True, False):
+        rendered = template(crds__keep=keep)
         for name in CRDS:
-            metadata = template(crds__keep=keep)["CustomResourceDefinition", name]["metadata"]
+            metadata = rendered["CustomResourceDefinition", name]["metadata"]
             assert (metadata.get("annotations", {}).get("helm.sh/resource-policy") == "keep") is keep
 
 
@@ -321,7 +325,11 @@ def test_another_namespace_is_taken_everywhere() -> None:
 def test_the_server_takes_all_of_it(installed: KubeApi) -> None:
     """Also what only an option brings, but for what is the Prometheus operator's."""
     made = template(
-        dashboard__enabled=True, networkPolicy__enabled=True, hostNetwork=True, metricsTls__secretName="mine"
+        dashboard__enabled=True,
+        networkPolicy__enabled=True,
+        hostNetwork=True,
+        metricsTls__secretName="mine",
+        blockDevices__enabled=True,
     )
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(made.values())})
     installed.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=text)
