@@ -332,4 +332,4 @@ def test_the_server_takes_all_of_it(installed: KubeApi) -> None:
         blockDevices__enabled=True,
     )
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(made.values())})
-    installed.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=text)
+    installed.kubectl("apply", "--dry-run=server", "-f", "-", stdin=text)
