@@ -86,6 +86,7 @@ def test_every_query_of_the_dashboard_and_of_the_alerts_returns_data(
     assert {(rule["health"], rule.get("lastError", "")) for rule in watched.prometheus.rules()} == {("ok", "")}
     firing = {rule["name"] for rule in watched.prometheus.rules() if rule["state"] == "firing"}
     assert firing == {"VMBackupFailed"}
+    a_restart(own_agent, good.name, late.name)
     own_agent.apply(late.name).wait()
     wait_until(lambda: not watched.prometheus.query("vmbackup_last_failure_timestamp_seconds"), "no failure", SECONDS)
 
@@ -139,6 +140,20 @@ def a_quarantine(watched: Watched, agent: Agent, domain: DomainFactory) -> None:
     aside.rename(base)
     wait_until(lambda: not watched.prometheus.query("vmbackup_quarantined"), "no quarantine", SECONDS)
     made.wait()
+
+
+def a_restart(agent: Agent, good: str, late: str) -> None:
+    """A new agent reads from the VMBackups what the old one knew."""
+    samples = [
+        f'vmbackup_last_success_timestamp_seconds{{domain="{good}"}}',
+        f'vmbackup_last_failure_timestamp_seconds{{domain="{late}"}}',
+    ]
+    before = [agent.metric(sample) for sample in samples]
+    agent.stop()
+    agent.start()
+    wait_until(lambda: None not in [agent.metric(sample) for sample in samples], "all is known again", SECONDS)
+    after = [agent.metric(sample) for sample in samples]
+    assert all(abs((new or 0) - (old or 0)) <= 1 for new, old in zip(after, before, strict=True))  # whole seconds
 
 
 def panels() -> list[tuple[str, str]]:
