@@ -50,7 +50,7 @@ def run(command: Sequence[str]) -> int:
         raise SandboxError("only root can make namespaces, mounts and control groups: run it as root, or with sudo")
     with ExitStack() as world:
         own = Path(world.enter_context(tempfile.TemporaryDirectory(prefix="vmb-")))  # short, for socket paths
-        world.enter_context(_control_groups(f"vmbackup-{own.name}"))
+        world.enter_context(control_groups(f"vmbackup-{own.name}"))
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the command; its end is ours
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
         namespaces = ["--mount", "--propagation=slave", "--net", "--ipc", "--pid", "--mount-proc"]
@@ -64,7 +64,7 @@ def run(command: Sequence[str]) -> int:
 
 
 @contextmanager
-def _control_groups(name: str) -> Iterator[None]:
+def control_groups(name: str) -> Iterator[list[Path]]:
     """A control group of that name in each hierarchy; what is below it goes too, in the end."""
     hierarchies = [_CGROUPS] if (_CGROUPS / "cgroup.controllers").exists() else sorted(_CGROUPS.iterdir())
     groups = [hierarchy / name for hierarchy in hierarchies if (hierarchy / "cgroup.procs").exists()]
@@ -77,7 +77,7 @@ def _control_groups(name: str) -> Iterator[None]:
             except OSError as error:
                 raise SandboxError(f"a control group cannot be made: {error}; containers need one") from None
             made.callback(_remove, group)
-        yield
+        yield groups
 
 
 def _remove(group: Path) -> None:
