@@ -235,7 +235,7 @@ class _Agent:
         if gone:
             with suppress(VMBackupError, OSError):  # the next sweep sees it too
                 await self._sweep.forget(seen.uid)
-        elif seen.terminating and seen.held:
+        elif seen.terminating and (seen.held or seen.awaits_its_end):
             await self._fleet.let_go(body)
 
     def _wanted(self, body: kopf.Body, **_: Any) -> bool:

@@ -163,3 +163,33 @@ def test_a_hook_that_is_deleted_counts_as_failed_and_its_agent_as_healthy(
     assert health(running) == "Degraded"
     time.sleep(2)  # for three looks at what is on the API server
     assert own_agent.healthz() == (200, "ok\n")
+
+
+def test_a_hook_that_was_deleted_before_any_agent_saw_it_counts_as_failed(
+    own_agent: Agent, domain: DomainFactory
+) -> None:
+    made = hook(own_agent, domain(size="8M"))
+    made.delete("--wait=false")
+    assert health(made) == "Progressing"
+    own_agent.start(relist_interval="0.5")
+    wait_until(lambda: made.condition("Ready") == ("False", "Deleted"), "it says so", SECONDS)
+    assert health(made) == "Degraded"
+    assert own_agent.healthz() == (200, "ok\n")
+
+
+def test_a_guest_that_was_off_when_its_hook_was_deleted_comes_home_while_argo_cd_still_holds_that(
+    own_agent: Agent, domain: DomainFactory
+) -> None:
+    own_agent.start(relist_interval="0.5")
+    guest = domain(size="64M")
+    guest.write("vda", 0x11, length="16M")
+    made = hook(own_agent, guest, **{"copy.bandwidth": SLOW})
+    made.wait_for_copying()
+    guest.libvirtd.kill_guest(guest.name)
+    made.delete("--wait=false")
+    wait_until(lambda: held_by_argo_cd_alone(made), "let go", SECONDS)
+    assert health(made) == "Degraded"
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    wait_until(lambda: not list(guest.directory.glob("*.vmb-*")), "home", SECONDS)
+    assert_home(guest)
+    assert held_by_argo_cd_alone(made)

@@ -66,6 +66,11 @@ class Seen:
         return any(each != FINALIZER for each in self.metadata.get("finalizers") or ())
 
     @property
+    def awaits_its_end(self) -> bool:
+        """Who else holds it waits for a status that says that it is over, and there is none."""
+        return self.held_by_others and not self.over
+
+    @property
     def departed(self) -> bool:
         """It was deleted and we hold it no more, nor can again: gone, to us, however long others still hold it."""
         return self.terminating and not self.held

@@ -305,6 +305,8 @@ class Keeper:
         if record is None or self._spec is None:
             await self._delete_data()
             ending = Ending.RELEASED
+        elif record.orphan and self._seen.held_by_others:
+            ending = Ending.RELEASED  # each run would report anew, each report be seen, and each look run it again
         else:
             ending = await self._turn.run(record)
         if ending is Ending.RELEASED:
@@ -313,7 +315,7 @@ class Keeper:
 
     async def _part(self) -> None:
         """Let it vanish. Who else holds it, as Argo CD does a hook, waits for a status that says that it is over."""
-        if self._seen.held_by_others and not is_finished(self._writer.latest):
+        if self._seen.awaits_its_end and not is_finished(self._writer.latest):
             clean = condition(self._writer.latest, "ChainClean").get("status")
             report = Report(Phase.FAILED, Reason.DELETED, "the VMBackup was deleted", Outcome.DELETED)
             chain = {"True": True, "False": False}.get(str(clean))
