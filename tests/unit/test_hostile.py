@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ class TestHeaders:
         with path.open("r+b") as file:
             file.seek(offset)
             file.write(content)
+        tracemalloc.start()
         assert images_below(path) == []
+        assert tracemalloc.get_traced_memory()[1] < MIB
+        tracemalloc.stop()
 
     def test_a_header_that_names_a_fifo_a_device_or_itself_keeps_nobody_waiting(self, tmp_path: Path) -> None:
         fifo, itself = tmp_path / "fifo", tmp_path / "itself.qcow2"
