@@ -149,10 +149,8 @@ class Libvirtd:
     def stop(self) -> None:
         """End libvirtd and destroy all its guests, whoever started it. Nothing is done if none runs."""
         self.kill()
-        for pid in self.guest_pids().values():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            _wait_for_end(pid)
+        for pid in self._processes_of_guests():
+            _kill(pid)
         for supervisor in self._supervisors:
             supervisor.wait(_END_SECONDS)
         self._supervisors.clear()
@@ -160,14 +158,31 @@ class Libvirtd:
     def guest_pids(self) -> dict[str, int]:
         """The QEMU process of each running domain, by the domain's name."""
         pids = {file.stem: _read_pid(file) for file in (self.runtime_dir / "libvirt/qemu/run").glob("*.pid")}
-        ours = f"{self.config_dir}/lib/domain-"
-        return {name: pid for name, pid in pids.items() if pid and ours in _command_line(pid)}
+        return {name: pid for name, pid in pids.items() if pid and self._ours in _command_line(pid)}
 
     def kill_guest(self, name: str) -> None:
         """SIGKILL the QEMU process of a domain, as a crash of QEMU would."""
         pid = self.guest_pids()[name]
         os.kill(pid, signal.SIGKILL)
         _wait_for_end(pid)
+
+    def kill_guests_that_libvirt_has_lost(self) -> int:
+        """SIGKILL the QEMU of every domain that libvirt takes for off; how many they were."""
+        running = [f"guest={name}," for name in self.virsh("list", "--name").split()]
+        lost = [pid for pid, line in self._processes_of_guests().items() if not any(name in line for name in running)]
+        for pid in lost:
+            _kill(pid)
+        return len(lost)
+
+    def _processes_of_guests(self) -> dict[int, str]:
+        """Every QEMU process of ours, whatever libvirt knows of it, and its command line."""
+        pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()]
+        return {pid: line for pid in pids if self._ours in (line := _command_line(pid))}
+
+    @property
+    def _ours(self) -> str:
+        """What the command line of each of our guests has."""
+        return f"{self.config_dir}/lib/domain-"
 
     def virsh(self, *arguments: str) -> str:
         """Run virsh and return what it prints. Raises RuntimeError with its error message."""
@@ -276,6 +291,12 @@ def _command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _wait_for_end(pid)
 
 
 def _wait_for_end(pid: int) -> None:

@@ -14,7 +14,14 @@ from sandbox.libvirtd import Libvirtd
 from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.conftest import Stage
 from tests.chaos.proof import Witness
-from tests.chaos.windows import CaughtCall, dies_before_the_mirror, dies_having_pivoted, dies_having_switched
+from tests.chaos.steps import comes_home, in_a_commit
+from tests.chaos.windows import (
+    CaughtCall,
+    dies_before_the_mirror,
+    dies_having_pivoted,
+    dies_having_switched,
+    dies_with_a_mirror_of_no_kind,
+)
 from tests.domains import wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
@@ -95,6 +102,26 @@ def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     assert report.outcome is Outcome.SUCCEEDED, report
     assert all(disk.attempts == 1 for disk in report.disks), "it was the same job to the end"
     witness.prove(running)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_guest_that_libvirt_has_forgotten_keeps_its_overlay_and_comes_home_once_a_human_has_ended_it(
+    witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, offline: bool
+) -> None:
+    """Found by the soak: killed as it saved a job, libvirt takes a domain for off whose QEMU runs on."""
+    running = in_a_commit(witness, backup)
+    running.edit("commit", offline=offline)
+    dies_with_a_mirror_of_no_kind(libvirtd, witness.name)
+    overlay = Path(running.record.disk("vda").overlay)
+    advice = f"a process has {overlay} open (lsof)"
+    running.wait_for(lambda report: advice in report.message, "advice")
+    assert witness.name not in libvirtd.virsh("list", "--name").split()
+    witness.guest.wait_for_more(2)
+    assert overlay.exists()
+    assert running.report.chain_clean is False
+    assert libvirtd.kill_guests_that_libvirt_has_lost() == 1
+    witness.guest.start()
+    comes_home(witness, running)
 
 
 @pytest.fixture

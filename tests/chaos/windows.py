@@ -101,6 +101,16 @@ def dies_before_the_mirror(libvirtd: Libvirtd, domain: str, target: str) -> None
     libvirtd.start()
 
 
+def dies_with_a_mirror_of_no_kind(libvirtd: Libvirtd, domain: str) -> None:
+    """As libvirt 9.0 may save it: what it cannot read when it starts again, and so it forgets a guest that runs."""
+    libvirtd.kill()
+    status = libvirtd.runtime_dir / f"libvirt/qemu/run/{domain}.xml"
+    before = status.read_text()
+    assert "job='active-commit'" in before
+    status.write_text(before.replace("job='active-commit'", "job=''"))
+    libvirtd.start()
+
+
 def _target(device: Mapping[str, Any]) -> str:
     """vda for the device path of virtio-disk0, and so on."""
     number = re.search(r"virtio-disk(\d+)", str(device["qdev"]))

@@ -15,6 +15,7 @@ TOLD = {
     "overlay left, on": (advice.overlay_left_on(DISK), "move the overlay away"),
     "written elsewhere": (advice.written_elsewhere(DISK, DISK.overlay), "shut the guest down and start it again"),
     "overlay in use": (advice.overlay_in_use(DISK), "lsof"),
+    "lost by libvirt": (advice.lost_by_libvirt(DISK), "shut it down from within"),
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
     "foreign image": (advice.foreign_image(DISK), "virsh blockcommit"),
     "base changed": (advice.base_changed(DISK), "Put the original back"),

@@ -79,6 +79,17 @@ def base_changed(disk: DiskRecord) -> str:
     )
 
 
+def lost_by_libvirt(disk: DiskRecord) -> str:
+    """Off, and yet O is open: libvirt 9.0 that is killed while it saves a job may not know the guest any more.
+
+    It has then written a mirror without the kind of its job, which it cannot read at its next start.
+    """
+    return (
+        f"disk {disk.target}: libvirt says that the guest is off, but a process has {disk.overlay} open (lsof). If "
+        "that is its QEMU, which libvirt has lost, the guest runs on: shut it down from within, or end that process"
+    )
+
+
 def foreign_definition(disk: DiskRecord) -> str:
     """P is neither B nor O, and O is there."""
     return (

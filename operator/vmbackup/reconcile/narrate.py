@@ -136,6 +136,8 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
         )
     if action is not None and action.do is Do.WAIT and not action.parked:  # commit.offline
         return Reason.COMMIT_RETRYING, _last_error(record) or action.reason
+    if action is not None and seen is not None and any(disk.overlay and disk.overlay.locked for disk in seen.disks):
+        return Reason.DOMAIN_OFF, action.reason
     left = ", ".join(overlays_left(record, seen))
     return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
 

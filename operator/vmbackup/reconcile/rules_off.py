@@ -112,7 +112,7 @@ def _merge(s: Situation, disk: Case) -> Action:
     if s.seen.now < disk.record.retry_at:
         return Action(Do.WAIT, disk.target, until=disk.record.retry_at, reason=disk.record.last_error)
     if disk.overlay is not None and disk.overlay.locked:
-        return Action(Do.WAIT, disk.target, reason=f"disk {disk.target}: {disk.record.overlay} is in use")
+        return Action(Do.WAIT, disk.target, reason=advice.lost_by_libvirt(disk.record))
     return Action(Do.MERGE_OFFLINE, disk.target)
 
 
@@ -130,9 +130,9 @@ def park(s: Situation) -> Action | None:
         return Action(Do.COPY)
     if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
-    return let_go(s) or Action(
-        Do.WAIT, reason=s.record.quarantined or "start the guest: it is off on its overlay", parked=True
-    )
+    in_use = [advice.lost_by_libvirt(disk.record) for disk in s.disks if disk.overlay and disk.overlay.locked]
+    reason = s.record.quarantined or "; ".join(in_use) or "start the guest: it is off on its overlay"
+    return let_go(s) or Action(Do.WAIT, reason=reason, parked=True)
 
 
 def refuse_off(s: Situation) -> Action | None:

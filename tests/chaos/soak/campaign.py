@@ -282,9 +282,12 @@ class Campaign:
                 self._help("guest restarted out of quarantine", "destroy")
 
     def _start_guest(self) -> None:
-        with suppress(RuntimeError):  # tried again
+        try:
             self.host.virsh("start", self.subject.name)
             self._fault_clock = self._now()
+        except RuntimeError as error:  # tried again
+            if "Failed to get" in str(error) and self.host.libvirtd.kill_guests_that_libvirt_has_lost():
+                self.tally.count(self.tally.helped, "QEMU ended that libvirt had lost")
         self._may_start = self._now() + 1.0
 
     def _help(self, what: str, *command: str) -> None:
