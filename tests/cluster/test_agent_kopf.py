@@ -51,7 +51,10 @@ def test_no_snapshot_is_taken_before_the_finalizer_is_stored(
     """Its user may read, and write the status, but not the object."""
     user = f"agent-{own_agent.node}"
     rules = {
-        "look": ("get,list,watch", "vmbackups.vmbackup.dev,vmbackupstores.vmbackup.dev"),
+        "look": (
+            "get,list,watch",
+            ",".join(f"{each}.vmbackup.dev" for each in ("vmbackups", "vmbackupstores", "vmbackuppolicies")),
+        ),
         "tell": ("patch,create", "vmbackups.vmbackup.dev/status,events.events.k8s.io"),
     }
     for name, (verbs, resources) in rules.items():
