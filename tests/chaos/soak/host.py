@@ -113,6 +113,13 @@ class Host:
                     raise
                 time.sleep(0.2)
 
+    def revive(self) -> bool:
+        """Start libvirtd if it has crashed by itself, as systemd does; whether it had."""
+        if not self._up.is_set() or self.libvirtd.pid:
+            return False
+        with self.away():
+            return True
+
     def state(self, guest: Guest) -> GuestState | None:
         """The state of a domain; None where libvirtd does not tell now."""
         self._up.wait(_TRY_SECONDS)
