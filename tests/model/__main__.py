@@ -32,7 +32,7 @@ LARGE = (
     Setting(
         disks=1, faults=3, writes=2, foreign=True, migration=True, pauses=True, clock=True, offline=True, room=True
     ),
-    Setting(disks=1, faults=3, writes=2, edits=True),
+    Setting(disks=1, faults=2, writes=2, edits=True),
     Setting(disks=1, faults=3, writes=2, orphan=True, quiesce=True, offline=True, limit=1),
 )
 

@@ -74,7 +74,7 @@ class Invariants:
             return True
         if record.finished and world.guest != "io-error" and all(_at_home(d, world.guest) for d in world.disks):
             return True
-        if record.gave_up and record.finished:
+        if record.gave_up and (record.finished or world.guest == "io-error"):  # then somebody has to make room first
             return True
         if world.guest == "away" or (self.setting.config_stuck and world.config_full):
             return True

@@ -46,7 +46,7 @@ def test_a_violation_is_found_without(mutant: Mutant):
     assert not result.sound, f"{mutant.repair} taken out ({mutant.without}), and {result.states} states show nothing"
 
 
-@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda residual: residual.what)
+@pytest.mark.parametrize("residual", [each for each in RESIDUALS if not each.large], ids=lambda residual: residual.what)
 def test_what_no_agent_can_close_is_this_and_nothing_else(residual: Residual):
     result = Checker(residual.setting).run()
     print(result)

@@ -251,6 +251,14 @@ def test_a_run_that_is_to_end_lets_the_guest_run_and_does_nothing_else(row: Row)
         Do.WAIT,
     ),
     Row(
+        "quarantined, and deleted",
+        fresh(quarantined="why", freeze=Freeze.THAW_DUE),
+        seen(on("B", "B", LOCKED), thaw_after=1.0),
+        Do.WAIT,
+        {"deleted": True},
+        {"until": 1.0},
+    ),
+    Row(
         "off: nothing is frozen any more",
         committing(gave_up=True, freeze=Freeze.THAW_DUE),
         off("O", LOCKED),

@@ -209,7 +209,15 @@ def let_go(situation: Situation) -> Action | None:
     """Deleted, and home is impossible for now: record the orphan on the node, then release the finalizer."""
     if not situation.intent.deleted:
         return None
-    return Action(Do.RELEASE) if situation.record.orphan else Action(Do.RECORD_ORPHAN)
+    return thaw_pending(situation) or (Action(Do.RELEASE) if situation.record.orphan else Action(Do.RECORD_ORPHAN))
+
+
+def thaw_pending(s: Situation) -> Action | None:
+    """Frozen by us still: the guest agent is asked again before the end."""
+    if s.seen.power is Power.OFF or not s.record.frozen:
+        return None
+    until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
+    return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
 
 
 def snapshot_wanted(s: Situation) -> bool:
@@ -235,7 +243,4 @@ def end(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:
         return Action(Do.SHIP)
-    if s.seen.power is not Power.OFF and s.record.frozen:
-        until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
-        return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
-    return None if s.record.finished else Action(Do.FINISH)
+    return thaw_pending(s) or (None if s.record.finished else Action(Do.FINISH))
