@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from uuid import NAMESPACE_DNS, uuid5
 
-from sandbox.guest_os import guest_os
+from sandbox.guest_os import GuestOS, guest_os
 from sandbox.libvirtd import DiskSpec, domain_xml
 from sandbox.oracle import BLOCK_BYTES, ProofError, sealed_block
 
@@ -72,7 +72,8 @@ class Guest:
 
     `virsh` runs a virsh command on the libvirtd that is to run it (Libvirtd.virsh). `directory` receives its serial
     logs. `records_per_second` and `dirty_kib_per_second` (of the bulk file, overwritten at random) are per disk.
-    With `agent` the guest agent runs in it, so that its file systems can be frozen.
+    With `agent` the guest agent runs in it, so that its file systems can be frozen. `system`: what it boots
+    instead of guest_os(), where QEMU may not read that.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Guest:
         dirty_kib_per_second: float = 0,
         agent: bool = False,
         memory_mib: int = 128,
+        system: GuestOS | None = None,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -100,6 +102,7 @@ class Guest:
         )
         self._agent = agent
         self._memory_mib = memory_mib
+        self._system = system
         self._read_bytes = 0
         self._acknowledged: dict[str, list[int]] = {target: [] for target in self.disks}
         self._starts: dict[str, list[int]] = {target: [] for target in self.disks}
@@ -110,7 +113,7 @@ class Guest:
 
     def xml(self) -> str:
         """The domain's XML. Reset, panic and the like do what libvirt does by default: restart, destroy."""
-        system = guest_os()
+        system = self._system or guest_os()
         serials = "".join(
             f"<serial type='file'><source path='{log}' append='on'/><target port='{port}'/></serial>"
             for port, log in enumerate((self.console_log, self.serial_log))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 from sandbox import alone
+from sandbox.guest_os import GuestOS, guest_os
 from sandbox.processes import Program
 
 IMAGES = Path("/var/lib/libvirt/images")
+_BOOT = Path("/var/lib/libvirt/boot")
 URI = "qemu:///system"
 
-# In a pid and a mount namespace there is no virtlogd, no polkit, no systemd and no AppArmor.
+# Alone there is no virtlogd, no polkit, no systemd and no AppArmor. All else is as Debian has it: guests run as
+# libvirt-qemu, which gets their images from libvirtd.
 _LIBVIRTD_CONF = 'auth_unix_rw = "none"\n'
 _QEMU_CONF = """
-user = "root"
-group = "root"
 security_driver = "none"
 stdio_handler = "file"
 namespaces = []
@@ -41,6 +43,12 @@ class HostLibvirtd:
         self.program.wait_until(self._answers, seconds=_START_SECONDS)
         IMAGES.mkdir(exist_ok=True)
         return self
+
+    def system(self) -> GuestOS:
+        """The test guest's operating system, where QEMU's user may read it: not in root's cache."""
+        _BOOT.mkdir(exist_ok=True)
+        cached = guest_os()
+        return GuestOS(*(Path(shutil.copy(file, _BOOT)) for file in (cached.kernel, cached.initramfs)))
 
     def __exit__(self, *_: object) -> None:
         self.program.stop()

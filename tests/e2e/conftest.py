@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,9 @@ def guest(host: HostLibvirtd) -> Guest:
         make_disk("vda", IMAGES / f"{DOMAIN}-vda.raw", size_mib=160, bulk_mib=64),
         make_disk("vdb", IMAGES / f"{DOMAIN}-vdb.qcow2", image_format="qcow2", size_mib=64, bulk_mib=8),
     ]
-    made = Guest(host.virsh, DOMAIN, IMAGES, disks, dirty_kib_per_second=2048, agent=True)
+    for disk in disks:
+        Path(disk.path).chmod(0o600)  # as virt-install makes them: nobody but QEMU's user may even read them
+    made = Guest(host.virsh, DOMAIN, IMAGES, disks, dirty_kib_per_second=2048, agent=True, system=host.system())
     made.define()
     made.start()
     return made
