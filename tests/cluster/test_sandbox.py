@@ -14,6 +14,7 @@ import pytest
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.processes import Program, SandboxError
+from tests.domains import wait_until
 
 
 def config_map(name: str) -> dict[str, object]:
@@ -81,6 +82,8 @@ input()
     ) as process:
         assert process.stdout
         pid = int(process.stdout.readline())
+        comm = Path(f"/proc/{pid}/comm")
+        wait_until(lambda: comm.read_text() == "sleep\n", "it has told the kernel what is to be its end")
         os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(pid)
 
