@@ -373,6 +373,18 @@ def test_a_domain_that_is_off_is_refused(domain: DomainFactory, backup: BackupFa
     assert (report.outcome, report.reason) == (Outcome.REFUSED, "DomainNotRunning")
 
 
+def test_an_image_that_is_not_at_its_path_any_more_fails_the_backup_before_anything_is_touched(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    guest = domain()
+    base = Path(guest.bases["vda"])
+    base.rename(base.with_name("moved away"))  # QEMU has it open, and writes on
+    report = backup(guest.name).end()
+    assert (report.phase, report.outcome) == (Phase.FAILED, Outcome.REFUSED)
+    assert guest.bases["vda"] in report.message
+    assert no_overlay_is_left(guest)
+
+
 def test_a_base_that_another_domain_builds_on_is_refused(domain: DomainFactory, backup: BackupFactory) -> None:
     """Though that domain is off: it would start on a template that has changed under it."""
     other, guest = domain({"vda": "qcow2"}, start=False), domain({"vda": "qcow2"})

@@ -71,6 +71,21 @@ def test_a_link_out_of_the_image_roots_is_seen_through(
     assert_refused(backup(guest.name), guest, "ImageOutsideRoots", "--image-roots")
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["base", "backing"])
+def test_a_hard_link_in_the_image_roots_to_a_file_outside_is_refused(
+    rooted: Node, domain: DomainFactory, backup: BackupFactory, secret: Path, below: bool
+) -> None:
+    guest = domain({"vda": "qcow2"} if below else None, directory=rooted.image_roots[0], start=False)
+    if below:
+        inside = rooted.image_roots[0] / "template"
+        inside.hardlink_to(secret)
+        qemu_img("rebase", "-u", "-f", "qcow2", "-b", str(inside), "-F", "raw", guest.bases["vda"])
+    else:
+        (rooted.image_roots[0].parent / "outside").hardlink_to(guest.bases["vda"])
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    assert_refused(backup(guest.name), guest, "ImageOutsideRoots", "hard links")
+
+
 def test_a_disk_whose_directory_another_user_owns_cannot_be_made_to_lead_to_a_secret(
     domain: DomainFactory, backup: BackupFactory, secret: Path
 ) -> None:

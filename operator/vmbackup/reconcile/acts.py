@@ -11,7 +11,7 @@ from pathlib import Path
 from vmbackup.api.spec import BackupSpec, Quiesce
 from vmbackup.api.status import Reason, RetryReason
 from vmbackup.backoff import Backoff
-from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
@@ -97,7 +97,7 @@ class Acts:
             self._narration.recorded(self.record, Action(Do.ADOPT))
         return 0.0
 
-    def refuse(self, error: RefusedError) -> None:
+    def refuse(self, error: VMBackupError) -> None:
         """Nothing was begun, and nothing will be."""
         self._fail_backup(str(error), error.reason)
 

@@ -144,8 +144,21 @@ class Driver:
         self._hiccups += 1
         _log.info("%s: %s", self._record.name, error)
         if self._hiccups == _WORTH_TELLING:
+            if isinstance(error, PermanentError) and self._untouched():
+                self._acts.refuse(error)
+                return 0.0
             self._narration.event(error.reason, str(error), warning=True)
         return pause
+
+    def _untouched(self) -> bool:
+        """Nothing was done to the guest, and nothing asked for that may still happen."""
+        record = self._record
+        return (
+            record.snapshot is Snapshot.NONE
+            and record.copy is Copy.OPEN
+            and record.call is None
+            and not record.holds_guest
+        )
 
     def _observe(self, wish: Wish) -> View:
         if self._hypervisor.generation != self._generation:

@@ -14,6 +14,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging import image
+from vmbackup.imaging.errors import errors_of
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import DiskRecord, Freeze, Record, Snapshot
 from vmbackup.reconcile.room import with_room
@@ -112,6 +113,19 @@ class Planner:
                     "agent's --image-roots name its directory",
                     reason="ImageOutsideRoots",
                 )
+            if roots and (names := _names(path)) > 1:
+                raise RefusedError(
+                    f"disk {target}: {path} has {names} names (hard links), and the others may be outside of "
+                    f"{', '.join(map(str, roots))}: give the guest a copy of its own (cp --reflink=auto)",
+                    reason="ImageOutsideRoots",
+                )
+
+
+def _names(path: str) -> int:
+    """How many names a file has; 1 for what is no file."""
+    with errors_of(path):
+        found = Path(path).stat()
+    return found.st_nlink if stat.S_ISREG(found.st_mode) else 1
 
 
 @dataclass(frozen=True)
