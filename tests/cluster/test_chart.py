@@ -250,6 +250,8 @@ def test_every_directory_of_images_and_stores_is_mounted_under_its_own_path() ->
     paths = {volume["name"]: volume["hostPath"]["path"] for volume in made["volumes"] if "hostPath" in volume}
     assert {*images, *stores} <= set(paths.values())
     assert all(mounts[name] == path for name, path in paths.items())
+    roots = {"name": "VMBACKUP_IMAGE_ROOTS", "value": ":".join(images)}
+    assert roots in made["containers"][0]["env"]
 
 
 def test_every_other_value_of_the_pod_gets_there() -> None:

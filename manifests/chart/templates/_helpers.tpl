@@ -40,3 +40,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "vmbackup.volume" -}}
 {{ .kind }}{{ if .index }}-{{ .index }}{{ end }}
 {{- end }}
+
+{{/* Where images may be. */}}
+{{- define "vmbackup.imageRoots" -}}
+{{ join ":" .Values.hostPaths.images }}{{ if .Values.blockDevices.enabled }}:/dev{{ end }}
+{{- end }}
