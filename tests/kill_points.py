@@ -172,6 +172,15 @@ class Driving:
         assert self._process.exitcode is not None, f"no end within {seconds} s"
         return self._process.exitcode == -signal.SIGKILL
 
+    def __str__(self) -> str:
+        """How it ended: for the message of a test that it has failed."""
+        ended = f"exit code {self._process.exitcode}"
+        if self._process.exitcode != 0 or not self.ended(0):
+            return ended
+        report, moments, reasons = self._line.recv()
+        came_by = "; ".join(moment.event for moment in moments if moment.when is When.BEFORE)
+        return f"{ended}, {report.outcome}: {report.message}; events {reasons}; it came by {came_by}"
+
     def end(self, seconds: float = 120) -> tuple[Report, list[Moment], list[str]]:
         """Wait for its end: the last report, every moment that it came by, and the reasons of its events."""
         assert self.ended(seconds), f"still running after {seconds} s"

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.journal import records
 
+CHANCES = 3  # for a driver to come by a moment
 SUSPENDED_SECONDS = 5.0  # at most, after somebody is there to end it
 SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
 
@@ -46,6 +48,23 @@ def moments_of(guest: Domain, spec: Mapping[str, Any]) -> list[Moment]:
     assert report.outcome is Outcome.SUCCEEDED, report
     assert not list(what_is_wrong(guest, task, report))
     return moments
+
+
+def dies(task_at_its_moment: Callable[[], Task]) -> tuple[Task, str]:
+    """Let a driver die at the moment of its task. Returns the task, and what happened if it was not killed there.
+
+    What a backup comes by depends a little on how fast others are, so it gets several chances, each with a new task.
+    """
+    for chance in count(1):
+        task = task_at_its_moment()
+        driving = Driving(task)
+        if driving.killed():
+            break
+        missed = f"it never came by {task.moment}: {driving}"
+        print(missed)
+        if chance == CHANCES:
+            return task, missed
+    return task, ""
 
 
 def longest_suspension(guest: Domain, driving: Driving, tend: Callable[[], object] = lambda: None) -> float:

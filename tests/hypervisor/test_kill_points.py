@@ -25,6 +25,7 @@ from tests.kill_points import Deed, Driving, Moment, When
 from tests.survival import (
     SUSPENDED_SECONDS,
     SUSPENDED_SECONDS_IN_DOUBT,
+    dies,
     longest_suspension,
     moments_of,
     task_of,
@@ -241,11 +242,10 @@ def survive_all(several: Sequence[Domain], deaths: Sequence[Death]) -> list[Surv
 
 def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     """Kill the driver of a backup at this moment, and let another carry on."""
-    task = task_of(guest, death.spec, death.moment)
     with few_at_once:
-        killed = Driving(task).killed()
-    if not killed:
-        return Survival(death, wrong=("it never came by",))
+        task, missed = dies(lambda: task_of(guest, death.spec, death.moment))
+    if missed:
+        return Survival(death, wrong=(missed,))
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
     started = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from queue import Empty, Queue
@@ -16,9 +16,10 @@ from sandbox.libvirtd import Libvirtd
 from tests.domains import Domain, DomainFactory, wait_until
 from tests.hypervisor.test_kill_points import distinct
 from tests.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
-from tests.survival import content, task_of, what_is_wrong_with_the_copy
+from tests.survival import content, dies, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import has_writer
 from vmbackup.reconcile.journal import record_of
 
@@ -159,12 +160,19 @@ def survive_all(guests: Sequence[Domain], deaths: Sequence[Death]) -> list[str]:
 
 def survive(guest: Domain, death: Death) -> Iterator[str]:
     """Kill the driver at this moment, let the guest write where that is asked for, and let another driver carry on."""
-    task = begun(guest, OFFLINE)
-    if not Driving(task_of(guest, OFFLINE, death.moment, uid=task.uid)).killed():
-        yield "it never came by"
+
+    def begun_anew() -> Task:
+        if guest.guest.state()[0] is GuestState.OFF:  # by an attempt that did not come by
+            guest.libvirtd.virsh("start", guest.name)
+        return task_of(guest, OFFLINE, death.moment, uid=begun(guest, OFFLINE).uid)
+
+    task, missed = dies(begun_anew)
+    if missed:
+        yield missed
+        return
     if death.runs_between:
         run_and_write(guest, task)
-    report, _, reasons = Driving(task).end()
+    report, _, reasons = Driving(replace(task, moment=None)).end()
     if report.outcome is not Outcome.SUCCEEDED:
         yield f"it ended {report.outcome}: {report.reason}: {report.message}; {reasons}"
     yield from what_is_wrong(guest, task)
