@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test e2e unit chaos soak lint format model bench dashboard docs plugin release lock clean
+.PHONY: help install demo demo-down image test coverage e2e unit chaos soak lint format model bench dashboard docs plugin release lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,6 +22,10 @@ image: install ## build the agent's image here, without a registry (root); Docke
 	@$(BIN)/python -m sandbox.image
 
 test: install lint ## everything: linters, types, layers, and every test on real parts
+	@$(BIN)/python -m sandbox.prepare tests
+	@$(BIN)/pytest
+
+coverage: install ## the same, and which lines nothing has run: takes a third longer
 	@$(BIN)/python -m sandbox.prepare tests
 	@$(BIN)/pytest --cov --cov-report=term:skip-covered
 

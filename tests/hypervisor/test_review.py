@@ -12,13 +12,12 @@ from sandbox.libvirtd import Libvirtd
 from tests.backups import SLOW, BackupFactory
 from tests.domains import DomainFactory, wait_until
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.record import Guard, Record, Snapshot
+from vmbackup.reconcile.record import Snapshot
 
 
 def test_a_configuration_directory_that_is_not_libvirts_refuses_the_backup(
@@ -33,37 +32,6 @@ def test_a_configuration_directory_that_is_not_libvirts_refuses_the_backup(
     monkeypatch.setattr(hypervisor, "config_dir", tmp_path)
     report = backup(guest.name).end(seconds=30)
     assert (report.outcome, report.reason) == (Outcome.REFUSED, "ConfigNotDurable")
-
-
-@pytest.mark.parametrize("window", ["snapshot", "pivot"])
-def test_a_journal_that_cannot_be_written_any_more_never_leaves_the_guest_suspended(
-    domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd, window: str
-) -> None:
-    guest = domain()
-    libvirtd.virsh("resume", guest.name)
-    guest.write("vda", 0x11)
-    write = Journal.write
-
-    def full(journal: Journal, record: Record, *, durable: bool) -> None:
-        suspended = journal.record.guard is Guard.OURS and guest.guest.state()[0] is GuestState.PAUSED
-        pivoting = record.snapshot is Snapshot.DONE and any(disk.pivot_intended for disk in record.disks)
-        if suspended and pivoting is (window == "pivot") and not journal._given_up:
-            raise PermanentError("no space left", reason="JournalUnwritable")
-        write(journal, record, durable=durable)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "write", full)
-        running = backup(guest.name)
-        with pytest.raises(PermanentError, match="no space left"):
-            running.raise_its_error()
-    assert guest.guest.state()[0] is GuestState.RUNNING
-    assert guest.persistent().source == guest.live().source
-
-    again = backup(guest.name, again=running)
-    assert again.end().outcome is Outcome.SUCCEEDED
-    assert guest.guest.state()[0] is GuestState.RUNNING
-    assert not list(guest.directory.glob("*.vmb-*"))
-    assert guest.holds("vda", 0x11)
 
 
 def test_a_transient_domain_that_is_defined_in_the_middle_of_its_backup_comes_home(
