@@ -12,6 +12,7 @@ import pytest
 
 import kubectl_vmbackup.cli
 import vmbackup.cli
+import vmbackup.version
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -52,6 +53,11 @@ def test_every_manifest_that_a_command_names_is_there():
     named = {path for document in DOCUMENTS for path in _MANIFEST.findall(document.read_text())}
     assert {"manifests/samples/store.yaml", "manifests/"} <= named
     assert [path for path in sorted(named) if not (ROOT / path.rstrip(".")).exists()] == []
+
+
+def test_every_image_that_a_document_builds_is_of_this_version():
+    built = {version for document in DOCUMENTS for version in re.findall(r"/vmbackup:([\d.]+)\b", document.read_text())}
+    assert built == {vmbackup.version.__version__}
 
 
 def test_every_make_target_that_is_named_is_there():
