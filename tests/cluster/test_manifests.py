@@ -130,8 +130,12 @@ def helped() -> str:
 
 
 def test_its_variables_are_flags_of_the_agent(container: dict[str, Any]) -> None:
-    variables = {variable["name"]: variable["valueFrom"]["fieldRef"]["fieldPath"] for variable in container["env"]}
-    assert variables == {"VMBACKUP_NODE_NAME": "spec.nodeName", "VMBACKUP_METRICS_HOST": "status.podIP"}
+    variables = {variable["name"]: variable for variable in container["env"]}
+    of_the_pod = {
+        name: one["valueFrom"]["fieldRef"]["fieldPath"] for name, one in variables.items() if "valueFrom" in one
+    }
+    assert of_the_pod == {"VMBACKUP_NODE_NAME": "spec.nodeName", "VMBACKUP_METRICS_HOST": "status.podIP"}
+    assert variables.keys() - of_the_pod.keys() == {"VMBACKUP_IMAGE_ROOTS"}
     assert all(f"[{name}; " in helped() for name in variables)
 
 
