@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import Domain, GuestFactory, wait_until
+from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.kill_points import Deed, Driving, Moment, When
 from tests.survival import (
     SUSPENDED_SECONDS,
@@ -151,6 +151,19 @@ def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests:
     assert certain
     wrong = [str(survival) for survival in survivals if survival.wrong]
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_driver_killed_while_it_completes_clones_in_the_store_is_carried_on(
+    domain: DomainFactory, xfs: Path, libvirtd: Libvirtd
+) -> None:
+    guest = domain({"vda": "raw", "vdb": "qcow2"}, directory=xfs, size="4M")
+    libvirtd.virsh("resume", guest.name)
+    moments = moments_of(guest, GUARDED)
+    home = max(number for number, moment in enumerate(moments) if moment.event == "remove an overlay")
+    at_home = distinct(moments[home + 1 :])
+    assert any(moment.when is When.BEFORE and "location" in moment.event for moment in at_home), at_home
+    survivals = [survive(guest, Death(GUARDED, moment), Semaphore()) for moment in at_home]
+    assert not [str(survival) for survival in survivals if survival.wrong]
 
 
 @pytest.mark.timeout(300)

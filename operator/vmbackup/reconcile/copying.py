@@ -103,7 +103,7 @@ class Copying:
 
 def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
     missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
-    if missing:
+    if missing and not store.is_published(key_of(record)):
         raise PermanentError(f"the store has lost what was taken of {', '.join(sorted(missing))}: back up again")
     facts = GuestFacts(
         domain=record.domain,

@@ -118,6 +118,10 @@ class Store(Protocol):
         """
         ...
 
+    def is_published(self, key: BackupKey) -> bool:
+        """Whether the backup is there, perhaps by a run that was killed before it could note that."""
+        ...
+
     def discard(self, key: BackupKey) -> None:
         """Forget what was taken and not published. May be repeated."""
         ...
