@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
+from tests.backups import Told
 from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.kill_points import Deed, Driving, Moment, When
 from tests.survival import (
@@ -31,10 +32,16 @@ from tests.survival import (
     task_of,
     what_is_wrong,
 )
+from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.wish import Wish
+from vmbackup.stores import open_store
+from vmbackup.stores.base import BackupKey
 
 WAITING, QUICK = 32, 8  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
 AT_ONCE = 6  # drivers on their way to their death
@@ -164,6 +171,27 @@ def test_a_driver_killed_while_it_completes_clones_in_the_store_is_carried_on(
     assert any(moment.when is When.BEFORE and "location" in moment.event for moment in at_home), at_home
     survivals = [survive(guest, Death(GUARDED, moment), Semaphore()) for moment in at_home]
     assert not [str(survival) for survival in survivals if survival.wrong]
+
+
+def test_of_a_driver_killed_when_it_had_just_stored_a_backup_that_is_then_deleted_with_its_data_nothing_remains(
+    domain: DomainFactory, xfs: Path, libvirtd: Libvirtd, node: Node
+) -> None:
+    guest = domain(directory=xfs, size="4M")
+    libvirtd.virsh("resume", guest.name)
+    noted = next(moment for moment in moments_of(guest, GUARDED) if "location" in moment.event)
+    task = task_of(guest, GUARDED, noted)
+    assert Driving(task).killed()
+    folder = next((task.directory / "store/tests").glob(f"*{task.uid}"))
+
+    minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    wish = Wish(BackupSpec.parse(minimal), deleted=True, delete_data=True)
+    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
+    key = BackupKey("tests", "backup", task.uid)
+    there = replace(node, state_dir=task.state_dir)
+    deleted = Backup(there, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
+    assert deleted.run() is Ending.RELEASED
+    assert not folder.exists()
+    assert not list(folder.parent.glob(f".*{task.uid}*"))
 
 
 @pytest.mark.timeout(300)

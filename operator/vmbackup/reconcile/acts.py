@@ -18,7 +18,7 @@ from vmbackup.imaging.errors import errors_of
 from vmbackup.reconcile import advice
 from vmbackup.reconcile.calls import send
 from vmbackup.reconcile.clock import boottime
-from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.copying import Copying, delete_stored
 from vmbackup.reconcile.holding import Holding
 from vmbackup.reconcile.journal import Journal, sync_directory
 from vmbackup.reconcile.merging import Merging, compare
@@ -103,8 +103,8 @@ class Acts:
 
     def release(self, wish: Wish) -> None:
         """The VMBackup may go: so do the stored data if asked for, and the journal if nothing is left to do."""
-        if wish.delete_data and self.record.copy is Copy.STORED:
-            self._open_store().delete(self.record.location, self.record.uid)
+        if wish.delete_data:
+            delete_stored(self.record, self._open_store)
         self._narration.forget(self.record)
         if not self.record.orphan:
             self._journal.remove()

@@ -18,7 +18,7 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.acts import Acts
 from vmbackup.reconcile.clock import boot_id, boottime
-from vmbackup.reconcile.copying import Copying
+from vmbackup.reconcile.copying import Copying, delete_stored
 from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
 from vmbackup.reconcile.driver import Driver, Ending
 from vmbackup.reconcile.journal import Journal
@@ -166,9 +166,9 @@ class Backup:
         if not wish.deleted:
             self._reporter.report(narrate(replace(record, handled_retry=wish.retry), None, None, Progress({}, {})))
             return Ending.FINISHED
-        if wish.delete_data and record.copy is Copy.STORED:
-            self._open_store().delete(record.location, record.uid)
-        elif record.copy is Copy.FAILED and record.snapshot is Snapshot.DONE:
+        if wish.delete_data:
+            delete_stored(record, self._open_store)
+        if record.copy is Copy.FAILED and record.snapshot is Snapshot.DONE:
             with suppress(VMBackupError):  # the store may have been away at the end, and then kept what was copied
                 self._open_store().discard(self._key)
         journal.remove()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmbackup.errors import PermanentError
+from vmbackup.errors import PermanentError, VMBackupError
 from vmbackup.imaging import CopyControl
 from vmbackup.reconcile.plan import key_of, source_of
 from vmbackup.reconcile.record import Copy, Record
@@ -101,9 +102,23 @@ class Copying:
         return progress
 
 
+def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
+    """Delete what is stored of a backup: also of a failed one that was published a moment before it was given up.
+
+    Raises the errors of the store, unless nothing is known to be stored.
+    """
+    if record.copy is Copy.STORED:
+        open_store().delete(record.location, record.uid)
+        return
+    with suppress(VMBackupError):
+        store = open_store()
+        if location := store.published(key_of(record)):
+            store.delete(location, record.uid)
+
+
 def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
     missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
-    if missing and not store.is_published(key_of(record)):
+    if missing and not store.published(key_of(record)):
         raise PermanentError(f"the store has lost what was taken of {', '.join(sorted(missing))}: back up again")
     facts = GuestFacts(
         domain=record.domain,

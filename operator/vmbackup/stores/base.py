@@ -118,8 +118,8 @@ class Store(Protocol):
         """
         ...
 
-    def is_published(self, key: BackupKey) -> bool:
-        """Whether the backup is there, perhaps by a run that was killed before it could note that."""
+    def published(self, key: BackupKey) -> str:
+        """Where the backup is, perhaps by a run that was killed before it could note that; '' if it is not there."""
         ...
 
     def discard(self, key: BackupKey) -> None:

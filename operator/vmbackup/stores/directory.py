@@ -63,7 +63,7 @@ class DirectoryStore:
     def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """See Store. Writes and removes a small file, to see whether that works and whether clones do."""
         places = Places.of(self._root, key)
-        if self.is_published(key):
+        if self.published(key):
             raise RefusedError(
                 f"{places.final} is there already: make a new VMBackup, or delete that folder", reason="AlreadyStored"
             )
@@ -124,9 +124,10 @@ class DirectoryStore:
         self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
-    def is_published(self, key: BackupKey) -> bool:
+    def published(self, key: BackupKey) -> str:
         """See Store."""
-        return os.path.lexists(Places.of(self._root, key).final)
+        final = Places.of(self._root, key).final
+        return str(final) if os.path.lexists(final) else ""
 
     def discard(self, key: BackupKey) -> None:
         """See Store."""
