@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test coverage e2e unit chaos soak lint format model bench dashboard docs plugin release lock clean
+.PHONY: help install demo demo-down image test coverage e2e engines unit chaos soak lint format model bench dashboard docs plugin release lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,10 @@ coverage: install ## the same, and which lines nothing has run: takes a third lo
 e2e: ## the image and the manifests on a real node with a real guest, in namespaces of its own (root)
 	@sandbox/install.sh node
 	@$(BIN)/python -m sandbox.alone $(BIN)/pytest -m e2e tests/e2e
+
+engines: ## the Dockerfile built by docker, and by podman (root); dockerd is started for it alone
+	@sandbox/install.sh engines
+	@$(BIN)/pytest -m engines tests/image
 
 unit: install ## the fast tests: seconds, nothing real
 	@$(BIN)/pytest tests/unit

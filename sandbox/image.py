@@ -29,7 +29,7 @@ NAME = f"vmbackup:{VERSION}"
 SUITE = "trixie"  # what debian:13-slim is
 
 _CONTEXT = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "pyproject.toml", "requirements", "operator")
-_BASE = f"debootstrap:{SUITE}"
+BASE = f"debootstrap:{SUITE}"
 _KEPT = 3  # archives in the cache
 _UNWANTED = (  # of debootstrap's; debian:13-slim has neither
     "etc/hostname",
@@ -75,6 +75,14 @@ def archive(*, revision: str = "", fresh: bool = False) -> Path:
     return made
 
 
+def base() -> Path:
+    """The image `BASE`, which all is built on, as a docker-archive: from the cache, or made now."""
+    cache = CACHE / "image"
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache / "lock"):
+        return _base(cache, fresh=False)
+
+
 def _fingerprint(arguments: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps([arguments, _epoch(), SUITE]).encode())
     for path in (Path(__file__), *_files()):
@@ -112,15 +120,15 @@ def _base(cache: Path, *, fresh: bool) -> Path:
         (root / "etc/dpkg/dpkg.cfg.d/slim").write_text(_SLIM)
         _run("tar", "-C", str(root), "--exclude=./dev/*", "-cf", str(context / "base.tar"), ".")
         (context / "Dockerfile").write_text(_BASE_DOCKERFILE)
-        builder.build(_BASE, context, {}, made)
+        builder.build(BASE, context, {}, made)
     return made
 
 
 def _build(made: Path, base: Path, arguments: dict[str, str]) -> None:
     say(f"building the image {NAME}")
     with tempfile.TemporaryDirectory(dir=made.parent) as temporary, _Builder(Path(temporary), made.parent) as builder:
-        builder.load(_BASE, base)
-        builder.build(NAME, ROOT, {"BASE": _BASE, "VERSION": VERSION, **arguments}, made)
+        builder.load(BASE, base)
+        builder.build(NAME, ROOT, {"BASE": BASE, "VERSION": VERSION, **arguments}, made)
 
 
 class _Builder:
@@ -132,18 +140,7 @@ class _Builder:
         self._cache = cache
 
     def __enter__(self) -> _Builder:
-        self._site.mkdir()
-        mirrors = _mirrors()
-        (self._site / "sources.list").write_text(
-            f"deb {mirrors['Debian']} {SUITE} main\ndeb {mirrors['Debian']} {SUITE}-updates main\n"
-            f"deb {mirrors['Debian-Security']} {SUITE}-security main\n"
-        )
-        settings = _run("apt-config", "dump").splitlines()
-        (self._site / "apt.conf").write_text(
-            'Dir::Etc::sourcelist "/mnt/sources.list";\n'
-            + "".join(f"{line}\n" for line in settings if line.startswith("Acquire::http"))
-        )
-        shutil.copyfile("/etc/ssl/certs/ca-certificates.crt", self._site / "certificates.crt")
+        self._arguments = write_site(self._site)
         (self._cache / "pip").mkdir(exist_ok=True)
         (self._site / "pip").mkdir()
         return self
@@ -158,8 +155,7 @@ class _Builder:
 
     def build(self, name: str, context: Path, arguments: dict[str, str], made: Path) -> None:
         """Build the Dockerfile in `context`; `made` is there only when it is whole."""
-        site = {"APT_CONFIG": "/mnt/apt.conf", "PIP_CERT": "/mnt/certificates.crt", "PIP_CACHE_DIR": "/mnt/pip"}
-        index = {name: value for name, value in os.environ.items() if name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")}
+        site = {**self._arguments, "PIP_CACHE_DIR": "/mnt/pip"}
         _run(
             *self._buildah,
             "bud",
@@ -170,7 +166,7 @@ class _Builder:
             f"--timestamp={_epoch()}",
             f"--volume={self._site}:/mnt:ro",
             f"--volume={self._cache / 'pip'}:/mnt/pip",
-            *(f"--build-arg={name}={value}" for name, value in {**site, **index, **arguments}.items()),
+            *(f"--build-arg={name}={value}" for name, value in {**site, **arguments}.items()),
             f"--tag={name}",
             str(context),
         )
@@ -178,6 +174,24 @@ class _Builder:
         new.unlink(missing_ok=True)
         _run(*self._buildah, "push", "--quiet", name, f"docker-archive:{new}:{name}")
         new.rename(made)
+
+
+def write_site(directory: Path) -> dict[str, str]:
+    """What this machine tells apt and pip, for /mnt while an image is built. Returns its build arguments."""
+    directory.mkdir()
+    mirrors = _mirrors()
+    (directory / "sources.list").write_text(
+        f"deb {mirrors['Debian']} {SUITE} main\ndeb {mirrors['Debian']} {SUITE}-updates main\n"
+        f"deb {mirrors['Debian-Security']} {SUITE}-security main\n"
+    )
+    settings = _run("apt-config", "dump").splitlines()
+    (directory / "apt.conf").write_text(
+        'Dir::Etc::sourcelist "/mnt/sources.list";\n'
+        + "".join(f"{line}\n" for line in settings if line.startswith("Acquire::http"))
+    )
+    shutil.copyfile("/etc/ssl/certs/ca-certificates.crt", directory / "certificates.crt")
+    index = {name: value for name, value in os.environ.items() if name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")}
+    return {"APT_CONFIG": "/mnt/apt.conf", "PIP_CERT": "/mnt/certificates.crt", **index}
 
 
 def _mirrors() -> dict[str, str]:

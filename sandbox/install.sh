@@ -2,7 +2,7 @@
 # Installs what is missing for the demo, the tests and the benchmarks; nothing to do takes well under a second.
 #
 # Made for Debian 12 or later on x86-64, as root or with sudo. Elsewhere it says what it cannot install.
-# `install.sh node` installs what `make e2e` needs too.
+# `install.sh node` installs what `make e2e` needs too, `install.sh engines` what `make engines` does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,6 +20,11 @@ if [[ ${1-} == node ]]; then
     packages+=(containernetworking-plugins iproute2)
     command -v containerd >/dev/null || packages+=(containerd) # Docker brings one of its own
     command -v runc >/dev/null || packages+=(runc)
+fi
+
+if [[ ${1-} == engines ]]; then
+    packages+=(podman runc)
+    command -v dockerd >/dev/null || packages+=(docker.io) # where systemd runs, Debian's package starts its service
 fi
 
 say() { printf '%s\n' "$*" >&2; }

@@ -3,6 +3,7 @@
 python -m sandbox.prepare          what `make demo` needs
 python -m sandbox.prepare tests    and what only `make test` needs
 python -m sandbox.prepare node     and what only `make e2e` needs
+python -m sandbox.prepare engines  and what only `make engines` needs
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sandbox import binaries, go, image
 from sandbox.guest_os import guest_os
 from sandbox.processes import SandboxError
 
-_MORE = {"tests": [name for name in go.PROGRAMS if name not in go.NODE], "node": go.NODE}
+_MORE = {"tests": [name for name in go.PROGRAMS if name not in go.NODE], "node": go.NODE, "engines": []}
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         for program in ("etcd", "kube-apiserver", "kubectl", *more):
             binaries.path(program)
         guest_os()
-        if more:
+        if sys.argv[1:]:
             image.archive()
     except SandboxError as error:
         sys.exit(str(error))
