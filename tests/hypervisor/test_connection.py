@@ -222,3 +222,24 @@ def ask_until_lost(uri: str, config_dir: Path, name: str, asked: Event) -> None:
         asked.set()
         time.sleep(0.5)
     hypervisor.close()
+
+
+def test_calls_that_wait_for_guest_agents_leave_room_for_those_that_do_not(hypervisor: Hypervisor) -> None:
+    hang, entered = threading.Event(), threading.Semaphore(0)
+
+    def wait_for_an_agent() -> None:
+        with hypervisor.waiting_for_an_agent(), hypervisor.one_connection("freezing"):
+            entered.release()
+            hang.wait(30)
+
+    several = [threading.Thread(target=wait_for_an_agent, daemon=True) for _ in range(connection._SLOTS)]
+    for each in several:
+        each.start()
+    try:
+        assert all(entered.acquire(timeout=10) for _ in range(connection._AGENT_SLOTS))
+        assert not entered.acquire(timeout=0.5)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(hypervisor.call, "asking", lambda libvirtd: libvirtd.getVersion()).result(5)
+    finally:
+        hang.set()
+    assert all(entered.acquire(timeout=10) for _ in range(connection._SLOTS - connection._AGENT_SLOTS))

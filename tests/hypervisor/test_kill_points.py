@@ -22,7 +22,7 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.backups import Told
 from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
-from tests.kill_points import Deed, Driving, Moment, When
+from tests.kill_points import Deed, Driving, Moment, Task, When
 from tests.survival import (
     SUSPENDED_SECONDS,
     SUSPENDED_SECONDS_IN_DOUBT,
@@ -36,6 +36,7 @@ from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile import clock
 from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.journal import record_of
@@ -183,15 +184,41 @@ def test_of_a_driver_killed_when_it_had_just_stored_a_backup_that_is_then_delete
     assert Driving(task).killed()
     folder = next((task.directory / "store/tests").glob(f"*{task.uid}"))
 
-    minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    wish = Wish(BackupSpec.parse(minimal), deleted=True, delete_data=True)
-    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
-    key = BackupKey("tests", "backup", task.uid)
-    there = replace(node, state_dir=task.state_dir)
-    deleted = Backup(there, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
-    assert deleted.run() is Ending.RELEASED
+    assert deleted_with_data(task, node).run() is Ending.RELEASED
     assert not folder.exists()
     assert not list(folder.parent.glob(f".*{task.uid}*"))
+
+
+def test_of_a_driver_killed_while_it_froze_a_guest_nothing_is_let_go_before_libvirtd_is_back_and_the_guest_thawed(
+    domain: DomainFactory, libvirtd: Libvirtd, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)  # for the call that nobody has answered
+    guest = domain(size="4M")
+    libvirtd.virsh("resume", guest.name)
+    task = task_of(guest, {"snapshot": {"quiesce": "Try"}}, Moment(When.AFTER, "freezing the file systems"))
+    assert Driving(task).killed()
+    libvirtd.kill()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            ending = pool.submit(deleted_with_data(task, node).run)
+            try:
+                with pytest.raises(TimeoutError):
+                    ending.result(5)
+                assert record_of(task.state_dir, task.uid)
+            finally:
+                libvirtd.start()
+            assert ending.result(60) is Ending.RELEASED
+    finally:
+        libvirtd.start()
+
+
+def deleted_with_data(task: Task, node: Node) -> Backup:
+    """The backup of a task whose VMBackup is deleted, with deletionPolicy Delete."""
+    minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
+    wish = Wish(BackupSpec.parse(minimal), deleted=True, delete_data=True)
+    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
+    key, there = BackupKey("tests", "backup", task.uid), replace(node, state_dir=task.state_dir)
+    return Backup(there, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
 
 
 @pytest.mark.timeout(300)

@@ -24,6 +24,7 @@ TOLD = {
     "image changed": (advice.image_changed(DISK), "make a new VMBackup"),
     "no room": (advice.no_room([DISK]), "free space"),
     "disks apart": (advice.disks_apart([DISK]), "make a new VMBackup"),
+    "foreign commit": (advice.foreign_commit(DISK), "make a new VMBackup"),
     "commit failed": (advice.commit_failed(DISK, "no"), "lsof"),
 }
 
@@ -36,11 +37,17 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 def test_every_advice_is_in_this_table() -> None:
     functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
-    assert len(functions) == len(TOLD) + 2  # and those of the whole domain, below
+    assert len(functions) == len(TOLD) + 4  # and those of the whole domain, below
 
 
 def test_a_guest_that_stays_frozen_is_named_with_its_cure() -> None:
     assert "virsh domfsthaw web" in advice.stays_frozen("web")
+
+
+def test_a_guest_that_is_off_is_to_be_started_unless_it_runs_elsewhere() -> None:
+    assert advice.start(saved=False) == "start the guest: it is off on its overlay"
+    assert "saved state" in advice.start(saved=True)
+    assert "virsh undefine" in advice.migrated(Record("uid", "default", "nightly", domain="web"))
 
 
 def test_a_job_of_the_whole_domain_is_named_with_its_cure() -> None:

@@ -58,7 +58,7 @@ def paused(disk: Fields | None = None, **changes: Any) -> Record:
     Row("late: throttle", committing(), late(), Do.THROTTLE, THROTTLE, {"target": "vda"}),
     Row("Live too", committing(), late(), Do.THROTTLE, THROTTLE | LIVE),
     Row("deleted: it still goes home", committing(copy=Copy.FAILED), late(), Do.THROTTLE, THROTTLE | DELETED),
-    Row("the copy comes first", taken(), late(), Do.COPY, THROTTLE),
+    Row("a commit while base is copied is not ours", taken(), late(), Do.FAIL_BACKUP, THROTTLE),
     Row("throttled a moment ago: wait", committing(LOWERED), late(), Do.WAIT, THROTTLE),
     Row("throttled long enough: look again", committing(LOWERED), seen(late(), now=5.0), Do.THROTTLE, THROTTLE),
     Row("the user's now: left alone", committing(YIELDED), seen(late(), now=5.0), Do.WAIT, THROTTLE),

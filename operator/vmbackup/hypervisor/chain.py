@@ -60,6 +60,7 @@ class Disk:
     encrypted: bool = False
     sliced: bool = False
     mirror: Mirror = Mirror.NONE
+    mirror_to: str | None = None  # the file that an active commit goes to
     foreign_job: bool = False  # a mirror that is not an active commit
     chain: tuple[ChainImage, ...] = ()
 
@@ -248,6 +249,7 @@ def _disk(element: Element) -> Disk:
         encrypted=element.find("encryption") is not None or element.find("source/encryption") is not None,
         sliced=element.find("source/slices") is not None,
         mirror=Mirror.NONE if mirror is None or not ours else _mirror(mirror),
+        mirror_to=_path(mirror.find("source")) if mirror is not None and ours else None,
         foreign_job=mirror is not None and not ours,
         chain=tuple(_chain(element)),
     )

@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent libvirtd is given up after 20 s (measured)
-_SLOTS = 4  # calls at once, each on a connection of its own
+_SLOTS = 6  # calls at once, each on a connection of its own
+_AGENT_SLOTS = 3  # of them, for calls that wait for guest agents: who hangs there is never in the way of a resume
 _FIRST_OPEN_SECONDS = 5.0
 _REOPEN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ALIVE_POLL_SECONDS = 2.0
@@ -59,6 +60,7 @@ class Hypervisor:
         self._held = threading.local()
         self._event_ids: list[int] = []
         self._slots = threading.BoundedSemaphore(_SLOTS)
+        self._agent_slots = threading.BoundedSemaphore(_AGENT_SLOTS)
         self._lock = threading.Lock()
         self._wakes: dict[str, list[Callable[[], None]]] = {}
         self._lost = threading.Event()
@@ -142,6 +144,12 @@ class Hypervisor:
                 return function(connection)
             except libvirt.libvirtError as error:
                 raise classify(error, doing, mutating=mutating) from error
+
+    @contextmanager
+    def waiting_for_an_agent(self) -> Generator[None]:
+        """A call in here may hang for as long as the guest agent is given: only some do, and keep nobody else."""
+        with self._agent_slots:
+            yield
 
     @contextmanager
     def one_connection(self, doing: str) -> Generator[libvirt.virConnect]:

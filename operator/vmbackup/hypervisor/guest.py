@@ -96,6 +96,15 @@ class Guest:
         state, run = self._read("asking for the state", ask)
         return (GuestState.OFF, None) if state is GuestState.OFF or run is None or run < 0 else (state, run)
 
+    def has_saved_state(self) -> bool:
+        """Whether the next start goes on from a managed save: with the images that its guest had then."""
+        return self._read("asking for a saved state", lambda domain: bool(domain.hasManagedSaveImage(0)))
+
+    def was_migrated(self) -> bool:
+        """Whether it is off since it goes on elsewhere, as far as libvirtd has not been started anew since."""
+        gone = [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED]
+        return self._read("asking why it is off", lambda domain: cast("list[int]", domain.state()) == gone)
+
     def live_xml(self) -> str | None:
         """The live XML; None when the domain is off."""
         xml = self._read("reading the live XML", lambda domain: domain.XMLDesc(0))
@@ -294,7 +303,8 @@ class Guest:
             domain.agentSetResponseTimeout(timeout)  # else a hung agent blocks the call for ever
             return ask(domain)
 
-        return self._change(doing, ask_in_time)
+        with self._hypervisor.waiting_for_an_agent():
+            return self._change(doing, ask_in_time)
 
 
 def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:

@@ -86,11 +86,7 @@ def clone_or_copy(source: Path, destination: Path, control: CopyControl) -> Copi
 
 @contextmanager
 def _locked_pair(source: Path, destination: Path, control: CopyControl) -> Generator[tuple[int, int]]:
-    with (
-        opened_image(source) as source_fd,
-        control.reading(source_fd),
-        created(destination) as destination_fd,
-    ):
+    with reading(source, control) as source_fd, created(destination) as destination_fd:
         yield source_fd, destination_fd
 
 
@@ -123,6 +119,13 @@ def opened_image(path: Path) -> Generator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def reading(path: Path, control: CopyControl) -> Generator[int]:
+    """The same under QEMU's lock for readers: meanwhile nobody begins to write it. See CopyControl.reading."""
+    with opened_image(path) as fd, control.reading(fd):
+        yield fd
 
 
 @contextmanager

@@ -106,6 +106,27 @@ def foreign_job(disk: DiskRecord) -> str:
     )
 
 
+def foreign_commit(disk: DiskRecord) -> str:
+    """Somebody else's commit writes to the base that is being copied."""
+    return (
+        f"disk {disk.target}: somebody else's commit of {disk.overlay} (virsh blockcommit) writes to {disk.base}, "
+        "which is not of the moment of the snapshot any more: make a new VMBackup"
+    )
+
+
+def start(*, saved: bool) -> str:
+    """Off on O, and nothing else is wrong. `saved`: there is a saved state, which needs O."""
+    return "start the guest: it is off on its overlay" + (", on which its saved state goes on" if saved else "")
+
+
+def migrated(record: Record) -> str:
+    """Off on O here, since it runs elsewhere."""
+    return (
+        f"domain {record.domain} was migrated to another host while it was on its overlay: the agent there brings it "
+        "home; here undefine it (virsh undefine), or start it again only after it has ended there"
+    )
+
+
 def migrating(record: Record) -> str:
     """A job of the whole domain that is somebody else's."""
     return (

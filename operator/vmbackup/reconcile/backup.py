@@ -212,8 +212,7 @@ class Backup:
     def _pause(self, record: Record) -> bool:
         """Wait a while; whether to go on waiting."""
         wish = self._awaited()
-        dropped = (wish.deleted and record.snapshot is Snapshot.NONE) or (wish.cancelled and _untouched(record))
-        return not (wish.stop or dropped)
+        return not (wish.stop or ((wish.deleted or wish.cancelled) and _untouched(record)))
 
     def _awaited(self) -> Wish:
         self._woken.wait(_WAIT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmbackup.errors import PermanentError, VMBackupError
 from vmbackup.imaging import CopyControl
+from vmbackup.imaging.copy import reading
 from vmbackup.reconcile.plan import key_of, source_of
 from vmbackup.reconcile.record import Copy, Record
 from vmbackup.reconcile.transfer import Transfer
@@ -83,9 +84,12 @@ class Copying:
 
     def _take(self, record: Record, store: Store, control: CopyControl) -> _Result:
         taken: list[TakenDisk] = []
-        for disk in record.disks:
-            watched = replace(control, progress=self._watch(disk.target))
-            taken.append(store.take(key_of(record), source_of(disk), watched))
+        with ExitStack() as others:
+            for disk in record.disks:  # all at once: nobody commits to one while another is copied
+                others.enter_context(reading(Path(disk.base), control))
+            for disk in record.disks:
+                watched = replace(control, progress=self._watch(disk.target))
+                taken.append(store.take(key_of(record), source_of(disk), watched))
         control.check()
         if all(image.digest for disk in taken for image in disk.images):
             return _publish(record, store, taken, control)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from vmbackup.errors import VMBackupError
 from vmbackup.imaging import CopyControl
-from vmbackup.imaging.copy import opened_image
+from vmbackup.imaging.copy import reading
 from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written, stamp_of
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.record import DiskRecord
@@ -25,14 +25,8 @@ def compare(disk: DiskRecord) -> str:
     No guest can start on either meanwhile: what it wrote would be taken for a difference, and quarantined for good.
     """
     overlay, base, control = Path(disk.overlay), Path(disk.base), CopyControl()
-    with _read(overlay, control), _read(base, control):
+    with reading(overlay, control), reading(base, control):
         return stamp_of(overlay) if same_where_written(overlay, base, disk.format, control) else ""
-
-
-@contextmanager
-def _read(image: Path, control: CopyControl) -> Generator[None]:
-    with opened_image(image) as fd, control.reading(fd):
-        yield
 
 
 class Merging:

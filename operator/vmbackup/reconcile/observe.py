@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from os.path import realpath
 from pathlib import Path
+from typing import TypeVar
 
 from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor import chain
@@ -16,6 +19,8 @@ from vmbackup.reconcile.clock import boot_id, boottime, may_be_in_flight
 from vmbackup.reconcile.machine import needs_truth
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+
+Answer = TypeVar("Answer")
 
 _ATTEMPTS = 5
 
@@ -60,7 +65,7 @@ class Observer:
     def _look(self, record: Record, power: Power) -> View:
         on = power is not Power.OFF
         live = _by_target(self.guest.live_xml() if on else None)
-        persistent_xml = self._persistent_xml()
+        persistent_xml = self._if_defined(self.guest.persistent_xml, otherwise=None)
         persistent = _by_target(persistent_xml)
         jobs: dict[str, BlockJob] = {}
         disks: list[DiskSeen] = []
@@ -75,14 +80,17 @@ class Observer:
                 overlay=self._overlay(disk),
                 base_changed=_base_changed(disk),
             )
-            disks.append(_with_job(seen, live.get(disk.target), job))
+            disks.append(_with_job(seen, disk.base, live.get(disk.target), job))
         copying = record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN
+        defined_off = persistent_xml is not None and not on
         now = boottime()
         observation = Observation(
             power=power,
             disks=tuple(disks),
             call_in_flight=self._call_in_flight(record, on=on),
             migrating=on and self.guest.migrating(),
+            saved=defined_off and self._if_defined(self.guest.has_saved_state, otherwise=False),
+            migrated=defined_off and self._if_defined(self.guest.was_migrated, otherwise=False),
             config_failing=now < self.config_failing_until,
             thaw_after=self.thaw_after,
             room_low=room.low(record) if on and copying else "",
@@ -106,13 +114,13 @@ class Observer:
             held=held,
         )
 
-    def _persistent_xml(self) -> str | None:
+    def _if_defined(self, ask: Callable[[], Answer], *, otherwise: Answer) -> Answer:
         try:
-            return self.guest.persistent_xml()
+            return ask()
         except VMBackupError as error:
             if error.reason != "DomainNotFound":
                 raise
-            return None
+            return otherwise
 
     def _call_in_flight(self, record: Record, *, on: bool) -> bool:
         return may_be_in_flight(
@@ -159,11 +167,13 @@ def _base_changed(disk: DiskRecord) -> bool:
     return status.st_ino != disk.base_inode or status.st_size < disk.base_bytes
 
 
-def _with_job(seen: DiskSeen, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
-    ours = job is not None and job.kind == "active-commit"
+def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
+    """A commit to base is as good as ours, whoever started it; one to an image below base is somebody else's."""
+    elsewhere = live is not None and live.mirror_to is not None and realpath(live.mirror_to) != realpath(base)
+    ours = job is not None and job.kind == "active-commit" and not elsewhere
     return replace(
         seen,
-        mirror=Mirror(live.mirror.value) if live else Mirror.NONE,
+        mirror=Mirror(live.mirror.value) if live and not elsewhere else Mirror.NONE,
         job=ours,
         job_at_end=job is not None and ours and job.current == job.end > 0,
         foreign_job=(job is not None and not ours) or (live is not None and live.foreign_job),

@@ -39,6 +39,8 @@ def off_on_overlay(s: Situation) -> Action | None:
         if disk.overlay is None:
             if settled(disk, Image.BASE) and (action := settle(s, [(disk, Image.BASE)])):
                 return action
+            if s.seen.migrated:
+                continue  # it was brought home where the guest is
             return quarantine(s, advice.overlay_gone(disk.record))
         if disk.record.pivot_intended and disk.record.settled == Settled(Image.BASE, durable=True):
             return settle(s, [(disk, Image.BASE)])
@@ -88,10 +90,12 @@ def merge_offline(s: Situation) -> Action | None:
     """P=O, settled, and commit.offline: merge, one disk after the other. Failed attempts are made again after a while.
 
     QEMU's locks keep the guest from starting meanwhile. What comes of it is believed only while we hold O's lock: after
-    a restart of ours the guest may have run, and O is merged and compared anew.
+    a restart of ours the guest may have run, and O is merged and compared anew. A saved state names O; and where the
+    guest was migrated to, it writes O.
     """
     copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
-    if not s.intent.offline or s.record.quarantined or s.seen.config_failing or copying:
+    elsewhere = s.seen.saved or s.seen.migrated
+    if not s.intent.offline or s.record.quarantined or s.seen.config_failing or copying or elsewhere:
         return None
     left = [disk for disk in s.disks if disk.seen.persistent is Image.OVERLAY]
     actions = [_merge(s, disk) for disk in left if not s.exhausted(disk)]
@@ -123,6 +127,8 @@ def park(s: Situation) -> Action | None:
     if s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE and not s.record.quarantined:
         if s.intent.unwanted:
             return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
+        if s.seen.migrated:
+            return Action(Do.FAIL_BACKUP, reason=advice.migrated(s.record))
         if on_base := [disk.record for disk in s.disks if disk.seen.persistent is not Image.OVERLAY]:
             return Action(Do.FAIL_BACKUP, reason=advice.disks_apart(on_base))
         if any(disk.record.commit_begun for disk in s.disks):
@@ -131,7 +137,8 @@ def park(s: Situation) -> Action | None:
     if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
     in_use = [advice.lost_by_libvirt(disk.record) for disk in s.disks if disk.overlay and disk.overlay.locked]
-    reason = s.record.quarantined or "; ".join(in_use) or "start the guest: it is off on its overlay"
+    cure = advice.migrated(s.record) if s.seen.migrated else advice.start(saved=s.seen.saved)
+    reason = s.record.quarantined or "; ".join(in_use) or cure
     return let_go(s) or Action(Do.WAIT, reason=reason, parked=True)
 
 

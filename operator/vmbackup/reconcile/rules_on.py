@@ -148,6 +148,8 @@ def copy_or_fail(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
     if any(disk.record.commit_begun for disk in s.disks):
         return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
+    if others := [disk.record for disk in s.on_overlay if disk.seen.job]:
+        return Action(Do.FAIL_BACKUP, reason=advice.foreign_commit(others[0]))
     if len(s.on_overlay) < len(s.disks):  # R6
         return Action(Do.FAIL_BACKUP, reason=advice.disks_apart([d.record for d in s.disks if not d.on_overlay]))
     return Action(Do.COPY)

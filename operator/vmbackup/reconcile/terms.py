@@ -51,7 +51,7 @@ class DiskSeen:
     persistent: Image | None  # P; None for a transient domain
     overlay: OverlayFile | None = None  # None: no such file
     mirror: Mirror = Mirror.NONE
-    job: bool = False  # blockJobInfo knows an active commit
+    job: bool = False  # blockJobInfo knows an active commit, and it goes to base
     job_at_end: bool = False  # its current equals its end: a hint, never proof of READY
     overdue: bool = False  # our job has passed commit.deadlineSeconds, and is not READY
     foreign_job: bool = False  # somebody else's block job
@@ -72,6 +72,8 @@ class Observation:
     disks: tuple[DiskSeen, ...]
     call_in_flight: bool = False  # R4: an unanswered call may still be carried out
     migrating: bool = False
+    saved: bool = False  # off, and the next start goes on from a saved state
+    migrated: bool = False  # off here, since it goes on on another host
     config_failing: bool = False  # the persistent XML could not be made durable again and again
     thaw_after: float = 0.0  # CLOCK_BOOTTIME before which a failed thaw is not tried again
     room_low: str = ""  # while the base is copied: why its overlay's file system needs the copy to end

@@ -185,15 +185,12 @@ class Campaign:
         if ended is not self._noted:
             self._noted = ended
             self.tally.note("driver", plan=self.plan.name, uid=self.uid, ended=ended.short, events=ended.events)
-        if reason == "JournalGarbled":
-            self.tally.count(self.tally.helped, "garbled journal moved away")
-            self.journal.unlink()
-        elif reason == "JournalUnwritable":
+        if reason == "JournalUnwritable":
             self._restart_at = self._now() + 1.0
             return False
-        elif reason:
+        if reason:
             raise StuckError(f"its driver ended with {reason}: {text}")
-        elif ended.ending != Ending.INTERRUPTED:
+        if ended.ending != Ending.INTERRUPTED:
             self._stored_before |= ended.report.reason == "AlreadyStored"
             self._outcome = self._outcome or str(ended.report.outcome or ended.ending)
             if self._undos or self._state is not GuestState.RUNNING or self._now() < self._off_until:

@@ -265,7 +265,7 @@ def lose_journal(scene: Scene, fault: Fault) -> None:
 
 
 def _without_marks(scene: Scene, fault: Fault) -> None:
-    """Nobody can know without it that a call is under way, or that it was us who suspended the guest."""
+    """Nobody can know without it that a call is under way; of a guest held still, the residual cases tell."""
     scene.kill_driver(fault.seconds)
     record = scene.record()
     frozen = record is not None and record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)
