@@ -21,7 +21,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # Whatever is downloaded has a hash in a lock, also what builds: libvirt-python alone is compiled, all else are wheels.
 COPY requirements/build.lock requirements/run.lock requirements/
 RUN python3 -m venv tools \
- && tools/bin/pip install --quiet --require-hashes --only-binary :all: -r requirements/build.lock \
+ && tools/bin/pip install --quiet --require-hashes --no-deps --only-binary :all: -r requirements/build.lock \
  && tools/bin/pip wheel --quiet --require-hashes --no-deps --no-build-isolation \
         --only-binary :all: --no-binary libvirt-python --wheel-dir wheels -r requirements/run.lock
 COPY pyproject.toml README.md LICENSE ./

@@ -2,9 +2,11 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
+# Files of tests run beside each other, each worker with a libvirtd and an API server of its own: two use two cores up.
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test coverage e2e engines unit chaos soak lint format model bench dashboard docs plugin release lock clean
+.PHONY: help install demo demo-down image test coverage e2e engines unit chaos soak lint format model bench dashboard docs picture plugin release lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,11 +25,11 @@ image: install ## build the agent's image here, without a registry (root); Docke
 
 test: install lint ## everything: linters, types, layers, and every test on real parts
 	@$(BIN)/python -m sandbox.prepare tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest $(BESIDE)
 
 coverage: install ## the same, and which lines nothing has run: takes a third longer
 	@$(BIN)/python -m sandbox.prepare tests
-	@$(BIN)/pytest --cov --cov-report=term:skip-covered
+	@$(BIN)/pytest $(BESIDE) --cov --cov-report=term:skip-covered
 
 e2e: ## the image and the manifests on a real node with a real guest, in namespaces of its own (root)
 	@sandbox/install.sh node
@@ -40,8 +42,8 @@ engines: ## the Dockerfile built by docker, and by podman (root); dockerd is sta
 unit: install ## the fast tests: seconds, nothing real
 	@$(BIN)/pytest tests/unit
 
-chaos: install ## every failure that takes long to make, then ten minutes of random ones
-	@$(BIN)/pytest -m chaos --timeout 1800
+chaos: install ## every failure: each kill point, the whole catalogue, what takes long too; then ten minutes of random ones
+	@$(BIN)/pytest -m 'chaos or not (e2e or engines)' --timeout 1800 tests/chaos tests/hypervisor
 	@$(MAKE) --no-print-directory soak
 
 soak: install ## random backups under random faults: MINUTES=n SEED=s
@@ -68,6 +70,9 @@ dashboard: install ## write the Grafana dashboard anew
 
 docs: install ## docs/reference.md, from the CRDs, the command lines and the metrics
 	@$(BIN)/python docs/generate.py
+
+picture: install ## the picture in the README, of `vmbackup top` with a real agent
+	@$(BIN)/python -m docs.picture
 
 plugin: install ## the kubectl plugin, its archive and its manifest for krew, into dist/
 	@$(BIN)/python -m plugins.build dist

@@ -153,7 +153,8 @@ def _commands(program: str, parser: argparse.ArgumentParser) -> str:
             for name, command in subparsers.choices.items()}  # fmt: skip
     common = [row for row in next(iter(rows.values())) if all(row in each for each in rows.values())]
     parts = [f"## Command line: {program}\n", f"{parser.description}\n", _epilog(parser)]
-    parts += ["Flags of every command:\n", _table(("Flag", "Meaning"), common)]
+    if common:
+        parts += ["Flags of every command:\n", _table(("Flag", "Meaning"), common)]
     for name, command in subparsers.choices.items():
         own = [row for row in rows[name] if row not in common]
         parts += [f"### {program} {name}\n", f"{command.description}\n", _table(("Flag", "Meaning"), own)]
@@ -164,6 +165,7 @@ def _commands(program: str, parser: argparse.ArgumentParser) -> str:
 
 def _flag(action: argparse.Action) -> str:
     value = action.metavar if isinstance(action.metavar, str) else ""
+    value = f"[{value}]" if value and action.nargs == "?" else value
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     return f"{names} {value}".strip() if action.nargs != 0 else names
 

@@ -60,6 +60,7 @@ PROGRAMS = {
     **{command: _kubernetes(command) for command in ("kube-apiserver", *NODE)},
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", "helm.sh/helm/v4/internal/version.version"),
     "judge": Program("judge", "."),
+    "krew": Program("krew", "sigs.k8s.io/krew/cmd/krew", "sigs.k8s.io/krew/internal/version.gitTag"),
     "kube-state-metrics": Program("kube-state-metrics", "k8s.io/kube-state-metrics/v2"),
 }
 

@@ -6,7 +6,6 @@ downloaded with apt and unpacked beside it.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
@@ -54,7 +53,7 @@ def guest_os() -> GuestOS:
     with locked(cache / "lock"):
         kernel = _unpacked(_KERNEL_PACKAGE, cache)
         agent = _unpacked(_AGENT_PACKAGE, cache)
-        initramfs = cache / f"initramfs-{_fingerprint(kernel)}.cpio.gz"
+        initramfs = cache / f"initramfs-{_fingerprint(kernel)}.cpio"
         if not initramfs.exists():
             _build_initramfs(initramfs, kernel, agent)
     return GuestOS(_only(kernel, "boot/vmlinuz-*"), initramfs)
@@ -129,7 +128,7 @@ def _build_initramfs(target: Path, kernel: Path, agent: Path) -> None:
         _install_modules(root, kernel)
         _install_agent(root, agent)
         packed = Path(temporary) / "packed"
-        packed.write_bytes(gzip.compress(_cpio(root), 6))
+        packed.write_bytes(_cpio(root))  # an emulated guest is slow to decompress
         packed.rename(target)
 
 

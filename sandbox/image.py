@@ -29,7 +29,7 @@ NAME = f"vmbackup:{VERSION}"
 SUITE = "trixie"  # what debian:13-slim is
 
 _CONTEXT = ("Dockerfile", ".dockerignore", "LICENSE", "README.md", "pyproject.toml", "requirements", "operator")
-BASE = f"debootstrap:{SUITE}"
+BASE = f"localhost/debootstrap:{SUITE}"  # what the image's label says: made here, and in no registry
 _KEPT = 3  # archives in the cache
 _UNWANTED = (  # of debootstrap's; debian:13-slim has neither
     "etc/hostname",
@@ -102,7 +102,7 @@ def _epoch() -> str:
 
 def _base(cache: Path, *, fresh: bool) -> Path:
     """The base image as a docker-archive: Debian's minimal system, without documentation."""
-    digest = hashlib.sha256("".join((*_UNWANTED, _SLIM, _BASE_DOCKERFILE)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join((BASE, *_UNWANTED, _SLIM, _BASE_DOCKERFILE)).encode()).hexdigest()[:12]
     made = cache / f"base-{SUITE}-{digest}.tar"
     if made.exists() and not fresh:
         return made

@@ -66,7 +66,7 @@ install_packages() {
 
 install_python_packages() {
     local wanted
-    wanted=$(sha256sum requirements/dev.lock pyproject.toml)
+    wanted=$(sha256sum requirements/{build,dev}.lock pyproject.toml)
     [[ -x .venv/bin/python && $(cat .venv/installed 2>/dev/null) == "$wanted" ]] && return
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         say "Python 3.11 or later is needed; python3 is $(python3 --version)."
@@ -74,8 +74,12 @@ install_python_packages() {
     fi
     say "Installing the Python packages of requirements/dev.lock into .venv"
     [[ -x .venv/bin/pip ]] || python3 -m venv .venv
-    .venv/bin/pip install --quiet --require-hashes -r requirements/dev.lock
-    .venv/bin/pip install --quiet --no-deps --no-build-isolation -e .
+    # The locks are complete, so nothing is left to resolve: pip would take the newest coverage for `coverage[toml]`.
+    local pip=(.venv/bin/pip install --quiet --no-deps)
+    "${pip[@]}" --require-hashes -r requirements/build.lock
+    "${pip[@]}" --require-hashes --no-build-isolation -r requirements/dev.lock
+    "${pip[@]}" --no-build-isolation -e .
+    .venv/bin/pip check >&2
     printf '%s\n' "$wanted" >.venv/installed
 }
 

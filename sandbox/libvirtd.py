@@ -36,14 +36,16 @@ class Libvirtd:
     """A libvirtd and its guests under `directory`, which is kept short: socket paths are limited to 107 bytes.
 
     As a context manager it starts on entry, and ends with all its guests on exit, or with the thread that started it.
-    With `detached` it outlives its starter, and `Libvirtd(directory).stop()` in any process ends it.
+    With `detached` it outlives its starter, and `Libvirtd(directory).stop()` in any process ends it. With a `host_uuid`
+    of its own it is another host to libvirt, which a guest can be migrated to.
     """
 
-    def __init__(self, directory: Path | str, *, detached: bool = False) -> None:
+    def __init__(self, directory: Path | str, *, detached: bool = False, host_uuid: str = "") -> None:
         self.directory = Path(directory).absolute()
         if len(os.fsencode(self.directory)) > _LONGEST_DIRECTORY:
             raise ValueError(f"{self.directory} is too long for socket paths: take one of {_LONGEST_DIRECTORY} bytes")
         self.detached = detached
+        self.host_uuid = host_uuid
         self.runtime_dir = self.directory / "run"
         self.config_dir = self.directory / "libvirt/qemu"
         self.socket = self.runtime_dir / "libvirt/libvirt-sock"
@@ -84,6 +86,8 @@ class Libvirtd:
         self.config_dir.mkdir(parents=True, exist_ok=True)
         self.runtime_dir.mkdir(mode=0o700, exist_ok=True)
         (self.directory / "libvirt/qemu.conf").write_text(_QEMU_CONF)
+        if self.host_uuid:
+            (self.directory / "libvirt/libvirtd.conf").write_text(f'host_uuid = "{self.host_uuid}"\n')
         # -P: the modules beside this file are none of Python's own
         command = [sys.executable, "-P", __file__, "supervise", str(self.directory)]
         with self.log_file.open("ab") as log:

@@ -131,6 +131,8 @@ class Node:
                     "--use-service-account-credentials",
                     f"--service-account-private-key-file={keys / 'service-accounts.key'}",
                     f"--root-ca-file={keys / 'ca.crt'}",
+                    f"--cluster-signing-cert-file={keys / 'ca.crt'}",
+                    f"--cluster-signing-key-file={keys / 'ca.key'}",
                     f"--flex-volume-plugin-dir={_VOLUME_PLUGINS}",
                 ],
             ),

@@ -57,7 +57,8 @@ def booted(directory: Path, wanted: str, files: Mapping[str, str], binds: Sequen
         )
         systemd = Program("systemd", directory)
         try:
-            systemd.start(["unshare", "--mount", "--propagation=private", "--", "sh", "-c", script])
+            # slave: a file system that is unmounted here meanwhile is not kept by it
+            systemd.start(["unshare", "--mount", "--propagation=slave", "--", "sh", "-c", script])
             yield systemd
         finally:
             systemd.stop(seconds=_STOP_SECONDS)

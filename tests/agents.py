@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.libvirtd import Libvirtd
 from sandbox.processes import Program
-from tests.domains import Domain, wait_until
+from tests.domains import Domain, wait_until, what_is_wrong_with
 from tests.manifests import backup, store
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.record import Record
@@ -87,6 +89,15 @@ class Agent:
     def stop(self) -> None:
         """SIGTERM, and wait for its end."""
         self.program.stop(seconds=30)
+
+    @contextmanager
+    def standing_still(self) -> Generator[None]:
+        """It sees nothing of what happens meanwhile until all of it has happened."""
+        self.program.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.program.signal(signal.SIGCONT)
 
     def healthz(self) -> tuple[int, str] | None:
         """Status code and text of /healthz; None while nobody answers."""
@@ -185,6 +196,11 @@ class VMBackup:
     def strip_finalizers(self) -> None:
         self._kubectl("patch", "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
 
+    def vanish(self) -> None:
+        """Delete it, and let nobody hold it."""
+        self.strip_finalizers()
+        self.delete()
+
     def exists(self) -> bool:
         return bool(self._kubectl("get", "--ignore-not-found", "-o", "name"))
 
@@ -228,6 +244,7 @@ def assert_home(guest: Domain, pattern: int = 0x11) -> None:
     for target, base in guest.bases.items():
         assert guest.live(target).source == guest.persistent(target).source == base
         assert not list(Path(base).parent.glob("*.vmb-*"))
+        assert not what_is_wrong_with(Path(base))
     assert guest.holds("vda", pattern, offset="0" if pattern == 0x11 else "16M")
 
 
@@ -238,8 +255,27 @@ def make_agent(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Agent:
     return Agent(kube, libvirtd, node, directory, free_port())
 
 
+@contextmanager
+def agent_of(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Generator[Agent]:
+    """An agent that is not started yet, and does not outlast this."""
+    made = make_agent(kube, libvirtd, directory)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    """Whether somebody serves it."""
+    try:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+    except OSError:
+        return False
+    return True

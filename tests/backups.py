@@ -13,16 +13,25 @@ from typing import Any, Protocol
 from tests.domains import wait_until
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Phase, Report
+from vmbackup.backoff import Backoff
+from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup, Node
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.wish import Wish
+from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey
 
 _log = logging.getLogger(__name__)
 
 SLOW = "1Mi"  # bytes per second: a copy or commit of 8 MiB and more can be caught in the middle
+
+
+def make_node(hypervisor: Hypervisor, state_dir: Path, lock_dir: Path) -> Node:
+    """A node with metrics of its own. Failed commits are tried again soon."""
+    backoff = Backoff(first=0.2, longest=1.0)
+    return Node(hypervisor, state_dir=state_dir, lock_dir=lock_dir, metrics=Metrics(), backoff=backoff)
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import yaml
 Crd = dict[str, Any]
 Schema = Mapping[str, Any]
 
-CRDS = Path(__file__).parent.parent / "crds"
+ROOT = Path(__file__).parent.parent
+CRDS = ROOT / "crds"
 RELEASED = sorted((Path(__file__).parent / "data").glob("crds-*"))
 """The CRDs of each version that came before, as they were."""
 
@@ -32,6 +36,25 @@ def load(directory: Path) -> dict[str, Crd]:
     """The CRDs in a directory, by the name of the resource."""
     found = [yaml.safe_load(path.read_text()) for path in sorted(directory.glob("*.yaml"))]
     return {crd["spec"]["names"]["plural"]: crd for crd in found if crd["kind"] == "CustomResourceDefinition"}
+
+
+def commit_before() -> str:
+    """The commit before the last one that changed them; empty where the history does not go so far, or is not there."""
+    last = _git("log", "-1", "--format=%H", "--", "crds/*.yaml")
+    return _git("rev-parse", "--short", "--verify", "--quiet", f"{last}^") if last else ""
+
+
+def of_commit(commit: str, directory: Path) -> Path:
+    """Write those of a commit below a directory; where they are."""
+    packed = subprocess.run(["git", "archive", commit, "crds"], cwd=ROOT, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        files.extractall(directory, filter="data")
+    return directory / "crds"
+
+
+def _git(*words: str) -> str:
+    """What git says; nothing where it fails, as in an export without a history."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def taken_away(old: Crd, new: Crd) -> list[str]:

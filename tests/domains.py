@@ -5,6 +5,7 @@ And Linux guests that write (`at_work`).
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -18,6 +19,8 @@ from sandbox.libvirtd import DiskSpec, Libvirtd
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Disk, Mirror
 from vmbackup.hypervisor.guest import Guest
+
+_LEAKS = 3  # the exit code of qemu-img check for clusters that nothing refers to, and nothing worse
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,29 @@ def at_work(guest: WritingGuest, libvirtd: Libvirtd) -> Generator[WritingGuest]:
 def qemu_img(*arguments: str) -> str:
     """Run qemu-img and return what it prints."""
     return subprocess.run(["qemu-img", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def what_is_wrong_with(image: Path, *, leaks: bool = False) -> str:
+    """What `qemu-img check` finds in an image, which may be in use; '' for nothing, or for a raw one.
+
+    `leaks`: clusters that nothing refers to are nothing wrong, as after a QEMU that was killed.
+    """
+    if json.loads(qemu_img("info", "-U", "--output=json", str(image)))["format"] == "raw":
+        return ""
+    done = subprocess.run(["qemu-img", "check", "-U", str(image)], capture_output=True, text=True, check=False)
+    fine = (0, _LEAKS) if leaks else (0,)
+    return "" if done.returncode in fine else f"{image}: qemu-img check: {done.stdout}{done.stderr}"
+
+
+def starts(guest: Domain, *flags: str) -> bool:
+    """Start a guest; False where somebody has locked its images, be it for a moment."""
+    try:
+        guest.libvirtd.virsh("start", guest.name, *flags)
+    except RuntimeError as error:
+        if "lock" in str(error):
+            return False
+        raise
+    return True
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:

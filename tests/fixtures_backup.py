@@ -9,24 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.backups import BackupFactory, RunningBackup
-from vmbackup.backoff import Backoff
+from tests.backups import BackupFactory, RunningBackup, make_node
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Node
-from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey
 
 
 @pytest.fixture
 def node(hypervisor: Hypervisor, tmp_path: Path) -> Node:
     """A node of its own: state, locks and metrics. Failed commits are tried again soon."""
-    return Node(
-        hypervisor,
-        state_dir=tmp_path / "state",
-        lock_dir=tmp_path / "locks",
-        metrics=Metrics(),
-        backoff=Backoff(first=0.2, longest=1.0),
-    )
+    return make_node(hypervisor, tmp_path / "state", tmp_path / "locks")
 
 
 @pytest.fixture

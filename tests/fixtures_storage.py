@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage import mounted, run
-
-XFS_BYTES = 320 << 20  # mkfs.xfs wants at least 300 MB
+from tests.storage import make_xfs, mounted, run
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +16,7 @@ def xfs_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A mounted XFS, which can reflink, for the whole run."""
     folder = tmp_path_factory.mktemp("xfs")
     image = folder / "xfs.img"
-    with image.open("wb") as file:
-        file.truncate(XFS_BYTES)
-    run("mkfs.xfs", "-q", str(image))
+    make_xfs(image)
     with mounted(folder / "mnt", "-o", "loop", str(image)) as root:
         yield root
 

@@ -7,6 +7,7 @@ chosen moment lists them all; what happens next is decided just before, or just 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -28,24 +29,22 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 
-from tests.backups import Told
+from tests.backups import Told, make_node
 from tests.domains import wait_until
 from vmbackup import cli
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
-from vmbackup.backoff import Backoff
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Mirror
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.reconcile import clock
-from vmbackup.reconcile.backup import Backup, Node
-from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.journal import Journal, record_of
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.wish import Wish
-from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey
 
@@ -135,6 +134,10 @@ class Task:
         return self.directory / f"state-{self.uid[:8]}"
 
     @property
+    def stacks(self) -> Path:
+        return self.directory / f"stacks-{self.uid[:8]}"
+
+    @property
     def diary(self) -> Diary:
         return Diary(self.directory / "diary")
 
@@ -183,10 +186,16 @@ class Driving:
 
     def end(self, seconds: float = 120) -> tuple[Report, list[Moment], list[str]]:
         """Wait for its end: the last report, every moment that it came by, and the reasons of its events."""
-        assert self.ended(seconds), f"still running after {seconds} s"
+        assert self.ended(seconds), f"still running after {seconds} s: {self._standing()}"
         answer = self._line.recv()
         self._process.join()
         return answer
+
+    def _standing(self) -> str:
+        """What its journal says, and what each of its threads does."""
+        os.kill(self._process.pid or 0, signal.SIGUSR1)
+        wait_until(lambda: self.task.stacks.stat().st_size > 0, "its stacks", 5)
+        return f"{record_of(self.task.state_dir, self.task.uid)}\n{self.task.stacks.read_text()}"
 
 
 @dataclass(frozen=True)
@@ -252,6 +261,7 @@ def _guards(command_line: Path, state_dir: Path) -> bool:
 
 
 def _drive(task: Task, line: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1, task.stacks.open("w"))
     if task.boot is not None:
         task.boot.believe()
     hypervisor = Hypervisor(task.uri, config_dir=task.config_dir)
@@ -261,13 +271,7 @@ def _drive(task: Task, line: Connection) -> None:
     told = Told()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
     wish = Wish(BackupSpec.parse(minimal | dict(task.spec)))
-    node = Node(
-        hypervisor,
-        state_dir=task.state_dir,
-        lock_dir=task.directory / "locks",
-        metrics=Metrics(),
-        backoff=Backoff(first=0.2, longest=1.0),
-    )
+    node = make_node(hypervisor, task.state_dir, task.directory / "locks")
     store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
     key = BackupKey("tests", "backup", task.uid)
     with guarded(node) if task.guarded else nullcontext():

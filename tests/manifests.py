@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-DROP = object()
+
+class Change(Enum):
+    """What else can be done to a field. In the names of tests it is the same in each process."""
+
+    DROP = "drop"
+
+
+DROP = Change.DROP
 
 
 def backup_spec(**changes: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+XFS_BYTES = 320 << 20  # mkfs.xfs wants at least 300 MB
+
 
 @contextmanager
 def mounted(where: Path, *arguments: str) -> Iterator[Path]:
@@ -16,6 +18,13 @@ def mounted(where: Path, *arguments: str) -> Iterator[Path]:
         yield where
     finally:
         run("umount", "--lazy", str(where))
+
+
+def make_xfs(image: Path, size: int = XFS_BYTES) -> None:
+    """A file that holds an empty XFS, of so many bytes."""
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("mkfs.xfs", "-q", str(image))
 
 
 def run(*command: str) -> str:

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tests.domains import Domain, qemu_img, wait_until
+from tests.domains import Domain, qemu_img, wait_until, what_is_wrong_with
 from tests.kill_points import Deed, Driving, Moment, Task, records_in
 from tests.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
@@ -104,6 +104,8 @@ def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
         count, acknowledged = records_in(content(Path(base))), task.diary.acknowledged
         if count not in (acknowledged, acknowledged + 1):  # one whose acknowledgement was lost may be there
             yield f"{target}: of {acknowledged} records it holds {count}"
+        if wrong := what_is_wrong_with(Path(base), leaks=True):
+            yield wrong
     if report.outcome is Outcome.SUCCEEDED:
         yield from what_is_wrong_with_the_copy(task, Path(report.location))
 
@@ -125,6 +127,8 @@ def what_is_wrong_with_the_copy(task: Task, folder: Path) -> Iterator[str]:
         copy = folder / disk["file"]
         if sha256sum(copy) != disk["digest"]:
             yield f"{copy.name} has another digest"
+        if wrong := what_is_wrong_with(copy, leaks=True):
+            yield wrong
         counts[records_in(content(copy))] += 1
     if len(counts) > 1 or not counts.keys() <= expected:
         yield f"the copies hold {sorted(counts.elements())} records; at the snapshot there were {sorted(expected)}"

@@ -1,6 +1,6 @@
 """`kubectl vmbackup`: what an administrator does with VMBackups, from wherever kubectl works.
 
-A zipapp of the standard library alone (packaging/plugin.py): each call to the API server is a call of kubectl, with its
+A zipapp of the standard library alone (plugins/build.py): each call to the API server is a call of kubectl, with its
 kubeconfig, context and credentials. Of vmbackup it may import api and version, which are pure.
 
 kubectl.py    kubectl, called as a program

@@ -12,10 +12,12 @@ _SILENT = timedelta(minutes=10)
 
 _WHILE_RUNNING = {
     Reason.QUEUED: "nothing: it waits for its turn",
-    Reason.COMMIT_RETRYING: "mend what the message names: the commit is tried again by itself",
+    Reason.COMMIT_RETRYING: "fix what the message names: the commit is tried again by itself",
     Reason.COMMIT_NOT_CONVERGING: "let the guest write less, raise spec.commit.bandwidth, or choose "
     "spec.commit.stallPolicy Throttle or Pause: each takes effect at once",
     Reason.WAITING_FOR_OTHERS: "wait for the job or migration that the message names, or end it",
+    Reason.DOMAIN_MIGRATED: "see that the agent of the other host has brought the guest home, then undefine the domain "
+    "here (virsh undefine); never start it here while it runs there",
     Reason.WAITING_FOR_CALLS: "nothing: it goes on 31 s after libvirtd answers again",
     Reason.ADOPTING_OVERLAY: "nothing: what an earlier backup left goes home first",
 }
@@ -45,7 +47,7 @@ def next_step(backup: Backup, now: datetime) -> str:
 
 
 def needs_a_human(backup: Backup, now: datetime) -> bool:
-    """Whether something must be done, or nothing gets on."""
+    """Whether something must be done, or nothing makes progress."""
     return not next_step(backup, now).startswith("nothing")
 
 
@@ -56,7 +58,7 @@ def _while_deleted(backup: Backup, now: datetime) -> str:
     if since < _SILENT:
         return "nothing: it was deleted, and vanishes once the guest is home"
     return (
-        f"see to the agent of {backup.node}: it was told {span(since)} ago to let go of this VMBackup, which vanishes "
+        f"see to the agent of {backup.node}: it was asked {span(since)} ago to let go of this VMBackup, which vanishes "
         f"once the guest is home; if that node is gone for good: {_command(backup, 'forget')}"
     )
 
@@ -70,10 +72,10 @@ def _after_the_end(backup: Backup) -> str:
             "by itself; delete no file"
         )
     if backup.left_on_overlay:
-        return f"mend what the message names; the guest runs on, and loses nothing; then: {_command(backup, 'retry')}"
+        return f"fix what the message names; the guest runs on, and loses nothing; then: {_command(backup, 'retry')}"
     if backup.reason == Reason.CANCELLED:
         return f"nothing; for a backup after all: {_command(backup, 'retry')} --new"
-    return f"mend what the message names, then: {_command(backup, 'retry')} --new"
+    return f"fix what the message names, then: {_command(backup, 'retry')} --new"
 
 
 def _unseen(backup: Backup, now: datetime) -> str:

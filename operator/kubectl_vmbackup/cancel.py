@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kubectl_vmbackup.backup import BACKUPS, find
 from kubectl_vmbackup.kubectl import Kubectl, PluginError
+from kubectl_vmbackup.view import outcome
 from kubectl_vmbackup.waiting import wait
 from vmbackup.api.spec import CANCEL_ANNOTATION
 
@@ -21,6 +22,5 @@ def cancel(kubectl: Kubectl, name: str, *, waits: bool, timeout: float | None) -
     kubectl.run("annotate", BACKUPS, name, "--overwrite", f"{CANCEL_ANNOTATION}=true")
     print(f"{name}: cancelled; its guest is brought home")
     if waits:
-        ended = wait(kubectl, name, lambda it: not it.running, timeout)
-        print(f"{name}: {ended.phase}, {ended.reason}: {ended.message}")
+        print(outcome(wait(kubectl, name, lambda it: not it.running, timeout)))
     return 0

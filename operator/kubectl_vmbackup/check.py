@@ -204,7 +204,8 @@ def _crds(kubectl: Kubectl) -> Findings:
         if name in served:
             yield Finding(Verdict.GOOD, f"the API server serves {plural}")
         else:
-            yield Finding(Verdict.BAD, f"the API server does not know {plural}: kubectl apply -f crds/")
+            yield Finding(Verdict.BAD, f"the API server does not know {plural}: apply the CRDs of this release "
+                          "(kubectl apply --server-side -k crds/, or its install.yaml)")  # fmt: skip
 
 
 def _stores(kubectl: Kubectl) -> Findings:

@@ -13,17 +13,27 @@ from typing import Any
 from kubectl_vmbackup import cancel, check, forget, retry, status
 from kubectl_vmbackup.completion import complete
 from kubectl_vmbackup.kubectl import INTERRUPTED, Kubectl, PluginError
+from kubectl_vmbackup.view import printable
 from vmbackup.version import __version__
 
 _GLOBAL = {
-    "namespace": ("-n", "the namespace of the VMBackups"),
-    "context": ("", "the context of the kubeconfig"),
-    "kubeconfig": ("", "the kubeconfig file"),
-    "cluster": ("", "the cluster of the kubeconfig"),
-    "user": ("", "the user of the kubeconfig"),
-    "as": ("", "the user to impersonate"),
-    "request-timeout": ("", "how long one request may take, such as 30s"),
+    "namespace": ("-n", "NAMESPACE", "the namespace of the VMBackups"),
+    "context": ("", "CONTEXT", "the context of the kubeconfig"),
+    "kubeconfig": ("", "KUBECONFIG", "the kubeconfig file"),
+    "cluster": ("", "CLUSTER", "the cluster of the kubeconfig"),
+    "user": ("", "USER", "the user of the kubeconfig"),
+    "server": ("-s", "URL", "the address of the API server"),
+    "token": ("", "TOKEN", "a bearer token for the API server"),
+    "client-certificate": ("", "FILE", "the file of a client certificate"),
+    "client-key": ("", "FILE", "the file of its key"),
+    "certificate-authority": ("", "FILE", "the file with the certificate that the API server's is checked by"),
+    "tls-server-name": ("", "NAME", "the name that the API server's certificate must have"),
+    "as": ("", "USER", "the user to impersonate"),
+    "as-group": ("", "GROUP", "a group to impersonate; may be given more than once"),
+    "as-uid": ("", "UID", "the UID to impersonate"),
+    "request-timeout": ("", "TIME", "how long one request may take, such as 30s"),
 }
+_INSECURE = "insecure-skip-tls-verify"
 _EXITS = """\
 exit codes:
   0    done; check: nothing is in the way
@@ -45,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = _parser().parse_args(words)
         return _run(parsed, _kubectl(parsed))
     except PluginError as error:
-        print(f"kubectl vmbackup: {error}", file=sys.stderr)
+        print(printable(f"kubectl vmbackup: {error}"), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -69,8 +79,9 @@ def _run(parsed: argparse.Namespace, kubectl: Kubectl) -> int:
 
 
 def _kubectl(parsed: argparse.Namespace) -> Kubectl:
-    given = ((name, getattr(parsed, name.replace("-", "_"), None)) for name in _GLOBAL)
-    return Kubectl(tuple(f"--{name}={value}" for name, value in given if value))
+    """Kubectl with the flags for it; one that is given twice is kubectl's to judge."""
+    given = ((name, getattr(parsed, name.replace("-", "_"), None) or ()) for name in (*_GLOBAL, _INSECURE))
+    return Kubectl(tuple(f"--{name}={value}" for name, values in given for value in values))
 
 
 def _complete(words: Sequence[str]) -> int:
@@ -118,9 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     one = command("status", "show one VMBackup in full with what to do next, or all in a table")
     one.add_argument("name", nargs="*", metavar="NAME", help="VMBackups; default: a table of all")
     one.add_argument("-A", "--all-namespaces", action="store_true", help="those of all namespaces")
-    one = command("retry", "bring a guest home that a VMBackup has left on its overlay, or make the same backup anew")
+    one = command("retry", "bring a guest home that a VMBackup has left on its overlay, or create the same backup anew")
     one.add_argument("name", metavar="NAME", help="a VMBackup that has failed")
-    one.add_argument("--new", action="store_true", help="make another VMBackup with the same spec, of this moment")
+    one.add_argument("--new", action="store_true", help="create another VMBackup with the same spec, of this moment")
     _add_wait(one)
     one = command("cancel", "give up the copy of a running VMBackup, and bring its guest home")
     one.add_argument("name", metavar="NAME", help="a VMBackup that is running")
@@ -131,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     one = command("forget", "let a VMBackup vanish whose node is gone for good, after looking for signs of life")
     one.add_argument("name", metavar="NAME", help="a VMBackup that cannot be deleted, since its agent is gone")
     one.add_argument("--yes", action="store_true", help="do not ask")
-    one.add_argument("--force", action="store_true", help="also if there are signs of life: its guest may stay on an "
-                     "overlay that nobody tells of")  # fmt: skip
+    one.add_argument("--force", action="store_true", help="even if there are signs of life: its guest may stay on an "
+                     "overlay that nothing reports")  # fmt: skip
     one.add_argument("--silent-for", type=_duration, default="10m", metavar="TIME",
                      help="how long its node and agent must have been silent [default: 10m]")  # fmt: skip
     for each in known.values():
@@ -148,8 +159,11 @@ def _add_wait(parser: argparse.ArgumentParser) -> None:
 
 def _add_global(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("flags for kubectl")
-    for name, (short, about) in _GLOBAL.items():
-        group.add_argument(*filter(None, (short, f"--{name}")), metavar=name.upper(), help=about)
+    for name, (short, metavar, about) in _GLOBAL.items():
+        flags = filter(None, (short, f"--{name}"))
+        group.add_argument(*flags, metavar=metavar, action="append", help=about)
+    trust = "trust an API server whose certificate cannot be checked"
+    group.add_argument(f"--{_INSECURE}", action="append_const", const="true", help=trust)
 
 
 def _duration(text: str) -> timedelta:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kubectl_vmbackup.backup import Backup, every
 from kubectl_vmbackup.kubectl import Kubectl, PluginError
+from kubectl_vmbackup.view import printable
 
 _FILES, _NO_FILES = 0, 4
 
@@ -73,7 +74,11 @@ def _values(flag: argparse.Action, kubectl: Kubectl) -> list[str]:
 def _names(command: str, before: Sequence[str], kubectl: Kubectl) -> list[str]:
     fits = _FITTING.get(command, lambda _: True)
     backups = [backup for backup in every(kubectl) if fits(backup) and backup.name not in before]
-    return [f"{backup.name}\t{backup.phase}, {backup.spec.get('domain')} on {backup.node}" for backup in backups]
+    return [f"{backup.name}\t{_about(backup)}" for backup in backups]
+
+
+def _about(backup: Backup) -> str:
+    return printable(f"{backup.phase}, {backup.spec.get('domain')} on {backup.node}")
 
 
 def _or_nothing(look: Callable[[], list[str]]) -> list[str]:

@@ -52,7 +52,7 @@ def signs_of_life(backup: Backup, signs: Signs, at: datetime, silent_for: timede
     if signs.exists is None:
         found.append("you may not see nodes: ask somebody who may, with kubectl auth can-i get nodes")
     elif signs.ready:
-        found.append("the node is Ready: mend its agent instead, or delete the Node once the machine is gone")
+        found.append("the node is Ready: fix its agent instead, or delete the Node once the machine is gone")
     elif signs.exists and signs.since is not None and at - signs.since < silent_for:
         found.append(f"the node is not Ready for {span(at - signs.since)} only: wait {least}")
     if signs.pods is None:
@@ -94,7 +94,7 @@ def what_remains(backup: Backup) -> list[str]:
 
 def _ask(name: str) -> None:
     if not sys.stdin.isatty():
-        raise PluginError("nobody can be asked here: --yes says that it shall be forgotten", USAGE)
+        raise PluginError("no terminal to ask on: give --yes to confirm", USAGE)
     print(f"Type its name to forget it ({name}): ", end="", flush=True)
     if sys.stdin.readline().strip() != name:
         raise PluginError(f"{name} is not forgotten")

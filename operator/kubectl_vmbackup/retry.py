@@ -6,6 +6,7 @@ import json
 
 from kubectl_vmbackup.backup import BACKUPS, Backup, find, now
 from kubectl_vmbackup.kubectl import FAILED, Kubectl, PluginError
+from kubectl_vmbackup.view import outcome
 from kubectl_vmbackup.waiting import wait
 from vmbackup.api.spec import RETRY_ANNOTATION
 
@@ -24,15 +25,15 @@ def retry(kubectl: Kubectl, name: str, *, new: bool, waits: bool, timeout: float
 
 def _home(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) -> int:
     if backup.ready:
-        raise PluginError(f"{backup.name} is Ready: there is nothing to try again; --new makes another one like it")
+        raise PluginError(f"{backup.name} is Ready: there is nothing to try again; --new creates another one like it")
     if not backup.left_on_overlay:
         raise PluginError(
             f"{backup.name} has no copy, and its guest is home: what was not copied then cannot be copied any more; "
-            "--new makes another one like it, of this moment"
+            "--new creates another one like it, of this moment"
         )
     value = now().isoformat(timespec="milliseconds")
     kubectl.run("annotate", BACKUPS, backup.name, "--overwrite", f"{RETRY_ANNOTATION}={value}")
-    print(f"{backup.name}: its guest is brought home once more, with all attempts open again")
+    print(f"{backup.name}: the guest is being brought home again; the attempt counter was reset")
     if not waits:
         return 0
     return _tell(wait(kubectl, backup.name, lambda it: it.handled_retry == value and not it.running, timeout))
@@ -48,10 +49,10 @@ def _anew(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) 
         "spec": backup.spec,
     }
     made = json.loads(kubectl.run("create", "-f", "-", "-o", "json", stdin=json.dumps(body)))["metadata"]["name"]
-    print(f"{made}: made, with the spec of {backup.name}")
+    print(f"{made}: created, with the spec of {backup.name}")
     return _tell(wait(kubectl, made, lambda it: not it.running, timeout)) if waits else 0
 
 
 def _tell(backup: Backup) -> int:
-    print(f"{backup.name}: {backup.phase}, {backup.reason}: {backup.message}")
+    print(outcome(backup))
     return 0 if backup.ready else FAILED

@@ -53,6 +53,11 @@ def details(backup: Backup, events: Sequence[Object], now: datetime) -> str:
     return "\n\n".join(printable(part) for part in parts if part)
 
 
+def outcome(backup: Backup) -> str:
+    """How it stands, in a line."""
+    return printable(f"{backup.name}: {backup.phase}, {backup.reason}: {backup.message}")
+
+
 def _head(backup: Backup, now: datetime) -> str:
     status, spec = backup.status, backup.spec
     uuid = status.get("domainUUID")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from vmbackup.aside import StderrLog
 from vmbackup.commands import flags
 from vmbackup.commands.flags import Flag
 from vmbackup.errors import VMBackupError
@@ -46,7 +47,7 @@ _COMMON = (
     ),
     Flag(
         "--image-roots",
-        "back up disks only whose images, the backing images too, are in these directories, links resolved",
+        "only back up disks whose images, including backing images, are below these directories (links resolved)",
         flags.paths,
         metavar="DIR[:DIR]",
         default_says="any image that libvirt's XML names",
@@ -83,7 +84,7 @@ _AGENT = (
     Flag("--metrics-tls-key", "the key of that certificate, PEM", flags.path, metavar="FILE"),
     Flag(
         "--max-concurrent-backups",
-        "so many domains are backed up at a time, the others wait",
+        "how many domains to back up at once; others wait",
         flags.at_least_one,
         default="2",
         metavar="N",
@@ -104,8 +105,8 @@ _AGENT = (
     ),
     Flag(
         "--orphan-policy",
-        "what to do with an overlay of ours that nobody waits for, say since a journal was lost: Commit it, or only "
-        "Report it",
+        "what to do with one of vmbackup's overlays that nobody waits for, say since a journal was lost: Commit it, or "
+        "only Report it",
         flags.one_of("Commit", "Report"),
         default="Commit",
         metavar="POLICY",
@@ -123,7 +124,7 @@ _RUN = (
     Flag("--store-path", "directory to store the backup in, instead of a VMBackupStore", flags.path, metavar="DIR"),
     Flag(
         "--retry",
-        "take up a backup again that gave up bringing the guest back from its overlay",
+        "resume a backup that gave up merging its overlay",
         flags.boolean,
         default="false",
         metavar="BOOL",
@@ -154,7 +155,7 @@ _TOP = (
     Flag("--interval", "how often to look", flags.seconds, default="2", metavar="SECONDS"),
     Flag(
         "--once",
-        "look once and end; it is so too where the output is no terminal",
+        "print one look and exit; also when the output is not a terminal",
         flags.boolean,
         default="false",
         metavar="BOOL",
@@ -171,7 +172,7 @@ exit codes:
   130  interrupted: run again to carry on
 
 The first Ctrl-C ends it at the next safe point, the second at once. After either, and after kill -9 or a power cut,
-run the same again and it carries on where it was. spec.nodeName is not looked at.
+run the same again and it carries on where it was. spec.nodeName is ignored.
 """
 _CHECK_EXITS = """\
 exit codes:
@@ -184,8 +185,10 @@ exit codes:
 _TOP_EXITS = """\
 exit codes, where it looks once:
   0    all is well
-  1    a guest or an agent needs a look, see the last column
+  1    a guest or an agent needs a look: see the last column and the lines below the table
   2    usage, or no agent answers
+
+Where it looks again and again, Ctrl-C ends it, with 0.
 """
 
 
@@ -241,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmbackup",
         description="Live backup of libvirt/QEMU virtual machines, by snapshot, copy and active blockcommit.",
-        epilog="Each flag is an environment variable too, shown beside it; a flag counts more.",
+        epilog="Every flag can also be set by the environment variable shown beside it; the flag takes precedence.",
     )
     parser.add_argument("--version", action="version", version=f"vmbackup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
@@ -276,17 +279,9 @@ def _command(
     return command
 
 
-class _Stderr(logging.StreamHandler[Any]):
-    """Looks up sys.stderr for each line: a live display puts its own there, so that lines appear above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[StderrLog()]
     )
 
 

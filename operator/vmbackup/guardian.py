@@ -39,12 +39,14 @@ def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) ->
     import logging
     from pathlib import Path
 
+    from vmbackup.aside import StderrLog
     from vmbackup.hypervisor.connection import Hypervisor
     from vmbackup.reconcile.backup import Node
     from vmbackup.reconcile.rescue import let_guests_run
     from vmbackup.report.metrics import Metrics
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s guardian: %(message)s")
+    form = "%(asctime)s %(levelname)s guardian: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[StderrLog()])
     hypervisor = Hypervisor(uri, config_dir=Path(config_dir))
     try:
         let_guests_run(Node(hypervisor, Path(state_dir), Metrics(), lock_dir=Path(lock_dir)))

@@ -15,17 +15,16 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.domains import make_disk, qemu_img, wait_until
-from tests.fixtures_storage import XFS_BYTES
+from tests.domains import make_disk, qemu_img, wait_until, what_is_wrong_with
 from tests.kill_points import Boot, Deed, Driving, Moment, Task, records_in
-from tests.storage import run, sha256sum
+from tests.storage import make_xfs, run, sha256sum
 from vmbackup.api.status import Report
 from vmbackup.hypervisor import chain
 from vmbackup.reconcile.journal import record_of
@@ -56,9 +55,7 @@ class Machine:
         self._disks = {mountpoint: folder / f"{mountpoint.name}.img" for mountpoint in mountpoints}
         for mountpoint, disk in self._disks.items():
             mountpoint.mkdir(exist_ok=True)
-            with disk.open("wb") as file:
-                file.truncate(XFS_BYTES)
-            run("mkfs.xfs", "-q", str(disk))
+            make_xfs(disk)
 
     def power_on(self) -> None:
         """Boot: recover the logs, find /run empty, start libvirtd; no guest, and no agent."""
@@ -78,24 +75,35 @@ class Machine:
 
     def cut(self, *drivings: Driving) -> None:
         """Cut the power, while these run."""
-        pids = [*self.libvirtd.guest_pids().values(), *filter(None, [self.libvirtd.pid])]
         for driving in drivings:
             driving.kill()
-        _signal(pids, signal.SIGSTOP)  # nobody sees the disks go before the power is gone
-        for mountpoint in self._disks:
-            run("xfs_io", "-x", "-c", "shutdown", str(mountpoint))
-        _signal(pids, signal.SIGKILL)
-        self._unmount()
-        self.boot = Boot(str(uuid.uuid4()), time.clock_gettime(time.CLOCK_BOOTTIME))
+        cut_off(self.libvirtd, self._disks)
+        self.boot = booted_now()
 
     def end(self) -> None:
         """Nothing of it is left, but its disks."""
         self.libvirtd.stop()
-        self._unmount()
+        _unmount(self._disks)
 
-    def _unmount(self) -> None:
-        for mountpoint in self._disks:
-            wait_until(partial(_unmounted, mountpoint), f"{mountpoint} unmounted")
+
+def cut_off(libvirtd: Libvirtd, mountpoints: Collection[Path]) -> None:
+    """Cut the power of these, and of all guests: what is not durable there is lost, and nothing is mounted any more."""
+    pids = [*libvirtd.guest_pids().values(), *filter(None, [libvirtd.pid])]
+    _signal(pids, signal.SIGSTOP)  # nobody sees the disks go before the power is gone
+    for mountpoint in mountpoints:
+        run("xfs_io", "-x", "-c", "shutdown", str(mountpoint))
+    _signal(pids, signal.SIGKILL)
+    _unmount(mountpoints)
+
+
+def booted_now() -> Boot:
+    """What a driver is to believe after a cut."""
+    return Boot(str(uuid.uuid4()), time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def _unmount(mountpoints: Iterable[Path]) -> None:
+    for mountpoint in mountpoints:
+        wait_until(partial(_unmounted, mountpoint), f"{mountpoint} unmounted")
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:
@@ -210,12 +218,16 @@ class PoweredGuest:
                 yield f"the copy of {target} holds {count} records, there were {sorted(expected)} at the snapshot"
             if sha256sum(copy) not in (folder / "manifest.json").read_text():
                 yield f"{copy.name} has another digest"
+            if wrong := what_is_wrong_with(copy, leaks=True):
+                yield wrong
 
     def _stale(self, images: Mapping[str, str]) -> Iterator[str]:
         acknowledged = self.task("").diary.acknowledged
         for image in images.values():
             if (count := records_in(_content(Path(image)))) not in (acknowledged, acknowledged + 1):
                 yield f"of {acknowledged} records {image} holds {count}"
+            if wrong := what_is_wrong_with(Path(image), leaks=True):
+                yield wrong
 
     def _sources(self, *options: str) -> dict[str, str]:
         lines = self.machine.libvirtd.virsh("domblklist", self.name, *options).splitlines()

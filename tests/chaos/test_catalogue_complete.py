@@ -10,19 +10,19 @@ import pytest
 
 TESTS = Path(__file__).parent.parent
 
-# The scenarios of FACTS, by number: what is seen, and the tests in which it is.
+# The scenarios of docs/protocol.md, by number: what is seen, and the tests in which it is.
 SCENARIOS = {
     1: "hypervisor/test_backup.py::test_every_kind_of_disk_goes_to_the_store_and_comes_home",  # L=P=B, no O
     2: "chaos/test_catalogue_guest.py::test_everything_dies_between_the_definitions_of_two_disks_and_the_backup_fails_but_nothing_is_lost",  # O empty
     3: "chaos/test_catalogue_libvirtd.py::test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_and_comes_home",
-    4: "hypervisor/test_kill_points.py::test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost",  # P≠L
-    5: "hypervisor/test_backup.py::test_the_next_backup_of_a_domain_brings_home_what_an_earlier_one_left_and_then_takes_its_own_snapshot",
-    6: "hypervisor/test_kill_points.py::test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost",
+    4: "chaos/test_catalogue_others.py::test_a_definition_that_a_user_puts_back_to_the_base_under_a_running_guest_is_put_right_at_once",
+    5: "chaos/test_catalogue_others.py::test_a_snapshot_that_was_taken_though_its_call_says_it_failed_is_this_backups_own",
+    6: "hypervisor/test_guardian.py::test_a_frozen_guest_thaws_though_nobody_starts_an_agent",
     7: "cluster/test_agent_killed.py::test_killed_while_copying_it_copies_again",
     8: "hypervisor/test_backup.py::test_a_full_store_fails_the_backup_and_the_guest_comes_home_all_the_same",
     9: "hypervisor/test_review.py::test_a_base_into_which_another_backup_has_begun_to_commit_is_never_copied",
     10: "chaos/test_catalogue_storage.py::test_a_full_file_system_of_the_overlays_ends_the_copy_and_the_paused_guest_is_brought_home",
-    11: "chaos/test_catalogue_others.py::test_a_reader_of_the_base_delays_the_commit_which_is_tried_again_until_it_goes",
+    11: "chaos/test_catalogue_others.py::test_a_commit_that_somebody_aborts_is_made_again",
     12: "chaos/test_catalogue_libvirtd.py::test_a_libvirtd_that_stands_still_for_a_minute_loses_nothing_wherever_the_backups_are",
     13: "chaos/test_catalogue_guest.py::test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts",
     14: "chaos/test_catalogue_guest.py::test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything",
@@ -32,7 +32,7 @@ SCENARIOS = {
     18: "chaos/test_catalogue_others.py::test_an_overlay_that_somebody_puts_on_top_of_ours_is_left_alone_until_they_take_it_away",
     19: "hypervisor/test_backup.py::test_a_template_is_recorded_once_and_the_folder_restores_anywhere",
     20: "hypervisor/test_backup.py::test_a_base_that_another_domain_builds_on_is_refused",
-    21: "chaos/test_catalogue_others.py::test_a_job_of_the_whole_domain_is_waited_for",
+    21: "chaos/test_catalogue_migration.py::test_a_guest_that_is_migrated_on_its_overlay_and_stays_defined_comes_home_by_the_sweep_there",
     22: "chaos/test_catalogue_others.py::test_two_agents_of_one_node_by_mistake_take_turns_at_a_domain",
     23: "hypervisor/test_convergence.py::test_a_commit_that_is_held_goes_on_beside_the_running_guest_and_everybody_hears_of_it",
     24: "hypervisor/test_backup.py::test_a_backup_deleted_in_the_middle_of_its_commit_comes_home_first",
@@ -62,12 +62,17 @@ MISFORTUNES = {
     "libvirt forgets a guest that runs": "chaos/test_catalogue_libvirtd.py::test_a_guest_that_libvirt_has_forgotten_keeps_its_overlay_and_comes_home_once_a_human_has_ended_it",
     "power-off, destroy": "chaos/test_catalogue_guest.py::test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts",
     "reboot, reset": "chaos/test_catalogue_guest.py::test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_same",
+    "migrated in the commit": "chaos/test_catalogue_migration.py::test_a_migration_in_the_middle_of_the_commit_is_refused_and_the_backup_comes_home",
+    "migrated on the overlay, and undefined": "chaos/test_catalogue_migration.py::test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the_next_backup_there",
+    "migrated, and libvirtd has forgotten it": "chaos/test_catalogue_migration.py::test_a_migrated_guest_that_is_off_there_too_is_not_merged_here_though_libvirtd_has_forgotten_that_it_was_migrated",
+    "a migration that is aborted": "chaos/test_catalogue_migration.py::test_a_backup_of_a_guest_that_is_being_migrated_begins_when_that_was_aborted",
+    "migrated before the snapshot": "chaos/test_catalogue_migration.py::test_a_backup_that_has_waited_for_a_migration_is_refused_when_its_guest_has_gone",
     "undefine": "chaos/test_catalogue_guest.py::test_a_guest_that_is_undefined_in_the_middle_comes_home_before_it_stops",
     "the base's file system is full": "chaos/test_catalogue_storage.py::test_a_full_file_system_of_the_base_keeps_the_guest_on_its_overlay_until_there_is_room",
     "the configuration's is full": "chaos/test_catalogue_storage.py::test_a_configuration_that_cannot_be_saved_after_a_switch_never_keeps_the_guest_suspended",
     "the store is full": "hypervisor/test_backup.py::test_a_full_store_fails_the_backup_and_the_guest_comes_home_all_the_same",
     "the store is read-only": "chaos/test_catalogue_storage.py::test_a_store_that_goes_read_only_fails_the_backup_and_the_guest_comes_home",
-    "an image is replaced or cut off": "chaos/test_catalogue_storage.py::test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_original_is_back",
+    "an image is replaced or truncated": "chaos/test_catalogue_storage.py::test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_original_is_back",
     "an overlay is removed or replaced": "chaos/test_catalogue_storage.py::test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same",
     "two agents": "cluster/test_api_server.py::test_a_second_agent_for_the_same_node_touches_neither_guest_nor_status_nor_finalizer",
     "409 Conflict": "cluster/test_api_server.py::test_while_others_write_to_the_same_object_all_the_time_their_writes_and_its_status_both_arrive",

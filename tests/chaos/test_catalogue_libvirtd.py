@@ -1,4 +1,4 @@
-"""libvirtd dies within its calls, or stands still: scenarios of FACTS and PROTOCOL that are libvirt's own doing."""
+"""libvirtd dies within its calls, or stands still: scenarios of docs/protocol.md that are libvirt's own doing."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.backups import BackupFactory
 from tests.chaos.proof import Witness
-from tests.chaos.steps import comes_home, hurry, in_a_copy
+from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import CaughtCall
 from tests.domains import wait_until
 from tests.kill_points import Deed, Driving, Moment, Task, When
 from vmbackup.api.status import DiskState, Outcome, Report
+from vmbackup.errors import TransientError
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.locks import hold_reader_lock
 
 
@@ -192,3 +195,49 @@ def test_a_clock_that_jumps_by_ten_years_changes_nothing(
     comes_home(witness, running)
     assert not {"CopyDeadlineExceeded", "CommitDeadlineExceeded"} & set(running.told.reasons)
     assert all(0 <= (disk.commit_seconds or 0) < 60 for disk in running.report.disks)
+
+
+def test_a_definition_that_a_user_puts_back_to_the_base_under_a_running_guest_is_put_right_at_once(
+    witness: Witness, backup: BackupFactory, tmp_path: Path
+) -> None:
+    """Scenario 4: on, L=O, P=B. A power cut now would boot an old image."""
+    virsh, definition = witness.libvirtd.virsh, tmp_path / "before.xml"
+    definition.write_text(virsh("dumpxml", "--inactive", "--security-info", witness.name))
+    running = in_a_copy(witness, backup)
+    overlays = {target: witness.source(target) for target in witness.bases}
+    virsh("define", str(definition))
+    for target, overlay in overlays.items():
+        wait_until(partial(_names, witness, target, overlay), f"the definition names the overlay of {target}", 10)
+    comes_home(witness, running)
+
+
+def _names(witness: Witness, target: str, image: str) -> bool:
+    return witness.source(target, inactive=True) == image
+
+
+def test_a_snapshot_that_was_taken_though_its_call_says_it_failed_is_this_backups_own(
+    witness: Witness, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 5: as where libvirt cannot thaw, or save, after the switch. Another snapshot would stack overlays."""
+    snapshot, taken = Guest.snapshot, list[str]()
+
+    def fails_afterwards(guest: Guest, overlays: Mapping[str, str], others: Sequence[str]) -> None:
+        snapshot(guest, overlays, others)
+        taken.extend(overlays)
+        raise TransientError("it was switched, and could not be saved", reason="OperationFailed")
+
+    monkeypatch.setattr(Guest, "snapshot", fails_afterwards)
+    running = backup(witness.name)
+    report = running.end()
+    assert sorted(taken) == sorted(witness.bases), "one snapshot of each disk"
+    assert report.chain_clean, report
+    witness.prove(running)
+
+
+def test_a_commit_that_somebody_aborts_is_made_again(witness: Witness, backup: BackupFactory) -> None:
+    """Scenario 11: the job has vanished, and L=O."""
+    running = in_a_commit(witness, backup)
+    end_mirror(witness, "vda")
+    running.wait_for(lambda report: "CommitRetrying" in running.told.reasons, "it is told")
+    comes_home(witness, running)
+    assert any("ended before it was complete" in message for _, message in running.told.events)

@@ -17,7 +17,7 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.proof import Witness
-from tests.domains import Domain, DomainFactory, wait_until
+from tests.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.kill_points import Deed, Driving, Moment, Task, When
 from tests.storage import mounted, run
 from vmbackup.api.status import Outcome, Phase
@@ -98,6 +98,7 @@ def at_home(guest: Domain, overlays: Path, *patterns: int) -> None:
     for target, base in guest.bases.items():
         saved = {disk.target: disk.source for disk in chain.disks(on_disk)}
         assert [guest.live(target).source, guest.persistent(target).source, saved[target]] == [base] * 3
+        assert not what_is_wrong_with(Path(base))
     assert guest.guest.state()[0] is GuestState.RUNNING
     assert not list(overlays.glob("*.vmb-*"))
     for number, pattern in enumerate(patterns):
@@ -362,7 +363,7 @@ def test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_origin
     base = guest.bases["vda"]
     mend = harm(Path(base))
     report = running.wait_for(lambda report: report.reason == "Quarantined", "Quarantined")
-    assert f"disk vda: {base} was replaced, removed or cut off" in report.message
+    assert f"disk vda: {base} was replaced, removed or truncated" in report.message
     assert "Put the original back" in report.message
     (overlay,) = overlays.glob("*.vmb-*")
     assert (guest.live().source, guest.persistent().source) == (str(overlay), str(overlay))

@@ -8,16 +8,34 @@ from typing import Any
 
 import pytest
 
+from sandbox import binaries
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SLOW, Agent, CatchBackup, VMBackup, free_port, make_agent
+from sandbox.processes import Program
+from tests.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup, agent_of, answers, free_port, make_agent
 from tests.domains import Domain, DomainFactory
 from tests.installed import MANIFESTS
+
+STATE_METRICS = MANIFESTS / "components/monitoring/kube-state-metrics.yaml"
+STATE_METRICS_ROLE = {
+    "apiVersion": "rbac.authorization.k8s.io/v1",
+    "kind": "ClusterRole",
+    "metadata": {"name": "kube-state-metrics"},
+    "rules": [
+        {"apiGroups": ["vmbackup.dev"], "resources": ["vmbackups"], "verbs": ["get", "list", "watch"]},
+        {
+            "apiGroups": ["apiextensions.k8s.io"],
+            "resources": ["customresourcedefinitions"],
+            "verbs": ["get", "list", "watch"],
+        },
+    ],
+}
+"""What the head of that file asks for."""
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApi]:
-    """A real API server on which manifests/ is installed as the README has it, one for the whole run."""
+    """A real API server on which manifests/ is installed as docs/install.md has it, one for the whole run."""
     with KubeApi(tmp_path_factory.mktemp("installed")) as kube:
         kube.kubectl("apply", "-k", MANIFESTS)
         kube.kubectl(
@@ -38,9 +56,8 @@ def agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def own_agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
     """An agent for this test alone, not started yet."""
-    own = make_agent(kube, libvirtd, tmp_path)
-    yield own
-    own.stop()
+    with agent_of(kube, libvirtd, tmp_path) as own:
+        yield own
 
 
 @pytest.fixture
@@ -77,3 +94,30 @@ def committing(copying: CatchBackup) -> CatchBackup:
         return made, guest
 
     return catch
+
+
+@pytest.fixture
+def state_metrics(kube: KubeApi, tmp_path: Path) -> Iterator[str]:
+    """Address and port of a kube-state-metrics that has our configuration."""
+    user = {"kind": "User", "name": "kube-state-metrics", "apiGroup": "rbac.authorization.k8s.io"}
+    role = {"kind": "ClusterRole", "name": "kube-state-metrics", "apiGroup": "rbac.authorization.k8s.io"}
+    binding = {**STATE_METRICS_ROLE, "kind": "ClusterRoleBinding", "subjects": [user], "roleRef": role}
+    del binding["rules"]
+    kube.apply(STATE_METRICS_ROLE, binding)
+    port = free_port()
+    program = Program("kube-state-metrics", tmp_path)
+    program.start(
+        [
+            binaries.path("kube-state-metrics"),
+            f"--kubeconfig={kube.kubeconfig_for('kube-state-metrics')}",
+            f"--custom-resource-state-config-file={STATE_METRICS}",
+            "--custom-resource-state-only",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            "--telemetry-host=127.0.0.1",
+            f"--telemetry-port={free_port()}",
+        ]
+    )
+    program.wait_until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), seconds=SECONDS)
+    yield f"127.0.0.1:{port}"
+    program.stop()

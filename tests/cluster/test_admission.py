@@ -268,30 +268,36 @@ def test_users_make_no_stores_and_no_policies(installed: KubeApi, editor: Path, 
 # A whole agent
 
 
-@pytest.fixture
-def agent_in_a_pod(installed: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
-    """With the token of its pod, and no other rights."""
+@pytest.fixture(params=["token", "certificate"])
+def agent_with_rights_of_its_own(
+    request: pytest.FixtureRequest, installed: KubeApi, libvirtd: Libvirtd, tmp_path: Path
+) -> Iterator[Agent]:
+    """With the token of its pod, or the certificate of a hypervisor outside of the cluster, and no other rights."""
     agent = make_agent(installed, libvirtd, tmp_path)
-    agent.flags["kubeconfig"] = str(Pods(installed).kubeconfig(agent.node))
+    if request.param == "token":
+        kubeconfig = Pods(installed).kubeconfig(agent.node)
+    else:
+        kubeconfig = installed.kubeconfig_for(f"vmbackup:node:{agent.node}", groups=["vmbackup:nodes"])
+    agent.flags["kubeconfig"] = str(kubeconfig)
     yield agent
     agent.stop()
 
 
-def test_an_agent_does_all_its_work_with_the_token_of_its_pod(
-    agent_in_a_pod: Agent, token_of_a: Path, domain: DomainFactory
+def test_an_agent_does_all_its_work_with_the_rights_that_it_has(
+    agent_with_rights_of_its_own: Agent, token_of_a: Path, domain: DomainFactory
 ) -> None:
     """From the finalizer to the deletion of what is past its time to live, orphans and events of the node included."""
-    agent_in_a_pod.start(relist_interval="1")
+    agent_with_rights_of_its_own.start(relist_interval="1")
     guest = domain()
-    made = agent_in_a_pod.apply(guest.name, ttlSecondsAfterFinished=None)
+    made = agent_with_rights_of_its_own.apply(guest.name, ttlSecondsAfterFinished=None)
     made.wait()
     wait_until(lambda: len(made.events()) > 2, "events", SECONDS)
     made.patch({"ttlSecondsAfterFinished": 1})
     made.wait_until_gone()
-    deleted = agent_in_a_pod.apply(guest.name, deletionPolicy="Delete")
+    deleted = agent_with_rights_of_its_own.apply(guest.name, deletionPolicy="Delete")
     deleted.wait()
     deleted.delete()
     deleted.wait_until_gone()
     orphaned = guest.snapshot("vda", uid8="0badcafe")
     wait_until(lambda: guest.live().source == guest.bases["vda"], f"{orphaned} is home", SECONDS)
-    assert "orbidden" not in agent_in_a_pod.log
+    assert "orbidden" not in agent_with_rights_of_its_own.log

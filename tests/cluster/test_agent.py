@@ -12,6 +12,7 @@ from sandbox.kube import KubeApi
 from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
 from tests.domains import DomainFactory, wait_until
 from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.report.status import condition
 
 
 def test_a_backup_that_is_applied_becomes_ready_and_is_stored_with_its_digests(
@@ -123,11 +124,19 @@ def test_twenty_backups_of_ten_domains_at_once_all_become_ready(
     kube: KubeApi, agent: Agent, domain: DomainFactory
 ) -> None:
     guests = [domain(size="8M") for _ in range(10)]
-    names = [f"{agent.node}-{guest.name}-{turn}" for guest in guests for turn in (1, 2)]
-    owners = [guest for guest in guests for _ in (1, 2)]
-    kube.apply(*(manifest(name, agent.node, agent.node, guest.name) for name, guest in zip(names, owners, strict=True)))
+    for guest in guests:
+        guest.write("vda", 0x11, length="2M")
+    names = {f"{agent.node}-{guest.name}-{turn}": guest.name for guest in guests for turn in (1, 2)}
+    slowly = {"copy.bandwidth": "1Mi"}  # so that the queue is seen
+    kube.apply(*(manifest(name, agent.node, agent.node, domain, **slowly) for name, domain in names.items()))
     made = [VMBackup(kube, name) for name in names]
-    wait_until(lambda: any(each.condition("Ready")[1] == "Queued" for each in made), "one that is queued")
+
+    def reasons() -> list[str]:
+        """In one answer: while each is asked for its own, the last has begun."""
+        mine = [each for each in kube.get("vmbackups")["items"] if each["metadata"]["name"] in names]
+        return [condition(each.get("status", {}), "Ready").get("reason", "") for each in mine]
+
+    wait_until(lambda: "Queued" in reasons(), "one that is queued")
     for each in made:
         each.wait()
     times = [assert_stored(each.status) for each in made]

@@ -120,8 +120,7 @@ def test_stripped_of_its_finalizer_and_gone_it_is_as_good_as_deleted(own_agent: 
     own_agent.start(relist_interval="300")
     made, guest = copying(own_agent)
     uid = made.uid
-    made.strip_finalizers()
-    made.delete()
+    made.vanish()
     made = own_agent.apply(guest.name, name=made.name)
     assert_stored(made.wait())
     assert made.uid != uid

@@ -134,8 +134,9 @@ def test_deleted_and_made_again_with_the_same_name_each_is_itself(own_agent: Age
     own_agent.start()
     made, guest = copying(own_agent)
     first = made.uid
-    made.delete("--wait=false")
-    made.strip_finalizers()
+    with own_agent.standing_still():
+        made.delete("--wait=false")
+        made.strip_finalizers()
     wait_until(lambda: not made.exists(), "gone", SECONDS)
     again = own_agent.apply(guest.name, name=made.name)
     folder = assert_stored(again.wait())

@@ -99,6 +99,15 @@ def sorted_variables(objects: Objects) -> Objects:
     return objects
 
 
+def test_runbooks_of_ones_own_are_named_by_every_alert() -> None:
+    usual, own = (
+        yaml.safe_dump(template(prometheusRule__enabled=True, **values)["PrometheusRule", "vmbackup"])
+        for values in ({}, {"prometheusRule__runbookUrl": "https://wiki.example/"})
+    )
+    assert usual.count("runbook_url: https://vmbackup.dev/runbooks/") >= 13
+    assert own == usual.replace("https://vmbackup.dev/runbooks/", "https://wiki.example/")
+
+
 def test_what_it_installs_says_that_helm_did(default: Objects) -> None:
     for each in default.values():
         assert each["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "Helm"

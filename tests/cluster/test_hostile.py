@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
 import threading
 from collections.abc import Generator
@@ -88,7 +90,7 @@ def test_the_password_of_a_guest_and_the_token_of_the_agent_are_told_to_nobody(
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(json.dumps(config))
 
-    secrets = (PASSWORD.encode(), token.encode())
+    calls = qemu_img_telling(own_agent, tmp_path)
     with command_lines() as lines:
         own_agent.start(kubeconfig=str(kubeconfig), log_level="debug")
         made = own_agent.apply(guest.name, **{"copy.bandwidth": "4Mi"})
@@ -109,16 +111,18 @@ def test_the_password_of_a_guest_and_the_token_of_the_agent_are_told_to_nobody(
         "status": kube.kubectl("get", "vmbackups", "-A", "-o", "json"),
         "events": events,
         "command lines": b"\n".join(lines).decode(errors="replace"),
+        "qemu-img": calls.read_text(),
         "manifest": (folder / "manifest.json").read_text() + (folder / "README.txt").read_text(),
     }
     assert made.name in told["log"]
-    assert "qemu-img" in told["command lines"]
-    assert {what for what, text in told.items() for secret in secrets if secret.decode() in text} == set()
+    assert "--node-name" in told["command lines"]
+    assert guest.bases["vda"] in told["qemu-img"]
+    assert {what for what, text in told.items() for secret in (PASSWORD, token) if secret in text} == set()
 
 
 @contextmanager
 def command_lines() -> Generator[set[bytes]]:
-    """The command lines of all processes of this machine, those too that end soon."""
+    """The command lines of all processes of this machine, but those that end too soon."""
     seen: set[bytes] = set()
     over = threading.Event()
 
@@ -137,3 +141,14 @@ def command_lines() -> Generator[set[bytes]]:
     finally:
         over.set()
         looking.join()
+
+
+def qemu_img_telling(agent: Agent, directory: Path) -> Path:
+    """A file of what this agent says to each qemu-img, which ends sooner than anybody finds it."""
+    real, calls, folder = shutil.which("qemu-img"), directory / "calls", directory / "bin"
+    folder.mkdir()
+    told = folder / "qemu-img"
+    told.write_text(f'#!/bin/sh\nprintf \'%s \' "$@" >> {calls}\nexec {real} "$@"\n')
+    told.chmod(0o755)
+    agent.environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return calls

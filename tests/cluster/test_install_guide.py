@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sandbox import binaries
+from sandbox.kube import KubeApi, KubectlError
 
 ROOT = Path(__file__).parent.parent.parent
 _BLOCK = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
@@ -33,6 +35,20 @@ def test_the_kustomization_of_the_guide_names_the_image_and_mounts_another_direc
     assert re.fullmatch(r"REGISTRY/vmbackup:\d+\.\d+\.\d+", agent["image"])
     assert {"name": "srv-images", "hostPath": {"path": "/srv/images", "type": "Directory"}} in pod["volumes"]
     assert "/srv/images" in {mount["mountPath"] for mount in agent["volumeMounts"]}
+
+
+def test_the_cron_job_of_the_guide_may_create_its_vmbackup_and_nothing_else(installed: KubeApi) -> None:
+    nightly = next(block for block in _BLOCK.findall((ROOT / "docs/install.md").read_text()) if "CronJob" in block)
+    installed.kubectl("apply", "-f", "-", stdin=nightly)
+    try:
+        (held,) = [body["data"] for body in yaml.safe_load_all(nightly) if body["kind"] == "ConfigMap"]
+        its = ("--namespace=default", "--as=system:serviceaccount:default:nightly-backup")
+        made = installed.kubectl("create", "--dry-run=server", "-f", "-", *its, stdin=held["vmbackup.yaml"])
+        assert re.match(r"vmbackup.vmbackup.dev/web-01-\w+ created", made)
+        with pytest.raises(KubectlError, match="forbidden"):
+            installed.kubectl("get", "secrets", *its)
+    finally:
+        installed.kubectl("delete", "-f", "-", stdin=nightly)
 
 
 def test_the_directories_that_the_guide_names_are_those_of_the_daemonset() -> None:

@@ -3,85 +3,41 @@
 from __future__ import annotations
 
 import re
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from sandbox import binaries
 from sandbox.kube import KubeApi
-from sandbox.processes import Program
-from tests.agents import SECONDS, Agent, VMBackup, free_port
+from tests.agents import SECONDS, Agent, VMBackup
 from tests.domains import DomainFactory, wait_until
 from tests.manifests import backup
 
 COMPONENT = Path(__file__).parent.parent.parent / "manifests/components/monitoring"
-ROLE = {
-    "apiVersion": "rbac.authorization.k8s.io/v1",
-    "kind": "ClusterRole",
-    "metadata": {"name": "kube-state-metrics"},
-    "rules": [
-        {"apiGroups": ["vmbackup.dev"], "resources": ["vmbackups"], "verbs": ["get", "list", "watch"]},
-        {
-            "apiGroups": ["apiextensions.k8s.io"],
-            "resources": ["customresourcedefinitions"],
-            "verbs": ["get", "list", "watch"],
-        },
-    ],
-}
-"""What the head of kube-state-metrics.yaml asks for."""
-
 Shown = Callable[[VMBackup], dict[str, list[tuple[dict[str, str], float]]]]
 """What is shown of a VMBackup: labels and values, by the name of the metric."""
 
 
 @pytest.fixture
-def shown(kube: KubeApi, tmp_path: Path) -> Iterator[Shown]:
-    user = {"kind": "User", "name": "kube-state-metrics", "apiGroup": "rbac.authorization.k8s.io"}
-    role = {"kind": "ClusterRole", "name": "kube-state-metrics", "apiGroup": "rbac.authorization.k8s.io"}
-    binding = {**ROLE, "kind": "ClusterRoleBinding", "subjects": [user], "roleRef": role}
-    del binding["rules"]
-    kube.apply(ROLE, binding)
-    port = free_port()
-    program = Program("kube-state-metrics", tmp_path)
-    program.start(
-        [
-            binaries.path("kube-state-metrics"),
-            f"--kubeconfig={kube.kubeconfig_for('kube-state-metrics')}",
-            f"--custom-resource-state-config-file={COMPONENT / 'kube-state-metrics.yaml'}",
-            "--custom-resource-state-only",
-            "--host=127.0.0.1",
-            f"--port={port}",
-            "--telemetry-host=127.0.0.1",
-            f"--telemetry-port={free_port()}",
-        ]
-    )
-    program.wait_until(lambda: get(port, "/healthz") is not None, seconds=SECONDS)
-
+def shown(state_metrics: str) -> Shown:
     def look(made: VMBackup) -> dict[str, list[tuple[dict[str, str], float]]]:
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for family in text_string_to_metric_families(get(port, "/metrics") or ""):
+        for family in text_string_to_metric_families(get(f"http://{state_metrics}/metrics")):
             for sample in family.samples:
                 if (sample.labels.get("namespace"), sample.labels.get("name")) == (made.namespace, made.name):
                     found.setdefault(sample.name, []).append((sample.labels, sample.value))
         return found
 
-    yield look
-    program.stop()
+    return look
 
 
-def get(port: int, path: str) -> str | None:
-    """What it answers; None while it does not."""
+def get(url: str) -> str:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
-            return answer.read().decode()
-    except OSError:
-        return None
+    with direct.open(url, timeout=10) as answer:
+        return answer.read().decode()
 
 
 def test_it_shows_what_the_alerts_ask_of_objects(

@@ -103,6 +103,11 @@ def test_pod_security_minds_the_paths_of_the_host_and_the_selinux_type_alone(ins
     }
 
 
+def test_nothing_is_asked_for_that_the_api_server_of_kubernetes_1_31_drops(pod: dict[str, Any]) -> None:
+    """1.31 and 1.32 take `hostUsers` out by default (UserNamespacesSupport): a GitOps tool puts it back for ever."""
+    assert "hostUsers" not in pod
+
+
 def test_libvirt_and_the_agent_mean_the_same_file_by_a_path(pod: dict[str, Any], container: dict[str, Any]) -> None:
     on_host = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"] if "hostPath" in volume}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in on_host}

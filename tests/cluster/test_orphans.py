@@ -65,8 +65,7 @@ def test_an_overlay_whose_journal_and_backup_are_gone_is_told_counted_and_brough
     guest.write("vda", 0x22, offset="16M")
     overlay = guest.live().source or ""
     lose_the_journal(own_agent)
-    made.strip_finalizers()
-    made.delete()
+    made.vanish()
     with commits_fail(guest):
         own_agent.start()
         wait_until(lambda: own_agent.metric(COUNT) == 1, "it counts", SECONDS)
@@ -124,8 +123,7 @@ def test_by_the_policy_report_a_backup_that_vanished_without_its_finalizer_stays
     made, guest = copying(own_agent)
     overlay = guest.live().source or ""
     own_agent.kill()
-    made.strip_finalizers()
-    made.delete()
+    made.vanish()
     own_agent.start(orphan_policy="Report", relist_interval="1")
     wait_until(lambda: made.events().count("OrphanOverlay") == 1, "its own events tell it", SECONDS)
     wait_for_another_look(own_agent, domain)
@@ -134,6 +132,21 @@ def test_by_the_policy_report_a_backup_that_vanished_without_its_finalizer_stays
     own_agent.kill()
     own_agent.start()
     wait_until(lambda: "OrphanHome" in made.events(), "it is home", SECONDS)
+    assert_home(guest)
+
+
+def test_by_the_policy_report_the_next_backup_adopts_what_one_left_that_vanished_without_its_finalizer(
+    own_agent: Agent, copying: CatchBackup
+) -> None:
+    """Its journal keeps the domain for it at the start, but nobody comes any more."""
+    own_agent.start()
+    made, guest = copying(own_agent)
+    own_agent.kill()
+    made.vanish()
+    own_agent.start(orphan_policy="Report", relist_interval="1")
+    following = own_agent.apply(guest.name)
+    assert_stored(following.wait())
+    assert {"AdoptingOverlay", "AdoptedOverlayHome"} <= set(following.events())
     assert_home(guest)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from plugins.build import build
+from plugins.build import ARCHIVE, ROOT, build
 from sandbox import binaries
 from sandbox.kube import KubeApi
 from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
@@ -115,7 +115,7 @@ def test_status_lists_all_and_says_below_what_needs_a_human(
     assert line_of(text, "good")[3:7] == ["Pivoted", "100%", "True", "Succeeded"]
     assert line_of(text, "bad")[3:6] == ["Failed", "False", "DomainNotFound"]
     assert "/good:" not in text
-    assert f"next: mend what the message names, then: kubectl vmbackup retry bad -n {namespace} --new" in text
+    assert f"next: fix what the message names, then: kubectl vmbackup retry bad -n {namespace} --new" in text
     assert line_of(vmbackup(run, "status", "-A"), namespace)[0] == namespace
 
 
@@ -140,13 +140,19 @@ def test_cancel_ends_a_backup_and_only_a_new_one_makes_up_for_it(run: Run, agent
     assert "Cancelled" in vmbackup(run, "cancel", made.name, "--wait", "--timeout=60s")
     assert_home(guest)
     assert "is over already" in vmbackup(run, "cancel", made.name, code=1)
-    assert "--new makes another" in vmbackup(run, "retry", made.name, code=1)
+    assert "--new creates another" in vmbackup(run, "retry", made.name, code=1)
     made.patch({"copy": {"bandwidth": None}})
     text = vmbackup(run, "retry", made.name, "--new", "--wait", "--timeout=60s")
     another = VMBackup(agent.kube, text.split(":")[0])
     assert another.name.startswith(f"{made.name}-")
     assert_stored(another.status)
     assert another.get()["spec"] == made.get()["spec"]
+
+
+def test_what_a_user_chose_as_a_name_cannot_drive_the_terminal_that_completes(run: Run, kube: KubeApi) -> None:
+    kube.apply(manifest("hostile", "elsewhere", "nowhere", "web\u202e"))
+    said = run("__complete", "vmbackup", "status", "host").stdout
+    assert "hostile\tPending, web? on elsewhere" in said
 
 
 def test_check_says_what_is_in_the_way_of_a_manifest_and_changes_nothing(
@@ -209,6 +215,16 @@ def test_get_wide_tells_the_story_alone(run: Run, agent: Agent, copying: CatchBa
     assert (seen["PROGRESS"], seen["READY"], seen["REASON"]) == ("100%", "True", "Succeeded")
     assert (seen["COMPLETE"], seen["CHAIN CLEAN"], seen["STORE"]) == ("True", "True", agent.node)
     assert "stored at" in seen["MESSAGE"]
+
+
+def test_check_names_a_command_that_brings_the_definitions_that_are_missing(run: Run, tmp_path: Path) -> None:
+    with KubeApi(tmp_path / "bare") as bare:
+        said = vmbackup(run, "check", code=1, kubeconfig=bare.kubeconfig)
+        assert said.count("the API server does not know") == 3
+        command = re.findall(r"\(kubectl (.*), or its install\.yaml\)", said)[0]
+        bare.kubectl(*command.replace("crds/", str(ROOT / "crds")).split())
+        bare.kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd", "--all")
+        assert "the API server does not know" not in vmbackup(run, "check", code=1, kubeconfig=bare.kubeconfig)
 
 
 def _a_store(name: str) -> str:
@@ -297,6 +313,48 @@ def test_kubectl_completes_commands_flags_and_names_that_fit(run: Run, agent: Ag
     assert made.name not in proposals("cancel", "")
     assert "kube-system" in proposals("status", "-n", "kube-")
     assert proposals("status", "--context", "") == ["sandbox"]
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_krew_installs_it_from_its_manifest_and_archive_and_kubectl_finds_it(system: str, tmp_path: Path) -> None:
+    build(tmp_path)
+    done = krew_installs(tmp_path, KREW_OS=system)
+    assert done.returncode == 0, done.stderr
+    found = {"PATH": f"{tmp_path / 'krew/bin'}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    helped = subprocess.run([binaries.path("kubectl"), "vmbackup", "--help"], env=found, capture_output=True, text=True)
+    assert "Looks after VMBackups" in helped.stdout, helped.stderr
+
+
+def test_krew_refuses_an_archive_that_is_not_the_one_of_the_manifest(tmp_path: Path) -> None:
+    build(tmp_path)
+    with (tmp_path / ARCHIVE).open("ab") as archive:
+        archive.write(b"more")
+    assert "checksum does not match" in krew_installs(tmp_path).stderr
+
+
+def krew_installs(dist: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """As docs/install.md has it, into a directory of its own; nothing is downloaded."""
+    files = [f"--manifest={dist / 'vmbackup.yaml'}", f"--archive={dist / ARCHIVE}"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(dist), "KREW_ROOT": str(dist / "krew")}
+    variables |= {"KREW_NO_UPGRADE_CHECK": "yes"}
+    return subprocess.run(
+        [binaries.path("krew"), "install", *files],
+        env=environment | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_flags_that_kubectl_has_reach_it(run: Run, kube: KubeApi, tmp_path: Path) -> None:
+    assert "Forbidden" in vmbackup(run, "status", "-A", "--as=nobody", code=1)
+    as_admin = ["--as=nobody", "--as-uid=0", "--as-group=more", "--as-group=system:masters"]
+    assert "Forbidden" not in vmbackup(run, "status", "-A", *as_admin)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "flags", "namespace": "default"}}
+    kube.apply(account)
+    token = kube.kubectl("create", "token", "flags").strip()
+    empty = tmp_path / "kubeconfig"
+    empty.touch()
+    for trust in (f"--certificate-authority={kube.authority.certificate}", "--insecure-skip-tls-verify"):
+        said = vmbackup(run, "status", "-s", kube.url, f"--token={token}", trust, code=1, kubeconfig=empty)
+        assert 'User "system:serviceaccount:default:flags" cannot list' in said
 
 
 def test_usage_errors_have_their_own_exit_code(run: Run) -> None:

@@ -1,10 +1,14 @@
-"""From the definitions of the version before to these, with live objects and a guest in the middle of its backup."""
+"""From the definitions of before to these, with live objects and a guest in the middle of its backup.
+
+Of the last release; and of the commit before the last one that changed them, where git knows it.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +16,30 @@ import pytest
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, make_agent
-from tests.crds import CRDS, RELEASED, Crd, load
+from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, agent_of, assert_home, assert_stored
+from tests.crds import CRDS, RELEASED, ROOT, Crd, commit_before, load, of_commit
 from tests.domains import DomainFactory, wait_until
 from tests.manifests import backup
+from vmbackup.reconcile.journal import Journal
 from vmbackup.report.cluster import Cluster, load_client
 
-BEFORE = RELEASED[-1]
+BEFORE = [str(RELEASED[-1].relative_to(ROOT)), *filter(None, [commit_before()])]  # no history: the release alone
 
 
-@pytest.fixture
-def old_kube(tmp_path: Path) -> Iterator[KubeApi]:
-    """An API server with the definitions of the version before."""
+@pytest.fixture(params=BEFORE)
+def old_kube(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KubeApi]:
+    """An API server with the definitions of before."""
+    released = ROOT / request.param
     with KubeApi(tmp_path / "kube") as kube:
-        kube.apply_crds(BEFORE)
+        kube.apply_crds(released if released.exists() else of_commit(request.param, tmp_path))
         yield kube
 
 
 @pytest.fixture
 def old_agent(old_kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
     """An agent of that API server, not started yet."""
-    own = make_agent(old_kube, libvirtd, tmp_path)
-    yield own
-    own.stop()
+    with agent_of(old_kube, libvirtd, tmp_path) as own:
+        yield own
 
 
 def serve(kube: KubeApi, crd: Crd) -> None:
@@ -69,6 +74,46 @@ def test_live_objects_outlast_new_definitions_and_a_running_backup_goes_on(
     old_agent.stop()
     old_agent.start()
     assert_stored(old_agent.apply(guest.name).wait())
+
+
+def with_a_field_of_a_later_version(crd: Crd) -> dict[str, Any]:
+    later = copy.deepcopy(crd)
+    schema = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema["properties"]["spec"]["properties"]["commit"]["properties"]["later"] = {"type": "integer"}
+    return later
+
+
+@pytest.fixture
+def later_kube(tmp_path: Path) -> Iterator[KubeApi]:
+    """An API server with the definitions of a later version."""
+    with KubeApi(tmp_path / "kube") as kube:
+        kube.apply_crds(CRDS)
+        serve(kube, with_a_field_of_a_later_version(load(CRDS)["vmbackups"]))
+        yield kube
+
+
+@pytest.fixture
+def later_agent(later_kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
+    with agent_of(later_kube, libvirtd, tmp_path) as own:
+        yield own
+
+
+def test_after_a_roll_back_what_a_later_version_had_begun_comes_home_before_its_finalizer_goes(
+    later_agent: Agent, copying: CatchBackup
+) -> None:
+    """This one cannot read its spec, neither that of the object nor that of the journal."""
+    later_agent.start()
+    running, guest = copying(later_agent)
+    later_agent.kill()
+    running.patch({"commit": {"later": 1}})
+    (journal,) = later_agent.records()
+    commit = {**journal.spec.get("commit", {}), "later": 1}
+    Journal.start(later_agent.state_dir, replace(journal, spec={**journal.spec, "commit": commit})).close()
+
+    later_agent.start()
+    running.delete("--wait=false")
+    wait_until(lambda: not running.exists(), "the finalizer goes", SECONDS)
+    assert_home(guest)
 
 
 def test_each_resource_is_stored_in_one_version_and_comes_back_the_same_in_each_that_is_served(kube: KubeApi) -> None:

@@ -25,7 +25,7 @@ DOMAIN = "web-01"
 STORE = "local"  # as manifests/samples/store.yaml has it
 SECONDS = 120  # for anything to happen on a loaded machine
 
-_MANIFESTS = Path(__file__).parent.parent.parent / "manifests"
+MANIFESTS = Path(__file__).parent.parent.parent / "manifests"
 _OURS = "--namespace=vmbackup-system"
 _AGENT = "--selector=app.kubernetes.io/component=agent"
 _DAEMONSET = "daemonset/vmbackup-agent"
@@ -47,13 +47,13 @@ class Cluster:
     def install(self) -> None:
         """What docs/install.md says, and a store."""
         self.node.load(image.archive())
-        self.kube.kubectl("apply", "-k", _MANIFESTS)
-        self.kube.kubectl("label", "node", NODE, "vmbackup.dev/hypervisor=true")
-        self.kube.kubectl("apply", "-f", _MANIFESTS / "samples" / "store.yaml")
+        self.kube.kubectl("apply", "-k", MANIFESTS)
+        self.label("=true")
+        self.kube.kubectl("apply", "-f", MANIFESTS / "samples" / "store.yaml")
         self.wait_for_rollout()
 
     def uninstall(self) -> None:
-        self.kube.kubectl("delete", "-k", _MANIFESTS, f"--timeout={SECONDS}s")
+        self.kube.kubectl("delete", "-k", MANIFESTS, f"--timeout={SECONDS}s")
 
     def user(self, name: str, *, namespace: str) -> KubeApi:
         """The server as a user sees it who may `edit` a namespace of their own, and nothing else."""
@@ -68,12 +68,25 @@ class Cluster:
 
     def pod(self) -> dict[str, Any]:
         """The one pod of the agent that is not ending."""
-        pods = self.kube.get("pods", _OURS, _AGENT)["items"]
-        (pod,) = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        (pod,) = [pod for pod in self.pods() if "deletionTimestamp" not in pod["metadata"]]
         return pod
 
     def pod_name(self) -> str:
         return self.pod()["metadata"]["name"]
+
+    def pods(self) -> list[dict[str, Any]]:
+        """Every pod of an agent, also one that is ending."""
+        return self.kube.get("pods", _OURS, _AGENT)["items"]
+
+    def wanted_pods(self) -> int | None:
+        """On how many nodes its controller wants an agent to be; None before it has looked."""
+        daemonset = self.kube.get(_DAEMONSET, _OURS)
+        seen = daemonset["status"].get("observedGeneration") == daemonset["metadata"]["generation"]
+        return daemonset["status"]["desiredNumberScheduled"] if seen else None
+
+    def label(self, text: str) -> None:
+        """Set the label that says whether the node is a hypervisor, or with `-` take it away."""
+        self.kube.kubectl("label", "node", NODE, f"vmbackup.dev/hypervisor{text}")
 
     def roll(self) -> None:
         """Replace the pod, as an upgrade does."""
@@ -92,6 +105,14 @@ class Cluster:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(f"http://{self.pod()['status']['podIP']}:9777/metrics", timeout=10) as answer:
             return answer.read().decode()
+
+    def metrics_by_tls(self, authority: Path) -> str:
+        """The same by TLS, as the component metrics-tls lets Prometheus ask."""
+        name, address = "vmbackup-agent.vmbackup-system.svc", self.pod()["status"]["podIP"]
+        flags = ["--silent", "--fail", "--noproxy", "*", "--cacert", authority, "--resolve", f"{name}:9777:{address}"]
+        return subprocess.run(
+            ["curl", *flags, f"https://{name}:9777/metrics"], check=True, capture_output=True, text=True
+        ).stdout
 
     def stolen_token(self) -> Path:
         """A kubeconfig with the token that the kubelet has given to the pod, as root on the node finds it."""

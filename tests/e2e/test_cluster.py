@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
+import pytest
+import yaml
+
+from sandbox import binaries
 from sandbox.kube import KubeApi, KubectlError
 from tests.agents import manifest
-from tests.e2e.cluster import DOMAIN, NODE, SECONDS, Cluster
+from tests.domains import wait_until
+from tests.e2e.cluster import DOMAIN, MANIFESTS, NODE, SECONDS, Cluster
 
 pytestmark = pytest.mark.e2e
+
+
+def test_an_agent_is_on_a_node_as_long_as_its_label_says_that_guests_are_there(cluster: Cluster) -> None:
+    assert cluster.wanted_pods() == 1
+    cluster.label("-")
+    wait_until(lambda: cluster.wanted_pods() == 0 and not cluster.pods(), "no agent", SECONDS)
+    cluster.label("=true")
+    wait_until(lambda: cluster.wanted_pods() == 1, "an agent is wanted", SECONDS)
+    cluster.wait_for_rollout()
+    assert cluster.pod_name()
 
 
 def test_a_stolen_token_changes_nothing_of_another_node(cluster: Cluster, user: KubeApi) -> None:
@@ -56,6 +75,50 @@ def test_a_namespace_that_is_deleted_in_the_middle_of_a_backup_goes_and_the_gues
 
 def test_the_agent_has_logged_no_error(cluster: Cluster) -> None:
     assert [line for line in cluster.logs().splitlines() if "ERROR" in line or "Traceback" in line] == []
+
+
+def test_the_guide_gives_a_hypervisor_outside_of_the_cluster_an_identity_of_its_own(
+    cluster: Cluster, user: KubeApi, tmp_path: Path
+) -> None:
+    """The commands of docs/install-hypervisor.md, as they stand: /etc is of this test run alone."""
+    guide = (MANIFESTS.parent / "docs/install-hypervisor.md").read_text()
+    section = guide[guide.index("## 2. ") : guide.index("## 3. ")]
+    environment = os.environ | {"KUBECONFIG": str(cluster.kube.kubeconfig)}
+    environment["PATH"] = f"{Path(binaries.path('kubectl')).parent}:{environment['PATH']}"
+    for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL):
+        subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=environment, check=True)
+    kubeconfig = Path("/etc/vmbackup/kubeconfig")
+    for made, brought in (("hv-01.crt", Path("/etc/vmbackup/agent.crt")), ("hv-01.kubeconfig", kubeconfig)):
+        shutil.copyfile(tmp_path / made, brought)
+
+    def annotate(name: str) -> None:
+        words = ("vmbackup.dev/by=hv-01", "--namespace=team-a", "--dry-run=server")
+        cluster.kube.kubectl("annotate", "vmbackup", name, *words, kubeconfig=kubeconfig)
+
+    for name, node in (("outside", "hv-01"), ("inside", NODE)):
+        user.apply(manifest(name, node, "none", DOMAIN, "team-a"))
+    annotate("outside")
+    with pytest.raises(KubectlError, match=f"the agent of node hv-01 may change no VMBackup of node {NODE}"):
+        annotate("inside")
+
+
+def test_the_kubelet_finds_an_agent_ready_that_answers_by_tls_alone(cluster: Cluster, tmp_path: Path) -> None:
+    authority = cluster.kube.authority
+    name = "vmbackup-agent.vmbackup-system.svc"
+    certificate, key = authority.issue("metrics", user=name, addresses=[f"DNS:{name}"])
+    files = {"tls.crt": certificate, "tls.key": key, "ca.crt": authority.certificate}
+    secret = ["create", "secret", "generic", "vmbackup-metrics-tls", "--namespace=vmbackup-system"]
+    cluster.kube.kubectl(*secret, *(f"--from-file={file}={path}" for file, path in files.items()))
+    where = os.path.relpath(MANIFESTS, tmp_path.resolve())
+    kustomization = {"resources": [where], "components": [f"{where}/components/metrics-tls"]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+
+    cluster.kube.kubectl("apply", "-k", tmp_path)
+    cluster.wait_for_rollout()
+
+    assert "vmbackup_build_info" in cluster.metrics_by_tls(authority.certificate)
+    (agent,) = cluster.pod()["spec"]["containers"]
+    assert [agent[probe]["httpGet"]["scheme"] for probe in ("readinessProbe", "livenessProbe")] == ["HTTPS", "HTTPS"]
 
 
 def test_what_is_uninstalled_leaves_the_guest_and_the_copies_alone(cluster: Cluster, user: KubeApi) -> None:

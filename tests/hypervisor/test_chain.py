@@ -90,7 +90,7 @@ def test_a_guest_boots_from_what_we_define_on_either_image(domain: DomainFactory
 
 
 def test_a_changed_path_with_the_old_driver_type_does_not_boot(domain: DomainFactory) -> None:
-    """Why with_images changes the driver type too: PROTOCOL, item 8."""
+    """Why with_images changes the driver type too: docs/protocol.md, item 8."""
     made = domain({"vda": "raw"})
     overlay = made.snapshot()["vda"]
     xml = persistent(made)

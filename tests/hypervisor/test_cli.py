@@ -176,7 +176,7 @@ def test_a_failed_copy_brings_the_guest_home_and_exits_1(domain: DomainFactory, 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup: Cli, end: signal.Signals) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     first = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, **{"copy.bandwidth": SLOW}))
     said = read_until(first, "Copying")
     first.send_signal(end)
@@ -184,7 +184,7 @@ def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup:
     if end is signal.SIGKILL:
         assert first.returncode == -signal.SIGKILL
     else:
-        assert first.returncode == 130
+        assert first.returncode == 130, rest
         assert "Interrupted   the guest runs on its overlay: run again to carry on" in rest
     guest.write("vda", 0x22)
     assert guest.live().source != guest.bases["vda"]
@@ -194,7 +194,7 @@ def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup:
     assert UID.findall(again.stdout) == UID.findall(said)
     assert "Carrying on   default/nightly" in again.stdout
     (folder,) = vmbackup.folders
-    assert image_holds(folder / "vda.raw", 0x11, "8M"), "the copy is not of the moment of the first run's snapshot"
+    assert image_holds(folder / "vda.raw", 0x11, "32M"), "the copy is not of the moment of the first run's snapshot"
     assert guest.holds("vda", 0x22)
     assert guest.live().source == guest.bases["vda"]
 
@@ -203,7 +203,7 @@ def test_the_second_ctrl_c_ends_it_at_once_even_with_a_libvirtd_that_does_not_an
     domain: DomainFactory, vmbackup: Cli, libvirtd: Libvirtd
 ) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     process = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, **{"copy.bandwidth": SLOW}))
     read_until(process, "Copying")
     libvirtd.stop_signal()
@@ -219,7 +219,7 @@ def test_the_second_ctrl_c_ends_it_at_once_even_with_a_libvirtd_that_does_not_an
 
 def test_the_same_backup_started_twice_is_taken_once(domain: DomainFactory, vmbackup: Cli) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     file = vmbackup.manifest(guest.name, **{"copy.bandwidth": "4Mi"})
     first = vmbackup.start("run", "-f", file)
     said = read_until(first, "Copying")
@@ -242,7 +242,7 @@ def test_a_manifest_that_is_run_again_takes_another_backup_and_leaves_one_journa
 
 def test_another_backup_of_the_same_domain_waits_for_the_first(domain: DomainFactory, vmbackup: Cli) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     first = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, name="first", **{"copy.bandwidth": "4Mi"}))
     read_until(first, "Copying")
     second = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, name="second"))
@@ -256,7 +256,7 @@ def test_another_backup_of_the_same_domain_waits_for_the_first(domain: DomainFac
 
 def test_a_guest_that_cannot_come_home_exits_3_and_comes_home_on_retry(domain: DomainFactory, vmbackup: Cli) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     file = vmbackup.manifest(guest.name, **{"copy.bandwidth": "4Mi", "commit.backoffLimit": 0})
     process = vmbackup.start("run", "-f", file)
     said = read_until(process, "Copying")
@@ -284,7 +284,7 @@ def test_a_guest_that_stays_off_on_its_overlay_exits_3(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     file = vmbackup.manifest(guest.name, **{"copy.bandwidth": "4Mi"})
     process = vmbackup.start("run", "-f", file)
     read_until(process, "Copying")
@@ -305,7 +305,7 @@ def test_a_guest_that_stays_off_on_its_overlay_exits_3(
 
 def test_on_a_terminal_there_is_a_progress_bar(domain: DomainFactory, vmbackup: Cli) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*VMBACKUP, "run", "-f", vmbackup.manifest(guest.name, **{"copy.bandwidth": "4Mi"})],
@@ -368,7 +368,7 @@ def test_check_says_why_a_domain_would_be_refused(domain: DomainFactory, vmbacku
 def test_check_tells_of_overlays_and_whose_they_are(domain: DomainFactory, vmbackup: Cli) -> None:
     guest = domain({"vda": "raw", "vdb": "raw"})
     stray = guest.directory / "vdb.vmb-89abcdef-vdb.qcow2"
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     process = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, disks=["vda"], **{"copy.bandwidth": SLOW}))
     read_until(process, "Copying")
     process.kill()
@@ -377,7 +377,7 @@ def test_check_tells_of_overlays_and_whose_they_are(domain: DomainFactory, vmbac
     done = vmbackup("check", guest.name)
     assert re.search(r"vda .*vda\.vmb-[0-9a-f]{8}-vda\.qcow2 .*on overlay", done.stdout)
     assert "vda: overlays of the backup default/nightly: it is running, or goes on when it is run again" in done.stdout
-    assert f"vdb: {stray} is named like an overlay of ours, but nothing uses it" in done.stdout
+    assert f"vdb: {stray} is named like one of vmbackup's overlays, but nothing uses it" in done.stdout
 
     unknown = vmbackup("check", guest.name, VMBACKUP_STATE_DIR=str(vmbackup.directory / "elsewhere"))
     assert "vda: overlays whose journal is not here: the next backup brings them home first" in unknown.stdout
@@ -505,7 +505,7 @@ def test_no_libvirtd_is_one_line_and_not_a_wait(vmbackup: Cli, command: str) -> 
 
 def test_an_unfinished_backup_is_told_of_and_not_mistaken_for_another(domain: DomainFactory, vmbackup: Cli) -> None:
     guest, other = domain(), domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="32M")
     file = vmbackup.manifest(guest.name, **{"copy.bandwidth": SLOW})
     process = vmbackup.start("run", "-f", file)
     read_until(process, "Copying")

@@ -9,10 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -42,7 +41,7 @@ def test_a_domain_is_found_by_name_and_by_uuid(hypervisor: Hypervisor, domain: D
     assert guest.uuid in [each.uuid for each in hypervisor.guests()]
 
 
-@pytest.mark.parametrize("name", ["nobody", str(uuid4())])
+@pytest.mark.parametrize("name", ["nobody", "0f074bcf-0ce3-4590-8c9e-811d6ebfb6dc"])
 def test_a_domain_that_is_not_here_is_refused_with_the_cure(hypervisor: Hypervisor, name: str) -> None:
     with pytest.raises(RefusedError, match=rf"'{name}' is not defined .* correct spec.domain") as refusal:
         hypervisor.guest(name)
@@ -145,7 +144,7 @@ def test_a_libvirtd_that_starts_later_is_connected_to_then(libvirtd: Libvirtd, m
 def test_the_outcome_is_unknown_when_libvirtd_falls_silent_and_the_call_happens_later(
     mortal: Libvirtd, hypervisor: Hypervisor, domain: DomainFactory
 ) -> None:
-    """PROTOCOL, item 5: what a client gave up on is carried out when libvirtd goes on."""
+    """docs/protocol.md, really do, item 5: what a client gave up on is carried out when libvirtd goes on."""
     made = domain()
     generation = hypervisor.generation
     qemu = mortal.guest_pids()[made.name]
@@ -224,11 +223,13 @@ def ask_until_lost(uri: str, config_dir: Path, name: str, asked: Event) -> None:
     hypervisor.close()
 
 
-def test_calls_that_wait_for_guest_agents_leave_room_for_those_that_do_not(hypervisor: Hypervisor) -> None:
+def test_guest_agents_that_hang_when_they_are_to_freeze_leave_room_for_thaws_and_for_all_else(
+    hypervisor: Hypervisor,
+) -> None:
     hang, entered = threading.Event(), threading.Semaphore(0)
 
     def wait_for_an_agent() -> None:
-        with hypervisor.waiting_for_an_agent(), hypervisor.one_connection("freezing"):
+        with hypervisor.waiting_for_an_agent(thaws=False), hypervisor.one_connection("freezing"):
             entered.release()
             hang.wait(30)
 
@@ -236,10 +237,23 @@ def test_calls_that_wait_for_guest_agents_leave_room_for_those_that_do_not(hyper
     for each in several:
         each.start()
     try:
-        assert all(entered.acquire(timeout=10) for _ in range(connection._AGENT_SLOTS))
+        assert all(entered.acquire(timeout=10) for _ in range(connection._FREEZE_SLOTS))
         assert not entered.acquire(timeout=0.5)
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, hypervisor.waiting_for_an_agent(thaws=True):
             assert pool.submit(hypervisor.call, "asking", lambda libvirtd: libvirtd.getVersion()).result(5)
     finally:
         hang.set()
-    assert all(entered.acquire(timeout=10) for _ in range(connection._SLOTS - connection._AGENT_SLOTS))
+    assert all(entered.acquire(timeout=10) for _ in range(connection._SLOTS - connection._FREEZE_SLOTS))
+
+
+def test_where_every_call_waits_for_a_qemu_that_hangs_the_next_one_says_so(
+    hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_SLOT_SECONDS", 0.1)
+    with ExitStack() as hanging, ThreadPoolExecutor(1) as pool:
+        for _ in range(connection._SLOTS):
+            hanging.enter_context(hypervisor._slot("asking for a block job"))
+        with pytest.raises(TransientError, match="do not answer") as refused:
+            pool.submit(hypervisor.call, "asking", lambda libvirtd: libvirtd.getVersion()).result(5)
+        assert refused.value.reason == "HypervisorBusy"
+    assert hypervisor.ping()

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ RSS_MB = 15
 AT_ONCE = 3  # drivers on their way to their death, and guardians at work
 GUARDED = {"switchPolicy": "Guarded"}
 FROZEN = Moment(When.AFTER, "journal call=None, quiesced")
+THAWING = Moment(When.BEFORE, "thawing the file systems")
 
 WINDOW = [
     ("suspending", 1),
@@ -76,8 +78,11 @@ def test_whenever_an_agent_is_killed_no_guest_is_left_suspended_though_nobody_st
         (FROZEN, SUSPENDED_SECONDS),
         (Moment(When.DURING, "freezing the file systems"), SUSPENDED_SECONDS_IN_DOUBT),
         (Moment(When.AFTER, "journal snapshot, guard"), SUSPENDED_SECONDS),
+        (Moment(When.DURING, "thawing the file systems"), SUSPENDED_SECONDS_IN_DOUBT),
+        pytest.param(THAWING, SUSPENDED_SECONDS_IN_DOUBT, marks=pytest.mark.chaos),
+        pytest.param(replace(THAWING, when=When.AFTER), SUSPENDED_SECONDS_IN_DOUBT, marks=pytest.mark.chaos),
     ],
-    ids=["frozen", "while freezing", "frozen, and about to be suspended"],
+    ids=["frozen", "while freezing", "about to be suspended", "while thawing", "before thawing", "thawed"],
 )
 def test_a_frozen_guest_thaws_though_nobody_starts_an_agent(
     writer: WritingGuest, libvirtd: Libvirtd, tmp_path: Path, moment: Moment, seconds: float
@@ -110,11 +115,27 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
 
 
+def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
+    domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    guest = domain()
+    libvirtd.virsh("resume", guest.name)
+    command = run_command(libvirtd, tmp_path, guest)
+    with unread_pipe() as full:
+        process = dying(command, Moment(When.AFTER, "journal call=None", 2), tmp_path, says_to=full)
+        assert process.wait(60) == -signal.SIGKILL
+        started = time.monotonic()
+        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs", SUSPENDED_SECONDS)
+        print(f"runs again after {time.monotonic() - started:.1f} s")
+        wait_until(lambda: not guardians(tmp_path / "state"), "the end of the guardian")
+    assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
+
+
 def test_a_guardian_waits_small_and_deaf_and_ends_with_its_starter(
     domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
     guest = domain()
-    guest.write("vda", 0x11, length="8M")
+    guest.write("vda", 0x11, length="16M")
     command = [
         sys.executable,
         "-m",
@@ -140,7 +161,44 @@ def test_a_guardian_waits_small_and_deaf_and_ends_with_its_starter(
     assert subprocess.run(command, env=quiet, check=False, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_a_guardian_that_is_killed_has_a_successor(domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path) -> None:
+    with slow_run(domain(), libvirtd, tmp_path) as process:
+        (guardian,) = guardians(tmp_path / "state")
+        os.kill(guardian, signal.SIGKILL)
+        wait_until(lambda: guardians(tmp_path / "state") not in ([], [guardian]), "its successor", 20)
+    assert process.returncode == 130
+    assert not guardians(tmp_path / "state")
+
+
+def test_nothing_that_lies_where_it_is_started_is_run(
+    domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    trap = tmp_path / "downloads" / "vmbackup" / "__init__.py"
+    trap.parent.mkdir(parents=True)
+    trap.write_text(f"open({str(tmp_path / 'caught')!r}, 'w')")
+    with slow_run(domain(), libvirtd, tmp_path, cwd=trap.parent.parent):
+        pass
+    assert not (tmp_path / "caught").exists()
+
+
 # -- helpers
+
+
+@contextmanager
+def slow_run(
+    guest: Domain, libvirtd: Libvirtd, directory: Path, cwd: Path | None = None
+) -> Generator[subprocess.Popen[str]]:
+    """`vmbackup run`, with its guardian and its guest on the overlay; interrupted at the end."""
+    guest.write("vda", 0x11, length="16M")
+    command = [str(Path(sys.executable).with_name("vmbackup"))]
+    command += run_command(libvirtd, directory, guest, **{"copy.bandwidth": "1Mi"})
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: bool(guardians(directory / "state")), "a guardian")
+        wait_until(lambda: bool(list(guest.directory.glob("*.vmb-*"))), "the guest on its overlay")
+        yield process
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert subprocess.run(command, check=False, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def survive_without_agent(several: Sequence[Domain], moments: Sequence[Moment]) -> list[str]:
@@ -216,16 +274,34 @@ def run_command(libvirtd: Libvirtd, directory: Path, guest: Domain, **changes: s
     return ["run", *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def dying(command: Sequence[str], moment: Moment, directory: Path) -> subprocess.Popen[str]:
+def dying(
+    command: Sequence[str], moment: Moment, directory: Path, says_to: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """A `vmbackup` that dies at this moment."""
     words = [moment.when, moment.event, str(moment.nth), str(directory), *command]
     return subprocess.Popen(
         [sys.executable, "-m", "tests.kill_points", *words],
         cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
+        stdout=says_to,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@contextmanager
+def unread_pipe() -> Generator[int]:
+    """The end to write to of a pipe that is full, and that nobody reads."""
+    nobody, full = os.pipe()
+    try:
+        os.set_blocking(full, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(full, bytes(4096))
+        os.set_blocking(full, True)
+        yield full
+    finally:
+        os.close(full)
+        os.close(nobody)
 
 
 def name_of(pid: int) -> str:

@@ -232,7 +232,7 @@ def test_an_overlay_with_a_strange_name_is_named_in_full_by_qemu(domain: DomainF
 
 
 def test_qemu_s_word_tells_of_a_pivot_that_libvirtd_died_in(domain: DomainFactory, hypervisor: Hypervisor) -> None:
-    """PROTOCOL, item 2: the mirror stays ready for ever, there is no job, and every XML names the overlay."""
+    """docs/protocol.md, item 2: the mirror stays ready for ever, there is no job, and every XML names the overlay."""
     made = domain()
     overlay = made.snapshot()["vda"]
     made.guest.commit("vda", made.bases["vda"])
@@ -255,7 +255,7 @@ def test_qemu_s_word_tells_of_a_pivot_that_libvirtd_died_in(domain: DomainFactor
 
 
 def test_qemu_s_word_tells_of_a_snapshot_that_libvirtd_died_in(domain: DomainFactory, hypervisor: Hypervisor) -> None:
-    """PROTOCOL, item 1: every XML names the base, and QEMU writes the overlay."""
+    """docs/protocol.md, item 1: every XML names the base, and QEMU writes the overlay."""
     made = domain()
     overlay = made.overlay()
     made.libvirtd.kill()
@@ -340,7 +340,7 @@ def small_config(libvirtd: Libvirtd) -> Iterator[tuple[Libvirtd, Hypervisor]]:
 def test_a_configuration_that_libvirt_could_not_save_is_noticed(
     small_config: tuple[Libvirtd, Hypervisor], tmp_path: Path
 ) -> None:
-    """PROTOCOL, item 4: after the switch libvirt shows the overlay everywhere, but the file still names the base."""
+    """docs/protocol.md, item 4: after the switch libvirt shows the overlay, but the file still names the base."""
     libvirtd, hypervisor = small_config
     disk = make_disk(tmp_path, "vda", "raw")
     xml = tmp_path / "domain.xml"

@@ -8,11 +8,12 @@ from uuid import uuid4
 
 import pytest
 
-from tests.backups import BackupFactory, RunningBackup
+from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.domains import Domain, DomainFactory, qemu_img
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.driver import Ending
 from vmbackup.stores.base import BackupKey
 
 MALLORY = 12345
@@ -71,6 +72,27 @@ def test_a_link_out_of_the_image_roots_is_seen_through(
     assert_refused(backup(guest.name), guest, "ImageOutsideRoots", "--image-roots")
 
 
+def test_a_disk_whose_path_climbs_out_of_the_image_roots_is_refused(
+    rooted: Node, domain: DomainFactory, backup: BackupFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "beside").mkdir()
+    guest = domain(directory=rooted.image_roots[0] / ".." / "beside")
+    assert "/images/../beside/" in guest.live().source
+    assert_refused(backup(guest.name), guest, "ImageOutsideRoots", "/images/../beside/")
+
+
+@pytest.mark.parametrize("climbs", ["{images}/../shadow", "../../shadow"], ids=["absolute", "relative"])
+def test_a_backing_file_whose_path_climbs_out_of_the_image_roots_is_refused(
+    rooted: Node, domain: DomainFactory, backup: BackupFactory, secret: Path, climbs: str
+) -> None:
+    guest = domain({"vda": "qcow2"}, directory=rooted.image_roots[0], start=False)
+    backing = climbs.format(images=rooted.image_roots[0])
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", backing, "-F", "raw", guest.bases["vda"])
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    assert_refused(backup(guest.name), guest, "ImageOutsideRoots", "/../shadow is not in")
+    assert secret.read_bytes().startswith(b"root:")
+
+
 @pytest.mark.parametrize("below", [False, True], ids=["base", "backing"])
 def test_a_hard_link_in_the_image_roots_to_a_file_outside_is_refused(
     rooted: Node, domain: DomainFactory, backup: BackupFactory, secret: Path, below: bool
@@ -110,6 +132,30 @@ def test_a_link_that_waits_where_the_overlay_will_be_is_refused(
     assert guest.live().source == guest.persistent().source == guest.bases["vda"]
     assert secret.read_bytes().startswith(b"root:")
     assert planted.is_symlink()
+
+
+@pytest.mark.parametrize("planted", ["a FIFO", "a link to a device"])
+def test_what_takes_the_place_of_an_overlay_keeps_nobody_waiting_and_is_neither_merged_nor_deleted(
+    domain: DomainFactory, backup: BackupFactory, planted: str
+) -> None:
+    guest = domain()
+    guest.write("vda", 0x11, length="16M")
+    running = backup(guest.name, copy={"bandwidth": SLOW}, commit={"offline": True})
+    running.wait_for_copying()
+    guest.write("vda", 0x22, "1M", "1M")
+    guest.libvirtd.virsh("destroy", guest.name)
+    overlay = Path(running.record.disks[0].overlay)
+    overlay.rename(overlay.with_suffix(".aside"))
+    os.mkfifo(overlay) if planted == "a FIFO" else overlay.symlink_to("/dev/zero")
+    running.edit("copy", bandwidth="10Gi")
+    report = running.wait_for(lambda report: bool(report.backup_complete), "copied")
+    running.ask(stop=True)
+    assert running.ending is Ending.INTERRUPTED
+    assert report.chain_clean is False
+    assert guest.persistent().source == str(overlay)
+    assert os.path.lexists(overlay)
+    with Path(guest.bases["vda"]).open("rb") as base:
+        assert base.read(2 << 20) == b"\x11" * (2 << 20), "something was merged into the base"
 
 
 def test_uefi_variables_that_lead_to_a_secret_are_not_read_and_the_guest_stays_at_home(

@@ -21,7 +21,7 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.backups import Told
-from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
+from tests.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
 from tests.kill_points import Deed, Driving, Moment, Task, When
 from tests.survival import (
     SUSPENDED_SECONDS,
@@ -44,8 +44,9 @@ from vmbackup.reconcile.wish import Wish
 from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey
 
-WAITING, QUICK = 32, 8  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
-AT_ONCE = 6  # drivers on their way to their death
+WAITING, QUICK = 12, 5  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
+AT_ONCE = 4  # drivers on their way to their death
+BUSY_SECONDS = 30  # beside what it may wait for: a backup is a second of CPU on a slow machine, and all may run at once
 
 GUARDED = {"switchPolicy": "Guarded"}
 
@@ -135,7 +136,7 @@ class Survival:
         return f"{self.death.spec}, killed {self.death.moment}: {'; '.join(self.wrong)}"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
     started = time.monotonic()
     several = guests(WAITING + QUICK)
@@ -263,7 +264,7 @@ def come_home(guest: Domain, driving: Driving) -> str:
                 restarted.append(record.quarantined)
                 guest.libvirtd.kill_guest(guest.name)
             if guest.guest.state()[0] is GuestState.OFF:
-                guest.libvirtd.virsh("start", guest.name)
+                starts(guest)  # or later: not while its overlay is compared with its base
 
     suspended = longest_suspension(guest, driving, tend)
     report, _, reasons = driving.end(0)
@@ -328,7 +329,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     limit = SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS
     if suspended > limit:
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
-    if seconds > limit + 10:
+    if seconds > limit + BUSY_SECONDS:
         wrong.append(f"it took {seconds:.1f} s; {reasons}")
     shutil.rmtree(task.directory / "store", ignore_errors=True)
     return Survival(death, in_doubt, suspended, tuple(wrong))

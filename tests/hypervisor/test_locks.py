@@ -260,6 +260,6 @@ def test_nobody_can_write_to_images_while_they_are_compared(tmp_path: Path, monk
         return same_where_written(overlay, base, "raw", CopyControl())
 
     monkeypatch.setattr(merging, "same_where_written", compare)
-    assert merging.compare(DiskRecord("vda", base=str(base), overlay=str(overlay), format="raw"))
+    assert merging.compare(DiskRecord("vda", base=str(base), overlay=str(overlay), format="raw"), CopyControl())
     assert all('Failed to get "write" lock' in each for each in refused)
     assert len(refused) == 2

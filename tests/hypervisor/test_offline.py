@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import uuid
 from dataclasses import replace
@@ -10,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, wait_until
+from tests.domains import Domain, DomainFactory, qemu_img, wait_until, what_is_wrong_with
 from tests.storage import mounted, run, sha256sum
 from vmbackup.api.status import Outcome
+from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.journal import Journal
+from vmbackup.reconcile.record import Copy
 from vmbackup.stores.base import BackupKey
 
 OFFLINE = {"offline": True}
@@ -41,7 +46,8 @@ def stopped_while_copying(guest: Domain, backup: BackupFactory, **commit: object
 
 def is_home(guest: Domain) -> bool:
     on_base = all(guest.persistent(target).source == base for target, base in guest.bases.items())
-    return on_base and not list(guest.directory.glob("*.vmb-*"))
+    sound = not any(what_is_wrong_with(Path(base)) for base in guest.bases.values())
+    return on_base and not list(guest.directory.glob("*.vmb-*")) and sound
 
 
 def holds(guest: Domain, target: str, pattern: int, where: str = "1M 8M") -> bool:
@@ -185,3 +191,61 @@ def test_told_to_stop_it_ends_the_merge_and_the_next_run_does_it_anew(
 
 def overlay_of(running: RunningBackup) -> Path:
     return Path(running.record.disks[0].overlay)
+
+
+@pytest.fixture
+def compares_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The image is large and its medium slow: qemu-img compares it until this file is there."""
+    done, real = tmp_path / "compared", shutil.which("qemu-img")
+    slow = tmp_path / "slow" / "qemu-img"
+    slow.parent.mkdir()
+    waits = f'if [ "$1" = compare ]; then while [ ! -e {done} ]; do sleep 0.05; done; fi'
+    slow.write_text(f'#!/bin/sh\n{waits}\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    return done
+
+
+def off_in_a_pivot(guest: Domain, backup: BackupFactory) -> RunningBackup:
+    """QEMU has died in a pivot, and so has the run: P names the base, which holds all that the overlay does."""
+    running = stopped_while_copying(guest, backup)
+    running.ask(stop=True)
+    assert running.ending is Ending.INTERRUPTED
+    disk = running.record.disk("vda")
+    qemu_img("commit", "-q", "-d", disk.overlay)
+    guest.guest.define(chain.with_images(guest.guest.persistent_xml() or "", {"vda": disk.persistent_disk_xml}))
+    pivoting = running.record.with_disk("vda", commit_begun=True, pivot_intended=True, settled=None)
+    Journal.start(running.node.state_dir, replace(pivoting, copy=Copy.FAILED, copy_error="not needed here")).close()
+    return running
+
+
+def comparing(guest: Domain, backup: BackupFactory, died: RunningBackup) -> RunningBackup:
+    running = backup(guest.name, again=died)
+    running.wait_for(lambda report: "is being compared with its base" in report.message, "told")
+    wait_until(lambda: is_locked(overlay_of(running)) and is_locked(Path(guest.bases["vda"])), "comparing")
+    return running
+
+
+def test_told_to_stop_it_ends_a_comparison_and_a_guest_can_start(
+    domain: DomainFactory, backup: BackupFactory, compares_slowly: Path
+) -> None:
+    guest = domain()
+    running = comparing(guest, backup, off_in_a_pivot(guest, backup))
+    assert (running.report.reason, running.report.chain_clean) == ("Committing", False)
+    running.ask(stop=True)
+    assert running.ending is Ending.INTERRUPTED
+    assert not is_locked(overlay_of(running))
+    guest.libvirtd.virsh("start", guest.name, "--paused")
+    assert guest.holds("vda", 0x22, "1M", "8M")
+
+
+def test_a_backup_deleted_during_a_comparison_lets_go_when_its_overlay_is_home(
+    domain: DomainFactory, backup: BackupFactory, compares_slowly: Path
+) -> None:
+    guest = domain()
+    running = comparing(guest, backup, off_in_a_pivot(guest, backup))
+    running.ask(deleted=True)
+    compares_slowly.touch()
+    assert running.ending is Ending.RELEASED
+    assert is_home(guest)
+    assert holds(guest, "vda", 0x22)

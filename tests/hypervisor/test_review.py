@@ -76,7 +76,7 @@ def test_a_base_into_which_another_backup_has_begun_to_commit_is_never_copied(
 
     report = backup(guest.name, again=running).end()
     assert (report.phase, report.outcome, report.backup_complete) == (Phase.FAILED, Outcome.FAILED, False)
-    assert "commit had begun" in report.message
+    assert "had begun before the copy was complete" in report.message
     assert guest.holds("vda", 0x11, length="8M")
 
 

@@ -31,6 +31,7 @@ from tests.model.world import (
 )
 from vmbackup.api.spec import StallPolicy
 from vmbackup.reconcile import clock, machine, transition
+from vmbackup.reconcile.copying import BESIDE_A_COPY
 from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, Do, Intent
@@ -361,7 +362,7 @@ class Agent:
 
 def _cleared(world: World, do: Do) -> World:
     """Without what runs in the background and would be in the way."""
-    if do is not Do.COPY:
+    if do not in BESIDE_A_COPY:
         world = world._replace(copying=False)
     return world if do in HOLDING else merging.let_go(world)
 

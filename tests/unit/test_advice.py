@@ -12,8 +12,10 @@ TOLD = {
     "overlay gone": (advice.overlay_gone(DISK), "put it back"),
     "images differ": (advice.images_differ(DISK), "virsh edit"),
     "overlay left, off": (advice.overlay_left_off(DISK), "do not start it"),
+    "gone from here": (advice.gone_from_here(DISK), "define it again"),
     "overlay left, on": (advice.overlay_left_on(DISK), "move the overlay away"),
     "written elsewhere": (advice.written_elsewhere(DISK, DISK.overlay), "shut the guest down and start it again"),
+    "written to a foreign image": (advice.written_to_foreign_image(DISK), "let the domain's definition name it"),
     "overlay in use": (advice.overlay_in_use(DISK), "lsof"),
     "lost by libvirt": (advice.lost_by_libvirt(DISK), "shut it down from within"),
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
@@ -21,10 +23,11 @@ TOLD = {
     "base changed": (advice.base_changed(DISK), "Put the original back"),
     "foreign definition": (advice.foreign_definition(DISK), "virsh edit"),
     "foreign job": (advice.foreign_job(DISK), "virsh blockjob"),
-    "image changed": (advice.image_changed(DISK), "make a new VMBackup"),
+    "image changed": (advice.image_changed(DISK), "create a new VMBackup"),
     "no room": (advice.no_room([DISK]), "free space"),
-    "disks apart": (advice.disks_apart([DISK]), "make a new VMBackup"),
-    "foreign commit": (advice.foreign_commit(DISK), "make a new VMBackup"),
+    "disks apart": (advice.disks_apart([DISK]), "create a new VMBackup"),
+    "commit begun": (advice.commit_begun(DISK), "create a new VMBackup"),
+    "foreign commit": (advice.foreign_commit(DISK), "create a new VMBackup"),
     "commit failed": (advice.commit_failed(DISK, "no"), "lsof"),
 }
 
@@ -37,7 +40,7 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 def test_every_advice_is_in_this_table() -> None:
     functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
-    assert len(functions) == len(TOLD) + 4  # and those of the whole domain, below
+    assert len(functions) == len(TOLD) + 5  # and those of the whole domain, below
 
 
 def test_a_guest_that_stays_frozen_is_named_with_its_cure() -> None:
@@ -47,6 +50,7 @@ def test_a_guest_that_stays_frozen_is_named_with_its_cure() -> None:
 def test_a_guest_that_is_off_is_to_be_started_unless_it_runs_elsewhere() -> None:
     assert advice.start(saved=False) == "start the guest: it is off on its overlay"
     assert "saved state" in advice.start(saved=True)
+    assert "spec.nodeName" in advice.not_here(Record("uid", "default", "nightly", domain="web"))
     assert "virsh undefine" in advice.migrated(Record("uid", "default", "nightly", domain="web"))
 
 

@@ -95,12 +95,13 @@ def test_each_alert_has_its_runbook_and_each_runbook_its_alert() -> None:
         ]
 
 
-def test_docs_monitoring_lists_all_alerts_and_patches_the_one_that_it_means() -> None:
+def test_the_docs_list_and_count_all_alerts_and_patch_the_one_that_it_means() -> None:
     text = (ROOT / "docs/monitoring.md").read_text()
     listed = re.findall(r"^\| \[(\w+)\]\(runbooks/([a-z-]+)\.md\) \| (\w+) \|", text, re.MULTILINE)
     assert listed == [(alert, runbook(alert), rule["labels"]["severity"]) for alert, rule in ALERTS.items()]
     group, rule = map(int, re.findall(r"path: /spec/groups/(\d)/rules/(\d)/expr", text)[0])
     assert RULES["groups"][group]["rules"][rule]["alert"] == "VMBackupNoRecentSuccess"
+    assert f"{len(ALERTS)} alerts" in (ROOT / "README.md").read_text()
 
 
 def commands() -> list[str]:

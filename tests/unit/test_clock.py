@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.decisions import Fields, committing, taken
-from vmbackup.reconcile.record import Record
+from tests.unit.decisions import Fields, committing, fresh, pivoting, taken
+from vmbackup.reconcile.record import Freeze, Guard, Record
 from vmbackup.reconcile.transition import of_this_boot
 
 THEN, NOW = 90_000.0, 40.0  # this boot is younger than what an earlier one has written down
@@ -21,6 +21,8 @@ THEN, NOW = 90_000.0, 40.0  # this boot is younger than what an earlier one has 
         (committing({"commit_started": THEN}), {"commit_started": None}, {}),
         (committing({"retry_at": THEN, "failures": 3}), {"retry_at": 0.0, "failures": 3}, {}),
         (taken(snapshot_time=1.8e9, snapshot_at=THEN), {}, {"snapshot_time": 1.8e9}),
+        (pivoting(suspended_at=THEN), {"pivot_intended": True}, {"guard": Guard.NONE, "suspended_at": None}),
+        (fresh(freeze=Freeze.FROZEN, quiesced=True), {}, {"freeze": Freeze.NONE, "quiesced": None}),
     ],
     ids=[
         "a copy's deadline runs from now",
@@ -28,6 +30,8 @@ THEN, NOW = 90_000.0, 40.0  # this boot is younger than what an earlier one has 
         "the attempt ended with QEMU",
         "the next attempt waits no longer, and is counted on",
         "what people read stays",
+        "whoever has suspended the guest since, it was not this backup",
+        "a guest that has booted is not frozen",
     ],
 )
 def test_after_a_reboot_nothing_is_measured_against_the_boot_before(

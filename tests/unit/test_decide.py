@@ -14,6 +14,7 @@ from tests.unit.decisions import (
     TO_OVERLAY,
     Row,
     committing,
+    disk_seen,
     finished,
     fresh,
     home,
@@ -29,7 +30,9 @@ from tests.unit.decisions import (
     taken,
 )
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Settled, Snapshot
-from vmbackup.reconcile.terms import Do, Mirror, OverlayFile, Power
+from vmbackup.reconcile.terms import Do, Mirror, Observation, OverlayFile, Power
+
+NOTHING_SEEN = Observation(Power.OFF, (disk_seen(None, None, None, base_changed=True),))
 
 
 @rows(
@@ -132,6 +135,18 @@ def test_it_waits(row: Row):
         Do.WAIT,
         more={"parked": True, "reason": "why"},
     ),
+    Row("undefined, O left: quarantine", taken(), off(None, DATA), Do.QUARANTINE),
+    Row("… in use elsewhere", taken(), off(None, LOCKED), Do.QUARANTINE),
+    Row(
+        "… the copy has failed: base may be written elsewhere", taken(quarantined="x"), off(None, DATA), Do.FAIL_BACKUP
+    ),
+    Row("… touch nothing", taken(quarantined="x", copy=Copy.FAILED), off(None, DATA), Do.WAIT, more={"parked": True}),
+    Row("… nor offline", taken(quarantined="x", copy=Copy.FAILED), off(None, DATA), Do.WAIT, {"offline": True}),
+    Row("undefined, and O gone: lift", taken(quarantined="x", copy=Copy.FAILED), off(None), Do.LIFT_QUARANTINE),
+    Row("… but not where B is not there either", taken(quarantined="x", copy=Copy.FAILED), NOTHING_SEEN, Do.FINISH),
+    Row("… finish", taken(copy=Copy.FAILED), off(None), Do.FINISH),
+    Row("P=B, no O: no lift", taken(quarantined="x", copy=Copy.FAILED), off("B"), Do.FINISH),
+    Row("undefined before anything was begun: refuse", fresh(), off(None), Do.REFUSE),
     Row("P=B, no O, not begun: refuse", record(), off("B"), Do.REFUSE),
     Row("P=B, no O, adopted one is home: refuse", record(snapshot=Snapshot.ADOPTED), off("B"), Do.REFUSE),
     Row("P=B, no O, done: finish", finished(finished=False), off("B"), Do.FINISH),

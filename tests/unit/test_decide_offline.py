@@ -24,6 +24,7 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
+from vmbackup.reconcile.advice import migrated
 from vmbackup.reconcile.record import Copy, Image, Settled, Snapshot
 from vmbackup.reconcile.terms import Do, Observation, OverlayFile, Power
 
@@ -74,6 +75,14 @@ MARK = {"merged": "1.2.3", "settled": None}
         Do.WAIT,
         OFFLINE,
         {"parked": True},
+    ),
+    Row(
+        "… nobody is told to end its QEMU",
+        committing(copy=Copy.FAILED),
+        seen(off("O", LOCKED), migrated=True),
+        Do.WAIT,
+        OFFLINE,
+        {"parked": True, "reason": migrated(committing())},
     ),
     Row("saved while it is copied", taken(), seen(off("O", DATA), saved=True), Do.COPY, OFFLINE),
     Row("in use: wait", committing(), off("O", LOCKED), Do.WAIT, OFFLINE, {"parked": False}),

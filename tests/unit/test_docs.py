@@ -7,12 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import kubectl_vmbackup.cli
 import vmbackup.cli
 import vmbackup.version
+from tests.model.mutants import MUTANTS
+from tests.model.test_model import SETTINGS
+from vmbackup.api.spec import GROUP, VERSION, BackupSpec
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -75,6 +80,37 @@ def test_every_command_that_is_named_is_there(program: str, parser: object):
     named = {word for document in DOCUMENTS for word in pattern.findall(document.read_text())}
     assert named
     assert named <= known
+
+
+def test_every_vmbackup_that_a_document_shows_is_valid():
+    """Alone, and within the ConfigMap of a CronJob."""
+    shown = [each for document in DOCUMENTS for each in _shown(document.read_text()) if each.get("kind") == "VMBackup"]
+    assert len(shown) >= 3
+    for each in shown:
+        assert each["apiVersion"] == f"{GROUP}/{VERSION}"
+        BackupSpec.parse(each["spec"])
+
+
+def _shown(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of the YAML that names a VMBackup."""
+    for block in re.findall(r"^(?:```yaml|.*<<EOF)\n(.*?)^(?:```|EOF)$", text, re.DOTALL | re.MULTILINE):
+        if "kind: VMBackup\n" in block:
+            objects: list[dict[str, Any]] = list(yaml.safe_load_all(block))
+            held = [text for each in objects if each["kind"] == "ConfigMap" for text in each["data"].values()]
+            yield from [*objects, *map(yaml.safe_load, held)]
+
+
+def test_the_readme_counts_the_settings_and_mutants_of_the_model():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"quick settings in `make test` ({len(SETTINGS)} of them, {len(MUTANTS)} mutants" in text
+
+
+def test_what_is_cited_of_the_protocol_is_in_it():
+    protocol = (ROOT / "docs" / "protocol.md").read_text()
+    rows = set(re.findall(r"^\| (V\d+) \|", protocol, re.MULTILINE)) | set(re.findall(r"\*\*(R\d)", protocol))
+    cited = {each for document in DOCUMENTS for each in re.findall(r"\b[VR]\d{1,2}\b", document.read_text())}
+    assert cited == rows
+    assert re.findall(r"^\| (\d+) \|", protocol, re.MULTILINE) == [str(number) for number in range(1, 26)]
 
 
 def test_the_reference_is_fresh():

@@ -46,8 +46,8 @@ def renew(authority: Authority, files: tuple[Path, Path], name: str) -> None:
         place.with_suffix(".new").rename(place)
 
 
-def ask(server: HealthServer, path: str, method: str = "GET") -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+def ask(server: HealthServer, path: str, method: str = "GET", host: str = "127.0.0.1") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, server.port, timeout=10)
     connection.request(method, path)
     answer = connection.getresponse()
     return answer.status, answer.read()
@@ -80,6 +80,12 @@ def test_only_what_reads_is_answered(server: HealthServer, path: str) -> None:
     assert ask(server, path, "HEAD") == (200, b"")
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "X"):
         assert ask(server, path, method)[0] == 405
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_it_serves_on_an_ipv6_address_as_a_pod_may_have_no_other(host: str) -> None:
+    with HealthServer(Metrics().registry, {}, host=host, port=0) as server:
+        assert ask(server, "/healthz", host="::1") == (200, b"ok\n")
 
 
 def test_clients_that_say_nothing_or_stop_in_the_middle_keep_nobody_waiting(server: HealthServer) -> None:

@@ -6,10 +6,11 @@ import json
 import os
 import socket
 import struct
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,9 +18,16 @@ from tests.storage import run, sha256sum
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.imaging import CopyControl, image
+from vmbackup.imaging import merge as merging
 from vmbackup.imaging.image import images_below, info, overlay_file
+from vmbackup.imaging.locks import has_writer, is_locked
+from vmbackup.imaging.merge import merge
+from vmbackup.reconcile.observe import Observer
+from vmbackup.reconcile.record import DiskRecord
+from vmbackup.reconcile.terms import OverlayFile
 from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, SourceImage
 from vmbackup.stores.directory import DirectoryStore
+from vmbackup.stores.files import allocated_bytes, length
 from vmbackup.stores.manifest import Manifest
 
 MIB = 1 << 20
@@ -155,6 +163,59 @@ class TestHeaders:
         found = overlay_file(path)
         assert found is not None
         assert found.empty is False
+
+
+@pytest.mark.timeout(20)
+class TestWhatTookThePlaceOfAnImage:
+    """Who owns a directory of images may replace what we have looked at before."""
+
+    @pytest.fixture(params=["a FIFO", "a link to a device", "a socket", "a link to a FIFO"])
+    def planted(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        path = tmp_path / "disk.vmb-6f0b1f9e-vda.qcow2"
+        if request.param == "a link to a device":
+            path.symlink_to("/dev/zero")
+        elif request.param == "a socket":
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(str(path))
+        else:
+            os.mkfifo(path)
+        if request.param == "a link to a FIFO":
+            path.rename(tmp_path / "fifo")
+            path.symlink_to(tmp_path / "fifo")
+        return path
+
+    @pytest.mark.parametrize("look", [overlay_file, is_locked, has_writer, length, allocated_bytes])
+    def test_is_not_opened_whatever_is_asked_of_it(self, look: Callable[[Path], object], planted: Path) -> None:
+        with pytest.raises(PermanentError, match=str(planted)):
+            look(planted)
+
+    def test_counts_as_an_overlay_in_use_that_holds_something_so_nothing_is_deleted(self, planted: Path) -> None:
+        seen = Observer(cast(Any, None), cast(Any, None))._overlay(DiskRecord("vda", overlay=str(planted)))
+        assert seen == OverlayFile(locked=True, empty=False)
+
+    def test_is_not_merged_into_a_base(self, planted: Path, tmp_path: Path) -> None:
+        with pytest.raises(PermanentError, match=str(planted)):
+            merge(planted, raw(tmp_path / "base.raw"), "raw", None, CONTROL)
+
+    def test_is_not_copied_into_a_store(self, planted: Path, store: DirectoryStore) -> None:
+        with pytest.raises(PermanentError, match=str(planted)):
+            store.take(KEY, disk(planted), CONTROL)
+
+
+def test_an_overlay_swapped_for_a_fifo_after_it_was_merged_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = raw(tmp_path / "base.raw")
+    overlay = qcow2(tmp_path / "overlay.qcow2", backing=base)
+
+    def swap(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        overlay.unlink()
+        os.mkfifo(overlay)
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(merging, "qemu_img", swap)
+    with pytest.raises(PermanentError, match=str(overlay)):
+        merge(overlay, base, "raw", None, CONTROL)
 
 
 class TestStore:

@@ -116,6 +116,22 @@ def test_a_long_one_is_cut_to_its_last_line_but_never_while_a_guest_waits(writte
     assert [each.name for each in written.parent.iterdir()] == [written.name]
 
 
+def test_of_a_backup_that_is_over_one_line_is_left_however_long_it_took(written: Path) -> None:
+    journal = taken_up(written)
+    for number in range(60):
+        journal.write(replace(RECORD, location=str(number)), durable=False)
+    over = replace(RECORD, finished=True)
+    journal.write(over, durable=True)
+    assert written.read_bytes().count(b"\n") == 1
+    journal.close()
+    for _ in range(60):  # an agent that starts anew takes each of them up
+        again = taken_up(written)
+        again.write(over, durable=False)
+        again.close()
+        assert written.read_bytes().count(b"\n") <= 8
+    assert taken_up(written).record == over
+
+
 @pytest.mark.parametrize("how", ["removed", "emptied", "removed with its directory"])
 def test_one_that_somebody_removes_is_written_anew(tmp_path: Path, how: str) -> None:
     directory = tmp_path / "state"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -146,5 +147,18 @@ def test_what_is_no_manifest_at_all_is_refused(text: str) -> None:
 def test_the_readme_names_each_file_and_the_commands() -> None:
     text = readme(MANIFEST)
     for part in ("web-01 as it was at 2026-11-23 18:35:05 UTC", "vda.qcow2 is the disk vda", "vdb.raw", "domain.xml",
-                 "sha256sum", "cp --sparse=always", "qemu-img convert", "virsh define domain.xml"):  # fmt: skip
+                 "sha256sum", "virsh define domain.xml", "virsh start web-01",
+                 "qemu-img convert -O qcow2 vda.qcow2 /var/lib/libvirt/images/vda.qcow2",
+                 "cp --sparse=always vdb.raw /var/lib/libvirt/images/vdb.raw", "*.vmb-*.qcow2"):  # fmt: skip
         assert part in text
+    assert "nvram" not in text
+
+
+def test_the_readme_says_where_the_uefi_variables_go() -> None:
+    text = readme(replace(MANIFEST, nvram="nvram.fd"))
+    assert "Copy nvram.fd to the path of <nvram> in domain.xml." in text
+
+
+def test_a_domain_of_any_name_is_one_word_in_the_commands_of_the_readme() -> None:
+    text = readme(replace(MANIFEST, domain="web $(reboot)"))
+    assert "virsh start 'web $(reboot)'\n" in text

@@ -1,4 +1,4 @@
-"""The unit of an agent outside a cluster. tests/image/test_systemd.py starts it under a systemd."""
+"""The unit of an agent outside a cluster. tests/cluster/test_systemd.py starts it under a systemd."""
 
 from __future__ import annotations
 

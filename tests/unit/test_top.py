@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from io import StringIO
@@ -11,6 +14,7 @@ import pytest
 from prometheus_client import generate_latest
 from rich.console import Console
 
+from sandbox.certificates import Authority
 from vmbackup import cli
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.commands import flags
@@ -18,7 +22,9 @@ from vmbackup.commands.amounts import size, span
 from vmbackup.commands.top import Look, read, render, troubles
 from vmbackup.report.health import HealthServer
 from vmbackup.report.metrics import Metrics
+from vmbackup.report.server import Certificate
 
+VMBACKUP = Path(sys.executable).with_name("vmbackup")
 NOW = time.time()
 Tell = Callable[[Metrics], None]
 
@@ -92,6 +98,7 @@ def hanging(reason: Reason) -> Tell:
         (lambda metrics: metrics.stalled("web-01", "vda"), ["COMMIT NOT CONVERGING"]),
         (hanging(Reason.COMMITTING), ["NO PROGRESS for 31m 40s"]),
         (hanging(Reason.DOMAIN_OFF), []),
+        (hanging(Reason.DOMAIN_MIGRATED), []),
         (lambda metrics: metrics.failed("web-01", time.time() - 60), ["FAILED 1m 0s ago"]),
         (lambda metrics: metrics.succeeded("web-01", time.time() - 37 * 3600, 0), ["NO RECENT BACKUP"]),
     ],
@@ -162,7 +169,23 @@ def test_once_it_ends_with_what_scripts_want_to_know(
     monkeypatch.setenv("VMBACKUP_URL", f"{url}, {nobody}")
     assert cli.main(["top", "--once"]) == 1
     assert "127.0.0.1:1  does not answer" in capsys.readouterr().out
-    assert cli.main(["top", "--once", "--url", nobody]) == 2  # a flag counts more
+    assert cli.main(["top", "--once", "--url", nobody]) == 2  # a flag takes precedence
+
+
+@pytest.mark.parametrize(
+    ("tell", "code"),
+    [
+        (lambda metrics: metrics.unreported("uid", time.time() - 290), 0),
+        (lambda metrics: metrics.unreported("uid", time.time() - 310), 1),
+        (lambda metrics: metrics.orphans(1), 1),
+    ],
+)
+def test_what_an_agent_needs_a_look_for_is_told_to_scripts_too(
+    served: tuple[Metrics, str], tell: Tell, code: int
+) -> None:
+    metrics, url = served
+    tell(metrics)
+    assert cli.main(["top", "--once", "--url", url]) == code
 
 
 def test_in_the_pod_of_an_agent_it_needs_no_flag(served: tuple[Metrics, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +199,29 @@ def test_in_the_pod_of_an_agent_it_needs_no_flag(served: tuple[Metrics, str], mo
     monkeypatch.delenv("VMBACKUP_METRICS_HOST")
     monkeypatch.delenv("VMBACKUP_METRICS_TLS_CERT")
     assert flags.own_metrics() == served[1]
+
+
+def test_in_a_pod_that_serves_by_tls_it_trusts_the_certificate_of_that_agent_and_no_other(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("own", user="own", addresses=["DNS:vmbackup-agent.vmbackup-system.svc"])
+    other, _ = authority.issue("other", user="other", addresses=["IP:::1"])
+    with HealthServer(Metrics().registry, {}, host="::1", port=0, tls=Certificate(certificate, key)) as server:
+        own = f"[::1]:{server.port}"
+        assert f"{own}  vmbackup " in top_in_the_pod(server, certificate)
+        assert "certificate verify failed" in top_in_the_pod(server, other)
+        elsewhere = f"https://[0:0:0:0:0:0:0:1]:{server.port}/metrics"
+        assert "certificate verify failed" in top_in_the_pod(server, certificate, f"--url={elsewhere}")
+
+
+def top_in_the_pod(server: HealthServer, certificate: Path, *arguments: str) -> str:
+    """What it says with the environment of an agent that serves there with this certificate."""
+    environment = os.environ | {
+        "VMBACKUP_METRICS_HOST": "::1",
+        "VMBACKUP_METRICS_PORT": str(server.port),
+        "VMBACKUP_METRICS_TLS_CERT": str(certificate),
+    }
+    command = [VMBACKUP, "top", "--once", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stdout
 
 
 def test_a_page_that_is_not_there_is_no_answer(served: tuple[Metrics, str], capsys: pytest.CaptureFixture[str]) -> None:

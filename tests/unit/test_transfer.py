@@ -1,18 +1,36 @@
-"""A copy in the background, when its store hangs."""
+"""What is done with images in the background, when a file system hangs: whoever gives up lets go of every image."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from tests.domains import wait_until
+from tests.storage import run, sha256sum
+from vmbackup.api.spec import BackupSpec, CopySpec
+from vmbackup.api.status import Reason
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.locks import is_locked
+from vmbackup.imaging.merge import merge
 from vmbackup.reconcile import transfer
-from vmbackup.reconcile.transfer import Transfer
+from vmbackup.reconcile.copying import BESIDE_A_COPY, Copying
+from vmbackup.reconcile.merging import Merging
+from vmbackup.reconcile.narrate import Progress, narrate
+from vmbackup.reconcile.observe import Observer
+from vmbackup.reconcile.record import Copy, DiskRecord, Record, Snapshot
+from vmbackup.reconcile.terms import Action, Do
+from vmbackup.reconcile.transfer import Transfer, at_work
+from vmbackup.reconcile.wish import Wish
+from vmbackup.report.metrics import Metrics
+from vmbackup.stores import directory
+from vmbackup.stores.directory import DirectoryStore
 
 
 @pytest.fixture
@@ -41,3 +59,116 @@ def test_a_cancelled_copy_that_hangs_in_its_store_lets_go_of_the_base(
     assert is_locked(base)
     running.cancel()
     assert not is_locked(base), "no commit could ever write the base"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> DiskRecord:
+    """A disk on its overlay, which holds a little."""
+    base, overlay = tmp_path / "base.raw", tmp_path / "overlay.qcow2"
+    base.write_bytes(b"\1" * (1 << 20))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "raw", str(overlay))
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", str(overlay))
+    return DiskRecord("vda", base=str(base), overlay=str(overlay), format="raw", virtual_bytes=1 << 20)
+
+
+def test_a_merge_that_hangs_when_it_is_given_up_lets_go_of_the_overlay_at_once_and_for_good(
+    disk: DiskRecord, dead_store: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_PATIENCE", 0.1)
+    hangs, fsync = threading.Event(), os.fsync
+
+    def hanging(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink() == Path(disk.overlay):
+            hangs.set()
+            dead_store.wait()
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", hanging)
+    merging = Merging(Observer(cast(Any, None), cast(Any, None)), lambda: None)
+    assert merging.merge(disk, None) is None
+    assert hangs.wait(20)
+    assert is_locked(Path(disk.overlay))
+    merging.let_go()
+    assert not is_locked(Path(disk.overlay)), "the guest could not start"
+    dead_store.set()
+    wait_until(lambda: not at_work("merge-vda"), "it ends")
+    assert not is_locked(Path(disk.overlay)), "the guest could not start until the agent ends"
+
+
+def test_a_merged_overlay_of_which_nobody_knows_any_more_is_not_held(disk: DiskRecord) -> None:
+    held = merge(Path(disk.overlay), Path(disk.base), "raw", None, CopyControl())
+    assert is_locked(Path(disk.overlay))
+    del held
+    assert not is_locked(Path(disk.overlay))
+
+
+@pytest.fixture
+def copying() -> Iterator[Copying]:
+    wish = Wish(BackupSpec.parse({"nodeName": "a", "domain": "web", "storeRef": {"name": "s"}}))
+    copying = Copying(lambda: wish, lambda: None, Metrics())
+    yield copying
+    copying.cancel()
+
+
+@pytest.fixture
+def slow_copying() -> Iterator[Copying]:
+    spec = BackupSpec("a", "web", "s", copy=CopySpec(bandwidth=1024))  # slower than anybody may ask for
+    copying = Copying(lambda: Wish(spec), lambda: None, Metrics())
+    yield copying
+    copying.cancel()
+
+
+def record_of(disk: DiskRecord) -> Record:
+    return Record("6f0b1f9e", "tenant", "web", "web", "11111111-2222", disks=(disk,), snapshot_time=1.0)
+
+
+def copied(copying: Copying, record: Record, store: DirectoryStore) -> Callable[[], bool]:
+    def done() -> bool:
+        found = copying.copy(record, lambda: store)
+        return found is not None and found.copy is Copy.STORED
+
+    return done
+
+
+def test_after_a_copy_that_hangs_in_its_store_none_begins_before_that_one_has_ended(
+    disk: DiskRecord, copying: Copying, dead_store: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_PATIENCE", 0.1)
+    hangs, fsync_folder = threading.Event(), directory.fsync_folder
+
+    def hanging(folder: Path) -> None:
+        hangs.set()
+        dead_store.wait()
+        fsync_folder(folder)
+
+    monkeypatch.setattr(directory, "fsync_folder", hanging)
+    store, record = DirectoryStore(tmp_path / "store"), record_of(disk)
+    assert copying.copy(record, lambda: store) is None
+    assert hangs.wait(20)
+    copying.cancel()
+    notes = tmp_path / "store" / "tenant" / ".web.6f0b1f9e.taken.json"
+    before = notes.read_bytes()
+    assert copying.copy(record, lambda: store) is None
+    assert copying.stuck
+    told = narrate(replace(record, snapshot=Snapshot.DONE), None, None, Progress({}, {}, stuck=copying.stuck))
+    assert (told.reason, "hangs in the store" in told.message) == (Reason.COPYING, True)
+    assert [thread.name for thread in threading.enumerate()].count("copy-6f0b1f9e") == 1
+
+    dead_store.set()
+    wait_until(lambda: not at_work("copy-6f0b1f9e"), "the first one ends")
+    assert notes.read_bytes() == before, "what was given up is noted as taken"
+    wait_until(copied(copying, record, store), "copied")
+    assert not copying.stuck
+    image = tmp_path / "store" / "tenant" / "web.6f0b1f9e" / "vda.raw"
+    assert sha256sum(image) == sha256sum(Path(disk.base))
+
+
+@pytest.mark.parametrize(("do", "goes_on"), [*((each, True) for each in BESIDE_A_COPY), (Do.COMMIT, False)])
+def test_a_copy_is_not_begun_anew_for_what_leaves_images_alone(
+    disk: DiskRecord, slow_copying: Copying, tmp_path: Path, do: Do, goes_on: bool
+) -> None:
+    record, store = record_of(disk), DirectoryStore(tmp_path / "store")
+    wait_until(lambda: slow_copying.copy(record, lambda: store) is None and is_locked(Path(disk.base)), "copying")
+    slow_copying.make_way(Action(do, "vda"))
+    assert at_work("copy-6f0b1f9e") is goes_on
+    assert is_locked(Path(disk.base)) is goes_on

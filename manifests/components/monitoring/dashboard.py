@@ -77,7 +77,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             kind="table", width=8,
         ),
         Panel(
-            "Since it last got on", "Since a running backup has copied or merged anything.",
+            "Since it last made progress", "Since a running backup has copied or merged anything.",
             ((f"time() - vmbackup_backup_last_progress_timestamp_seconds{GUEST}", GUEST_LEGEND),),
             unit="s", width=6, steps={1800: WARNING},
         ),
@@ -153,8 +153,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f"vmbackup_overlay_free_bytes{GUEST}", DISK_LEGEND),), unit="bytes",
         ),
         Panel(
-            "Full in", "If the guest goes on writing as in the last ten minutes.",
-            ((f"vmbackup_overlay_free_bytes{GUEST} / (deriv(vmbackup_overlay_bytes{GUEST}[10m]) > 0)", DISK_LEGEND),),
+            "Full in", "If its file system goes on filling as in the last ten minutes, whoever writes there.",
+            ((f"vmbackup_overlay_free_bytes{GUEST} / (-deriv(vmbackup_overlay_free_bytes{GUEST}[10m]) > 0)",
+              DISK_LEGEND),),
             unit="s",
         ),
     ),

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     CHAIN_HOME = "ChainHome"
     STORED = "Stored"
     DOMAIN_OFF = "DomainOff"
+    DOMAIN_MIGRATED = "DomainMigrated"
     WAITING_FOR_CALLS = "WaitingForCalls"
     WAITING_FOR_OTHERS = "WaitingForOthers"
     COPY_FAILED = "CopyFailed"
@@ -47,6 +48,10 @@ class Reason(StrEnum):
     SHIPPING_FAILED = "ShippingFailed"
     DELETED = "Deleted"
     CANCELLED = "Cancelled"
+
+
+GUEST_AWAY = (Reason.DOMAIN_OFF, Reason.DOMAIN_MIGRATED)
+"""The guest is on its overlay and does not run here: nothing can be done for the chain, and no progress is expected."""
 
 
 class RetryReason(StrEnum):

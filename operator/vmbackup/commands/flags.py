@@ -89,7 +89,7 @@ def urls(text: str) -> tuple[str, ...]:
     """URLs, with commas or blanks between them."""
     found = tuple(text.replace(",", " ").split())
     if not found or not all(url.startswith(("http://", "https://")) for url in found):
-        raise ValueError("give an URL such as http://127.0.0.1:9777/metrics")
+        raise ValueError("give a URL such as http://127.0.0.1:9777/metrics")
     return found
 
 
@@ -97,8 +97,13 @@ def own_metrics() -> str:
     """Where an agent with this environment serves /metrics, as in the pod of one: so `top` needs no flag there."""
     host = os.environ.get("VMBACKUP_METRICS_HOST") or "127.0.0.1"
     port = os.environ.get("VMBACKUP_METRICS_PORT") or "9777"
-    scheme = "https" if os.environ.get("VMBACKUP_METRICS_TLS_CERT") else "http"
+    scheme = "https" if own_certificate() else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+
+def own_certificate() -> str:
+    """The certificate file by which it does so; nothing where that is without TLS."""
+    return os.environ.get("VMBACKUP_METRICS_TLS_CERT", "")
 
 
 def paths(text: str) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from vmbackup.api.status import DiskState, Outcome, Phase, Reason, Report
+from vmbackup.api.status import GUEST_AWAY, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.commands.request import Request, read
 from vmbackup.commands.screen import LineConsole, Screen
 from vmbackup.errors import RefusedError, VMBackupError
@@ -154,7 +154,7 @@ class _Run:
     def _needs_a_human(self, report: Report) -> bool:
         """Quarantined; or off on its overlay, with nothing left to do but to wait for its start."""
         waits = report.phase is Phase.PENDING or report.backup_complete is not None
-        if report.reason != Reason.DOMAIN_OFF or not waits:
+        if report.reason not in GUEST_AWAY or not waits:
             self._off_since = None
             return report.reason == Reason.QUARANTINED
         self._off_since = self._off_since or time.monotonic()
@@ -202,7 +202,7 @@ class _Run:
         if last.chain_clean:
             self._screen.line("Failed", f"{last.reason}: {last.message}; every disk is home", style="bold red")
             return FAILED_HOME
-        cure = f"the guest runs on its overlay, and lost nothing: {last.message}; mend that, then run with --retry"
+        cure = f"the guest runs on its overlay, and lost nothing: {last.message}; fix that, then run with --retry"
         self._screen.line("Failed", f"{last.reason}: {cure}", style="bold red")
         return ON_OVERLAY
 
@@ -224,7 +224,7 @@ def _broken(why: str, record: Record | None, *, unknown: bool = False) -> int:
     """It cannot even be tried: say so in one line. What its record says of the chain is what was known last."""
     begun = record is not None and record.snapshot is not Snapshot.NONE and (record.gave_up or not record.finished)
     on_overlay = unknown or begun
-    where = "the guest may be on its overlay: mend that, then run again" if on_overlay else "nothing was touched"
+    where = "the guest may be on its overlay: fix that, then run again" if on_overlay else "nothing was touched"
     print(f"vmbackup run: {why}; {where}", file=sys.stderr)
     return ON_OVERLAY if on_overlay else REFUSED
 

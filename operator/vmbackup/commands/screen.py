@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -11,12 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from vmbackup.api.status import Phase, Reason, Report
+from vmbackup.api.status import GUEST_AWAY, Phase, Reason, Report
+from vmbackup.aside import Aside
 
 _LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
 _WAITS = (
     Reason.QUEUED,
-    Reason.DOMAIN_OFF,
+    *GUEST_AWAY,
     Reason.WAITING_FOR_CALLS,
     Reason.WAITING_FOR_OTHERS,
 )  # no event tells of them
@@ -31,7 +33,10 @@ class LineConsole(Console):
 
 
 class Screen:
-    """Shows one backup, from any thread. Use it as a context manager: the bar is gone afterwards."""
+    """Shows one backup, from any thread. Use it as a context manager: the bar is gone afterwards.
+
+    Nobody waits for the terminal, which somebody may have stopped, but for the end of it all.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -47,6 +52,7 @@ class Screen:
         self._task = self._bar.add_task(Phase.PENDING, total=None, bytes="")
         self._said = ""
         self._line_due = time.monotonic() + _LINE_EVERY
+        self._aside = Aside("screen")
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -56,12 +62,20 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._aside.end()
         if self._bar.live.is_started:
             with suppress(OSError):
                 self._bar.stop()
 
     def report(self, report: Report) -> None:
         """Show how far it is."""
+        self._aside.do(partial(self._report, time.strftime("%H:%M:%S"), report))
+
+    def line(self, word: str, message: str, *, style: str = "") -> None:
+        """Say something once: a word, and a sentence about it."""
+        self._aside.do(partial(self._line, time.strftime("%H:%M:%S"), word, message, style))
+
+    def _report(self, clock: str, report: Report) -> None:
         copied = sum(disk.copied_bytes for disk in report.disks)
         total = sum(disk.total_bytes for disk in report.disks)
         merged = sum(disk.merged_bytes for disk in report.disks)
@@ -70,17 +84,15 @@ class Screen:
             done = f"{_mib(merged)} merged"
         self._bar.update(self._task, description=report.phase, completed=copied, total=total or None, bytes=done)
         if waiting := _waiting_for(report):
-            self.line(report.reason, waiting)
+            self._line(clock, report.reason, waiting, "")
         elif done and not self._console.is_terminal and time.monotonic() >= self._line_due:
-            self.line(report.phase, done)
+            self._line(clock, report.phase, done, "")
 
-    def line(self, word: str, message: str, *, style: str = "") -> None:
-        """Say something once: a word, and a sentence about it."""
+    def _line(self, clock: str, word: str, message: str, style: str) -> None:
         if message == self._said:
             return
         self._said = message
         self._line_due = time.monotonic() + _LINE_EVERY
-        clock = time.strftime("%H:%M:%S")
         text = Text.assemble((clock, "dim"), "  ", (f"{word:<13}", style or "bold"), " ", message)
         with suppress(OSError):
             self._console.print(text, soft_wrap=True)

@@ -1,7 +1,11 @@
-"""`vmbackup top`: what agents do at this moment, from their /metrics. The bounds are those of the alerts."""
+"""`vmbackup top`: what agents do at this moment, from their /metrics.
+
+It judges with the alerts' thresholds, but by one look: no waiting time, no trend of free space.
+"""
 
 from __future__ import annotations
 
+import ssl
 import time
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +20,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vmbackup.api.status import GUEST_AWAY
+from vmbackup.commands import flags
 from vmbackup.commands.amounts import size, span
 
 ALL_WELL, LOOK, NO_ANSWER = 0, 1, 2  # exit codes
@@ -23,6 +29,7 @@ ALL_WELL, LOOK, NO_ANSWER = 0, 1, 2  # exit codes
 _WIDE = 200  # columns where there is no terminal
 _ANSWER_SECONDS = 5.0
 _HOUR = 3600.0
+_LATE = 300.0  # seconds that a status may wait for the API server
 _COLUMNS = ("NODE", "DOMAIN", "PHASE", "DONE", "RATE", "OVERLAY", "FREE", "FOR", "LAST BACKUP", "")
 
 
@@ -120,7 +127,7 @@ def troubles(guest: Guest, now: float) -> list[str]:
         "OVERLAY SPACE LOW": bool(age) and free < 512 << 20 and "vmbackup_overlay_free_bytes" in guest.samples,
         "LEFT ON OVERLAY": age > 6 * _HOUR or (idle and age > 600),
         "COMMIT NOT CONVERGING": guest.get("commit_stalled") > 0,
-        f"NO PROGRESS for {span(progressed)}": not idle and guest.reason != "DomainOff" and progressed > 1800,
+        f"NO PROGRESS for {span(progressed)}": not idle and guest.reason not in GUEST_AWAY and progressed > 1800,
         f"FAILED {span(now - failed)} ago": failed > 0,
         "NO RECENT BACKUP": 0 < last < now - 36 * _HOUR,
     }
@@ -150,15 +157,29 @@ def _look(urls: Sequence[str]) -> list[Look]:
 def _ask(url: str) -> Look:
     node, now = urlsplit(url).netloc, time.time()
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=_ANSWER_SECONDS) as answer:
+        encrypted = urllib.request.HTTPSHandler(context=_trust(url))
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), encrypted)
+        with direct.open(url, timeout=_ANSWER_SECONDS) as answer:
             return read(answer.read().decode(), node, now)
     except (OSError, ValueError) as error:
         cause = getattr(error, "reason", error)
         return Look(node, now, error=str(getattr(cause, "strerror", None) or cause))
 
 
+def _trust(url: str) -> ssl.SSLContext | None:
+    """Of the agent with our environment, its very certificate, whatever name that is for; None: as everywhere."""
+    if not (certificate := flags.own_certificate()) or url != flags.own_metrics():
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # it is asked by the address of its pod, which no certificate names
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # who has signed it need not be known here
+    context.load_verify_locations(certificate)
+    return context
+
+
 def _wrong(look: Look) -> bool:
-    return bool(look.error or look.orphans) or any(troubles(guest, look.at) for guest in look.guests.values())
+    agent = look.error or look.orphans or look.lag > _LATE
+    return bool(agent) or any(troubles(guest, look.at) for guest in look.guests.values())
 
 
 def _order(look: Look, guest: Guest) -> tuple[bool, bool, str, str]:
@@ -194,6 +215,6 @@ def _agent(look: Look) -> Text:
     line = Text.assemble((f"{look.node}  ", ""), (f"vmbackup {look.version}", "dim"))
     if look.orphans:
         line.append(f"  {look.orphans:.0f} orphan overlays", "bold red")
-    if look.lag > 300:
+    if look.lag > _LATE:
         line.append(f"  status not written for {span(look.lag)}", "bold red")
     return line

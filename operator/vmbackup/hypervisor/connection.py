@@ -21,7 +21,7 @@ from uuid import UUID
 
 import libvirt
 
-from vmbackup.errors import PermanentError, RefusedError, VMBackupError
+from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.errors import away, classify
 from vmbackup.hypervisor.guest import Guest
 
@@ -30,8 +30,9 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent libvirtd is given up after 20 s (measured)
-_SLOTS = 6  # calls at once, each on a connection of its own
-_AGENT_SLOTS = 3  # of them, for calls that wait for guest agents: who hangs there is never in the way of a resume
+_SLOTS = 8  # calls at once, each on a connection of its own
+_FREEZE_SLOTS, _THAW_SLOTS = 3, 2  # of them, for guest agents: who hangs there is in the way of no resume, nor thaw
+_SLOT_SECONDS = 30.0  # to wait for one: QEMUs that hang, as on a dead NFS server, may keep them all
 _FIRST_OPEN_SECONDS = 5.0
 _REOPEN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ALIVE_POLL_SECONDS = 2.0
@@ -60,7 +61,8 @@ class Hypervisor:
         self._held = threading.local()
         self._event_ids: list[int] = []
         self._slots = threading.BoundedSemaphore(_SLOTS)
-        self._agent_slots = threading.BoundedSemaphore(_AGENT_SLOTS)
+        self._freeze_slots = threading.BoundedSemaphore(_FREEZE_SLOTS)
+        self._thaw_slots = threading.BoundedSemaphore(_THAW_SLOTS)
         self._lock = threading.Lock()
         self._wakes: dict[str, list[Callable[[], None]]] = {}
         self._lost = threading.Event()
@@ -146,9 +148,9 @@ class Hypervisor:
                 raise classify(error, doing, mutating=mutating) from error
 
     @contextmanager
-    def waiting_for_an_agent(self) -> Generator[None]:
+    def waiting_for_an_agent(self, *, thaws: bool) -> Generator[None]:
         """A call in here may hang for as long as the guest agent is given: only some do, and keep nobody else."""
-        with self._agent_slots:
+        with self._thaw_slots if thaws else self._freeze_slots:
             yield
 
     @contextmanager
@@ -158,7 +160,7 @@ class Hypervisor:
         if held is not None:
             yield held
             return
-        with self._slots:
+        with self._slot(doing):
             free = self._free
             try:
                 self._held.connection = free.pop()
@@ -170,6 +172,18 @@ class Hypervisor:
             finally:
                 free.append(self._held.connection)
                 self._held.connection = None
+
+    @contextmanager
+    def _slot(self, doing: str) -> Generator[None]:
+        if not self._slots.acquire(timeout=_SLOT_SECONDS):
+            message = (
+                f"{doing}: {_SLOTS} calls to libvirtd wait for QEMUs that do not answer: see the storage of their disks"
+            )
+            raise TransientError(message, reason="HypervisorBusy")
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     # -- the keeper: the only thread that opens, replaces and closes the connections
 

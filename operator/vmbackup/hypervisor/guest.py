@@ -6,6 +6,7 @@ Every method may raise TransientError (observe again), PermanentError and, if it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,10 @@ from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
+from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from vmbackup.errors import PermanentError, TransientError
+from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor.chain import disks
 from vmbackup.hypervisor.mark import KEY, URI, Mark
 
@@ -100,10 +102,12 @@ class Guest:
         """Whether the next start goes on from a managed save: with the images that its guest had then."""
         return self._read("asking for a saved state", lambda domain: bool(domain.hasManagedSaveImage(0)))
 
-    def was_migrated(self) -> bool:
-        """Whether it is off since it goes on elsewhere, as far as libvirtd has not been started anew since."""
-        gone = [libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED]
-        return self._read("asking why it is off", lambda domain: cast("list[int]", domain.state()) == gone)
+    def was_migrated(self) -> bool | None:
+        """Whether it is off since it goes on elsewhere. None: libvirtd was started anew since, and does not know."""
+        state, why = self._read("asking why it is off", lambda domain: cast("list[int]", domain.state()))
+        if state != libvirt.VIR_DOMAIN_SHUTOFF:
+            return False
+        return None if why == libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN else why == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED
 
     def live_xml(self) -> str | None:
         """The live XML; None when the domain is off."""
@@ -235,11 +239,11 @@ class Guest:
 
         After an error they may be frozen all the same: thaw.
         """
-        return self._agent("freezing the file systems", timeout, lambda domain: domain.fsFreeze())
+        return self._agent("freezing the file systems", timeout, lambda domain: domain.fsFreeze(), thaws=False)
 
     def thaw(self, timeout: int) -> int:
         """Thaw the guest's file systems; returns how many were frozen. It may be called again and again."""
-        return self._agent("thawing the file systems", timeout, lambda domain: domain.fsThaw())
+        return self._agent("thawing the file systems", timeout, lambda domain: domain.fsThaw(), thaws=True)
 
     def define(self, xml: str) -> None:
         """Replace the persistent XML. A domain that was undefined meanwhile stays so (TransientError)."""
@@ -253,20 +257,19 @@ class Guest:
         """Whether the persistent XML *on disk* names these images (target to path), having made it durable.
 
         libvirt neither fsyncs the directory nor reports a failed save (measured on 9.0), so the file itself is read
-        back and fsynced with its directory. Raises PermanentError if libvirt's configuration directory is not here.
+        back and fsynced with its directory. Raises PermanentError (ConfigDirectoryMissing) if libvirt's configuration
+        directory is not here, TransientError (ConfigNotDurable) if its file system fails.
         """
         name = self._read("asking for the name", lambda domain: domain.name())
         directory = self._hypervisor.config_dir
         try:
             folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise PermanentError(
-                f"{self.name}: cannot open libvirt's configuration directory {directory} ({error.strerror}): "
-                "mount it into the agent's container at the same path, or let the agent read it",
-                reason="ConfigDirectoryMissing",
-            ) from error
+            raise _config_error(f"{self.name}: libvirt's configuration directory {directory}", error) from error
         try:
             return _sync(folder, f"{name}.xml", self.uuid, images)
+        except OSError as error:
+            raise _config_error(f"{name}.xml in libvirt's configuration directory {directory}", error) from error
         finally:
             os.close(folder)
 
@@ -298,12 +301,12 @@ class Guest:
 
         return self._read(doing, ask_if_on)
 
-    def _agent(self, doing: str, timeout: int, ask: Callable[[libvirt.virDomain], int]) -> int:
+    def _agent(self, doing: str, timeout: int, ask: Callable[[libvirt.virDomain], int], *, thaws: bool) -> int:
         def ask_in_time(domain: libvirt.virDomain) -> int:
             domain.agentSetResponseTimeout(timeout)  # else a hung agent blocks the call for ever
             return ask(domain)
 
-        with self._hypervisor.waiting_for_an_agent():
+        with self._hypervisor.waiting_for_an_agent(thaws=thaws):
             return self._change(doing, ask_in_time)
 
 
@@ -312,20 +315,27 @@ def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:
         file = os.open(name, os.O_RDONLY, dir_fd=folder)
     except FileNotFoundError:
         return False
-    except OSError as error:
-        raise PermanentError(
-            f"cannot read {name} in libvirt's configuration directory ({error.strerror}): let the agent read it",
-            reason="ConfigDirectoryMissing",
-        ) from error
     with os.fdopen(file, "rb") as reader:
         xml = reader.read()
-        root = fromstring(xml)
-        sources = {disk.target: disk.source for disk in disks(xml.decode())}
+        try:
+            root = fromstring(xml)
+            sources = {disk.target: disk.source for disk in disks(xml.decode())}
+        except (ElementTree.ParseError, DefusedXmlException, UnicodeDecodeError):  # cut off: it names nothing
+            return False
         if root.findtext("uuid") != uuid or any(sources.get(target) != image for target, image in images.items()):
             return False
         os.fsync(file)
     os.fsync(folder)
     return True
+
+
+def _config_error(what: str, error: OSError) -> VMBackupError:
+    """That it is not here is how this agent was installed; anything else is a failure, and proves nothing."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
+        cure = "mount it into the agent's container at the same path, or let the agent read it"
+        return PermanentError(f"{what} cannot be read ({error.strerror}): {cure}", reason="ConfigDirectoryMissing")
+    cure = "see its file system"
+    return TransientError(f"{what} cannot be made durable ({error.strerror}): {cure}", reason="ConfigNotDurable")
 
 
 def _file_name(name: str) -> str:

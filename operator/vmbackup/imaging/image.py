@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.imaging.control import Cancelled, CopyControl
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.imaging.locks import is_locked
+from vmbackup.imaging.locks import is_locked_by_another
 from vmbackup.paths import open_trusted
 
 QEMU_IMG_SECONDS = 60.0
@@ -60,30 +61,34 @@ class ImageInfo:
 
 
 def overlay_file(path: Path) -> OverlayFile | None:
-    """The qcow2 overlay at `path`, or None if there is no such file. Takes no lock, so it is never in QEMU's way."""
+    """The qcow2 overlay at `path`, or None if there is nothing. Takes no lock, so it is never in QEMU's way.
+
+    Raises as `imaging.errors` says where it cannot be read, or something else is there: who owns the directory may have
+    put a link or a FIFO in its place (paths.open_trusted).
+    """
     if not os.path.lexists(path):
         return None
-    if is_locked(path):
-        return OverlayFile(locked=True, empty=None)
-    return OverlayFile(locked=False, empty=_is_empty_qcow2(path))
+    with errors_of(path), os.fdopen(open_trusted(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if is_locked_by_another(file.fileno()):
+            return OverlayFile(locked=True, empty=None)
+        return OverlayFile(locked=False, empty=_is_empty_qcow2(file))
 
 
-def _is_empty_qcow2(path: Path) -> bool:
+def _is_empty_qcow2(file: BinaryIO) -> bool:
     """Whether a qcow2 has no cluster of its own: no L2 table and no internal snapshot.
 
     A file of no length is empty too (creating it was cut short); what cannot be understood is not.
     """
-    with errors_of(path), path.open("rb") as file:
-        header = file.read(_QCOW2_HEADER.size)
-        if not header:
-            return True
-        if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
-            return False
-        *_, l1_entries, l1_offset, _refcounts, _refcount_clusters, snapshots = _QCOW2_HEADER.unpack(header)
-        if 8 * l1_entries > _LONGEST_L1 or l1_offset >= 1 << 63:
-            return False
-        file.seek(l1_offset)
-        l1_table = file.read(8 * l1_entries)
+    header = file.read(_QCOW2_HEADER.size)
+    if not header:
+        return True
+    if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
+        return False
+    *_, l1_entries, l1_offset, _refcounts, _refcount_clusters, snapshots = _QCOW2_HEADER.unpack(header)
+    if 8 * l1_entries > _LONGEST_L1 or l1_offset >= 1 << 63:
+        return False
+    file.seek(l1_offset)
+    l1_table = file.read(8 * l1_entries)
     return snapshots == 0 and l1_entries > 0 and len(l1_table) == 8 * l1_entries and not any(l1_table)
 
 
@@ -174,11 +179,15 @@ def qemu_img(
 ) -> subprocess.CompletedProcess[str]:
     """Run qemu-img. Raises PermanentError if it is not installed, TransientError after `timeout` seconds.
 
-    With a control it is killed, and Cancelled raised, as soon as that says so.
+    With a control it is killed, and Cancelled raised, as soon as that says so. It does not outlive this process: its
+    locks would keep a guest from starting.
     """
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise PermanentError("qemu-img is not installed: install qemu-utils (Debian) or qemu-img")
     environment = {**os.environ, "LC_ALL": "C"}
     pipe, ends = subprocess.PIPE, time.monotonic() + timeout
-    command = ["qemu-img", *arguments]
+    command = [*_dying_with_us(), program, *arguments]
     try:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace", env=environment
@@ -189,12 +198,16 @@ def qemu_img(
                 process.kill()
                 raise
             return subprocess.CompletedProcess(command, process.returncode, output, errors)
-    except FileNotFoundError:
-        raise PermanentError("qemu-img is not installed: install qemu-utils (Debian) or qemu-img") from None
     except subprocess.TimeoutExpired:
         raise TransientError(f"qemu-img {arguments[0]} did not end within {timeout:g} s", reason="Timeout") from None
     except OSError as error:
         raise classified(error, "qemu-img") from error
+
+
+def _dying_with_us() -> tuple[str, ...]:
+    """What makes the kernel kill a program with the thread that waits for it (util-linux, which every Linux has)."""
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 
 def _until_it_ends(process: subprocess.Popen[str], ends: float, control: CopyControl | None) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vmbackup.errors import TransientError
 from vmbackup.imaging.errors import errors_of
+from vmbackup.paths import open_trusted
 
 # RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE of block/file-posix.c, BLK_PERM_* of include/block/block-common.h
 _HAS = 100
@@ -48,9 +49,15 @@ def release_reader_lock(fd: int) -> None:
 def is_locked(path: Path) -> bool:
     """Whether anybody, we too, has the image open through QEMU's locks, to read or to write.
 
-    Asks only, never takes a lock. Raises as `imaging.errors` says if the file cannot be opened.
+    Asks only, never takes a lock. Raises as `imaging.errors` says if the file cannot be opened, or is no image's
+    (paths.open_trusted).
     """
     return _probe(path, _ALL_BYTES)
+
+
+def is_locked_by_another(fd: int) -> bool:
+    """The same of an image that is open here, but for what this very open file holds."""
+    return _held_by_another(fd, _ALL_BYTES)
 
 
 def has_writer(path: Path) -> bool:
@@ -60,7 +67,7 @@ def has_writer(path: Path) -> bool:
 
 def _probe(path: Path, lock_bytes: range) -> bool:
     with errors_of(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_trusted(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             return _held_by_another(fd, lock_bytes)
         finally:

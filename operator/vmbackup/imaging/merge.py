@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vmbackup.imaging.control import CopyControl
 from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import COMPARE_SECONDS, failure_of, info, qemu_img
-from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.paths import open_trusted
 
 MERGE_SECONDS = 24 * 3600.0
 _MANY = (
@@ -23,16 +24,17 @@ _MANY = (
 class HeldOverlay:
     """An overlay that holds nothing which its base lacks, and on which no guest can start until it is let go.
 
-    `stamp` names this state of its file: it is another one as soon as anybody has written to it.
+    `stamp` names this state of its file: it is another one as soon as anybody has written to it. Where nobody knows of
+    this object any more, it lets go by itself.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
         self.stamp = _stamp(os.fstat(fd))
 
     def let_go(self) -> None:
         """Guests may start on it again."""
-        os.close(self._fd)
+        self._close()
 
 
 def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, control: CopyControl) -> HeldOverlay:
@@ -51,16 +53,16 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
     if result.returncode != 0:
         raise failure_of(result, base)
     with errors_of(overlay):
-        fd = os.open(overlay, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_trusted(overlay)
     try:
-        hold_reader_lock(fd)
-        with errors_of(base), opened_image(base) as base_fd:
-            os.fsync(base_fd)
-        if not same_where_written(overlay, base, base_format, control):
-            raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
-        control.check()
-        with errors_of(overlay):
-            os.fsync(fd)  # its time stamps too
+        with control.reading(fd):
+            with errors_of(base), opened_image(base) as base_fd:
+                os.fsync(base_fd)
+            if not same_where_written(overlay, base, base_format, control):
+                raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
+            with errors_of(overlay):
+                os.fsync(fd)  # its time stamps too
+            control.check()  # what was abandoned meanwhile is not held any more
         return HeldOverlay(fd)
     except BaseException:
         os.close(fd)
@@ -91,7 +93,7 @@ def _checked_backing(overlay: Path, base: Path, base_format: str) -> str:
     if not found.backing or os.path.realpath(backing) != os.path.realpath(base) or found.backing_format != base_format:
         raise PermanentError(
             f"{overlay} names {found.backing or 'nothing'} ({found.backing_format}) as the image below it, not {base} "
-            f"({base_format}): look which one it was made on before you merge it by hand",
+            f"({base_format}): find out which image it was made on before merging by hand",
             reason="OtherBase",
         )
     return found.backing

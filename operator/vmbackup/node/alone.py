@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from vmbackup.api.spec import BackupSpec, StoreSpec
+from vmbackup.api.spec import StoreSpec
 from vmbackup.node.premises import Premises
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.plan import key_of
 from vmbackup.reconcile.record import Record
-from vmbackup.reconcile.wish import Wish
+from vmbackup.reconcile.wish import Wish, spec_of
 from vmbackup.report.log import LogReporter
 from vmbackup.stores import open_store
 
@@ -48,13 +48,12 @@ class Alone:
         await asyncio.gather(*self._runs)
 
     def _backup(self, record: Record) -> Backup:
-        spec = BackupSpec.parse(record.spec)
-        store = StoreSpec.parse(record.store)
+        spec = spec_of(record)
         return Backup(
             self._premises.node,
             key_of(record),
             wish=lambda: Wish(spec, retry=record.handled_retry, stop=self._stopped),
-            open_store=lambda: open_store(store),
+            open_store=lambda: open_store(StoreSpec.parse(record.store)),
             reporter=LogReporter(record.full_name),
         )
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
-from vmbackup.api.status import Outcome, Phase, Reason, Report
+from vmbackup.api.status import GUEST_AWAY, Outcome, Phase, Reason, Report
 from vmbackup.backoff import Backoff
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.node.duty import Seen
@@ -22,7 +22,7 @@ from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.domain_lock import is_locked
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.record import Record
-from vmbackup.reconcile.wish import Wish
+from vmbackup.reconcile.wish import Wish, spec_of
 from vmbackup.report.reporter import ClusterReporter
 from vmbackup.report.status import condition, is_finished, with_generation
 from vmbackup.report.writer import BackupRef, StatusWriter
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
-_PARKED = (Reason.DOMAIN_OFF, Reason.QUARANTINED)
+_PARKED = (*GUEST_AWAY, Reason.QUARANTINED)
 _PAUSES = Backoff(first=1.0, longest=60.0)  # after failures of the node itself
 _FLUSH = 5.0  # seconds for the last status of an object that others hold
 _LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
@@ -276,10 +276,10 @@ class Keeper:
 
     async def _run(self) -> None:
         """Run it from wherever it stands."""
+        record = await self._record()
         if self._spec is None:
             self._refuse()
             return
-        record = await self._record()
         if record is None and self._handled is None and self._seen.over:  # another process has run it
             self._handled = self._seen.handled_retry
             return
@@ -364,13 +364,19 @@ class Keeper:
     def _heard(self, report: Report) -> None:
         """What the backup reports, in any thread."""
         self._unfinished = report.outcome is None or report.reason == Reason.QUARANTINED
-        if self._writer.gone:
-            self._loop.call_soon_threadsafe(self.vanish)
-        if report.reason in _PARKED and report.phase is not Phase.COPYING:
-            self._loop.call_soon_threadsafe(self._turn.park)
+        with suppress(RuntimeError):  # the loop is closed: this process ends, and its backups come to a safe point
+            if self._writer.gone:
+                self._loop.call_soon_threadsafe(self.vanish)
+            if report.reason in _PARKED and report.phase is not Phase.COPYING:
+                self._loop.call_soon_threadsafe(self._turn.park)
 
     async def _record(self) -> Record | None:
-        return await self._call(journals.record_of, self._premises.node.state_dir, self._ref.uid)
+        """What its journal says. Where the spec cannot be read and it has begun, it is carried on by that."""
+        record = await self._call(journals.record_of, self._premises.node.state_dir, self._ref.uid)
+        if self._spec is None and record is not None and not record.done:
+            self._spec = spec_of(record)
+            self._wake()
+        return record
 
     async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await self._premises.threads.call(function, *arguments)

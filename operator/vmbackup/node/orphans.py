@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
 from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.node.duty import Seen
 from vmbackup.node.premises import Premises
+from vmbackup.node.presence import Presence
 from vmbackup.node.queue import Ticket
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.backup import Backup
@@ -32,7 +32,7 @@ from vmbackup.reconcile.orphans import (
 from vmbackup.reconcile.plan import key_of
 from vmbackup.reconcile.record import Record
 from vmbackup.reconcile.stranded import holds
-from vmbackup.reconcile.wish import Wish
+from vmbackup.reconcile.wish import Wish, spec_of
 from vmbackup.report.events import NodeRef, Subject
 from vmbackup.report.reporter import StrayReporter
 from vmbackup.report.writer import BackupRef
@@ -71,6 +71,7 @@ class Orphans:
         self._premises = premises
         self._node = NodeRef(node_name)
         self._policy = policy
+        self._presence = Presence(premises.threads)
         self._strays: dict[str, asyncio.Task[None]] = {}
         self._overlays: set[str] = set()
         self._told: set[str] = set()
@@ -100,11 +101,13 @@ class Orphans:
 
         `gone`: those of the records whose VMBackup is gone with something left to do; `backups`: all of this node.
         """
-        found = [*_forgotten(records, gone, self._node)]
-        found += await self._interrupted(records)
+        left = [record for record in records if _is_left(record, gone)]
+        there = await self._presence.of(disk.overlay for record in left for disk in record.disks)
+        found = [*_forgotten(records, gone, self._node, there)]
+        found += await self._interrupted(records, there)
         found += await self._unknown(records, {seen.uid[:8]: seen for seen in backups})
         self._overlays = {orphan.path for orphan in found}
-        self._count()
+        await self._count()
         self._tell(found)
         for record in gone:
             self.bring_home(record)
@@ -116,8 +119,11 @@ class Orphans:
 
     def bring_home(self, record: Record) -> None:
         """Bring the chain of this record home, whose VMBackup is gone; or only to a safe point, as the policy says."""
-        commit = self._policy is OrphanPolicy.COMMIT
-        if record.uid not in self._strays and not self._stopped and (commit or holds(record)):
+        if record.uid in self._strays or self._stopped:
+            return
+        if self._policy is OrphanPolicy.REPORT and not holds(record):
+            self._premises.queue.unreserve(record.uid)  # the next backup of its domain adopts what it left
+        else:
             self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
 
     # -- what is found
@@ -125,11 +131,11 @@ class Orphans:
     def _look(self) -> list[Look]:
         return list(look_at(self._premises.node.hypervisor.guests()))
 
-    async def _interrupted(self, records: Iterable[Record]) -> list[_Orphan]:
+    async def _interrupted(self, records: Iterable[Record], there: Collection[str]) -> list[_Orphan]:
         """The overlays of runs of `vmbackup run` that were interrupted, and that nobody has carried on yet."""
         found: list[_Orphan] = []
         for record in records:
-            left = [] if record.spec or not record.begun else _left(record)
+            left = _left(record, there) if _is_interrupted(record) else []
             if left and await self._is_free(record.domain_uuid):
                 run = f"`vmbackup run` of {record.full_name}"
                 story = f"left on the domain {record.domain} by an interrupted {run}: run it again, and it carries on"
@@ -189,7 +195,7 @@ class Orphans:
         name = record.name if is_orphanage(record) else record.full_name
         reporter = StrayReporter(name, premises.events, _subject(record, self._node))
         ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
-        spec, retry = BackupSpec.parse(record.spec), f"sweep-{time.time():.0f}"
+        spec, retry = spec_of(record), f"sweep-{time.time():.0f}"
         halfway = self._policy is OrphanPolicy.REPORT
         backup = Backup(
             premises.node,
@@ -213,7 +219,7 @@ class Orphans:
             premises.queue.leave(ticket)
             premises.queue.unreserve(record.uid)
             self._strays.pop(record.uid, None)
-            self._count()
+            await self._count()
 
     def _rests(self, record: Record) -> bool:
         """Whether the guest does not stand still for this one any more. Called by its thread."""
@@ -252,20 +258,32 @@ class Orphans:
             _log.warning("%s: %s: %s", reason, path, story)
             self._premises.events.warning(subject, reason, f"{path}: {story}")
 
-    def _count(self) -> None:
-        self._premises.node.metrics.orphans(sum(Path(path).exists() for path in self._overlays))
+    async def _count(self) -> None:
+        self._premises.node.metrics.orphans(len(await self._presence.of(self._overlays)))
 
 
-def _forgotten(records: Iterable[Record], gone: Sequence[Record], node: NodeRef) -> Iterator[_Orphan]:
+def _forgotten(
+    records: Iterable[Record], gone: Sequence[Record], node: NodeRef, there: Collection[str]
+) -> Iterator[_Orphan]:
     """The overlays of those whose VMBackup is gone, or is about to be, and whose journal is here."""
     for record in records:
         if record.orphan or record in gone:
             story = f"left on the domain {record.domain} by {record.full_name}, which is gone"
-            yield from (_Orphan(path, _subject(record, node), story) for path in _left(record))
+            yield from (_Orphan(path, _subject(record, node), story) for path in _left(record, there))
 
 
-def _left(record: Record) -> list[str]:
-    return [disk.overlay for disk in record.disks if Path(disk.overlay).exists()]
+def _is_interrupted(record: Record) -> bool:
+    """One of `vmbackup run`, which only its user carries on."""
+    return not record.spec and record.begun
+
+
+def _is_left(record: Record, gone: Sequence[Record]) -> bool:
+    """Nobody waits for what it may have left."""
+    return record.orphan or record in gone or _is_interrupted(record)
+
+
+def _left(record: Record, there: Collection[str]) -> list[str]:
+    return [disk.overlay for disk in record.disks if disk.overlay in there]
 
 
 def _subject(record: Record, node: NodeRef) -> Subject:

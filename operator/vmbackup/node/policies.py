@@ -67,8 +67,9 @@ class Policies:
             policies = self._cluster.policies()
         except PermanentError as error:
             raise TransientError(
-                f"the VMBackupPolicies cannot be read, so no backup begins: {error}; apply crds/vmbackuppolicies.yaml, "
-                "and let the agent's ClusterRole get and list vmbackuppolicies",
+                f"the VMBackupPolicies cannot be read, so no backup begins: {error}; apply the CRDs of this release "
+                "(kubectl apply --server-side -k crds/, or install.yaml), and let the agent's ClusterRole get and list "
+                "vmbackuppolicies",
                 reason="PoliciesUnreadable",
             ) from error
         self._metrics.policies(len(policies))

@@ -17,6 +17,7 @@ from vmbackup.node.duty import Body, Seen
 from vmbackup.node.fleet import Fleet
 from vmbackup.node.orphans import Orphans
 from vmbackup.node.premises import Premises
+from vmbackup.node.presence import Presence
 from vmbackup.reconcile import journal as journals
 from vmbackup.reconcile.record import Record, Snapshot
 from vmbackup.report.status import condition
@@ -39,6 +40,7 @@ class Sweep:
         self._orphans = orphans
         self._node_name = node_name
         self._interval = interval
+        self._presence = Presence(premises.threads)
         self._unattended: set[str] = set()
         self._neglected: set[str] = set()
 
@@ -53,8 +55,8 @@ class Sweep:
                 continue
             if record.begun and not record.finished:
                 self._premises.queue.reserve(record.domain_uuid, record.uid)
-            self._tell_overlays(record)
-        await self._orphans.begin()
+        await self._orphans.begin()  # guests come first
+        await self._tell_overlays([record for record in records if record.spec])
         bodies = await self._list()
         if bodies is None:
             bodies = await self._list_at_last(records)
@@ -131,11 +133,11 @@ class Sweep:
 
     # -- metrics that alerts depend on
 
-    def _tell_overlays(self, record: Record) -> None:
-        if record.snapshot is Snapshot.NONE:
-            return
-        for disk in record.disks:
-            if Path(disk.overlay).exists():
+    async def _tell_overlays(self, records: Iterable[Record]) -> None:
+        taken = [(record, disk) for record in records if record.snapshot is not Snapshot.NONE for disk in record.disks]
+        there = await self._presence.of(disk.overlay for _, disk in taken)
+        for record, disk in taken:
+            if disk.overlay in there:
                 since = record.snapshot_time or record.started or time.time()
                 self._premises.node.metrics.overlay(record.domain, disk.target, Path(disk.overlay), since)
 

@@ -29,8 +29,8 @@ class Threads:
         """The result of a short blocking call."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def run(self, function: Callable[[], Result], name: str) -> Result:
-        """The result of long blocking work."""
+    async def run(self, function: Callable[[], Result], name: str, *, awaited: bool = True) -> Result:
+        """The result of long blocking work; `awaited`: by `join` too."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
 
@@ -53,7 +53,8 @@ class Threads:
                 loop.call_soon_threadsafe(deliver, result, failure)
 
         thread = threading.Thread(target=work, name=name, daemon=True)
-        self._long.add(thread)
+        if awaited:
+            self._long.add(thread)
         thread.start()
         return await future
 

@@ -21,7 +21,7 @@ from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.copying import Copying, delete_stored
 from vmbackup.reconcile.holding import Holding
 from vmbackup.reconcile.journal import Journal, sync_directory
-from vmbackup.reconcile.merging import Merging, compare
+from vmbackup.reconcile.merging import Merging
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.plan import Planner, key_of
@@ -29,7 +29,7 @@ from vmbackup.reconcile.quiescing import Quiescing
 from vmbackup.reconcile.record import Copy, Record, Snapshot
 from vmbackup.reconcile.room import patience
 from vmbackup.reconcile.settling import Settling
-from vmbackup.reconcile.terms import CANCELLED, Action, Do, Power
+from vmbackup.reconcile.terms import CANCELLED, Action, Do, Observation, Power
 from vmbackup.reconcile.throttling import Throttling
 from vmbackup.reconcile.transition import compared, failed, merged_offline, recorded, without_switches
 from vmbackup.reconcile.wish import Wish
@@ -119,22 +119,21 @@ class Acts:
         self._merging.let_go()
         self._narration.let_go(self.record)
 
-    def cancel_copy(self) -> None:
-        """Something else comes first: no reader may be left on the base when a commit begins."""
-        self._copying.cancel_copy()
-
-    def stop_merging(self) -> None:
-        """Something else comes first: a guest may start on its overlay again."""
-        self._merging.let_go()
+    def make_way(self, action: Action, seen: Observation) -> None:
+        """End what goes on in the background and is in the way of this: a copy, or what keeps a guest from starting."""
+        self._copying.make_way(action)
+        if not seen.call_in_flight:
+            self._merging.make_way(action)
 
     def tend(self, view: View, wish: Wish) -> None:
         """While waiting: let a changed bandwidth take effect."""
-        for target, job in view.jobs.items():
+        ours = {disk.target: view.jobs[disk.target] for disk in view.seen.disks if disk.job}
+        for target, job in ours.items():
             wanted = wish.spec.commit.bandwidth or 0
-            if job.kind == "active-commit" and job.bandwidth != wanted:
+            if job.bandwidth != wanted:
                 limit = partial(self._guest.set_job_bandwidth, target, wanted or None)
                 send(self._journal, Action(Do.WAIT, target), limit)
-        self._narration.commit_progress(view.jobs)
+        self._narration.commit_progress(ours)
 
     # -- every other action
 
@@ -187,7 +186,9 @@ class Acts:
                 return 0.0
 
     def _compare(self, action: Action) -> float:
-        self.write(compared(self.record, action, compare(self.record.disk(action.target))))
+        if (stamp := self._merging.compare(self.record.disk(action.target), action)) is None:
+            return 1.0
+        self.write(compared(self.record, action, stamp))
         return 0.0
 
     def _fail_backup(self, why: str, reason: str = "") -> float:
@@ -396,4 +397,6 @@ def _reason_of(failure: Action, view: View, wish: Wish) -> str:
         return Reason.DELETED
     if failure.reason == CANCELLED:
         return Reason.CANCELLED
-    return Reason.OVERLAY_SPACE_LOW if failure.reason == view.seen.room_low else ""
+    if failure.reason == view.seen.room_low:
+        return Reason.OVERLAY_SPACE_LOW
+    return Reason.DOMAIN_MIGRATED if view.seen.migrated else ""

@@ -19,7 +19,7 @@ def images_differ(disk: DiskRecord) -> str:
     """Live, off in the middle of a pivot: the guest may have written to either."""
     return (
         f"disk {disk.target}: {disk.overlay} and {disk.base} differ after a power cut, and the guest may have "
-        "written to either: look into copies of both, let the domain's definition name the newer one (virsh edit), and "
+        "written to either: inspect copies of both, set the newer one in the domain's definition (virsh edit), and "
         "move the other away"
     )
 
@@ -30,6 +30,15 @@ def overlay_left_off(disk: DiskRecord) -> str:
         f"disk {disk.target}: the guest is off and would start on {disk.base}, but {disk.overlay} may hold newer data: "
         "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one (virsh "
         "edit), or move the overlay away"
+    )
+
+
+def gone_from_here(disk: DiskRecord) -> str:
+    """Neither running nor defined here, and O is there: migrated, or undefined by hand, or transient and stopped."""
+    return (
+        f"disk {disk.target}: the domain is gone from this host, and {disk.overlay} holds what its guest wrote last: "
+        "leave it where it is. If the domain was migrated, the agent of that host brings it home, and nothing is to be "
+        f"done here; else define it again with {disk.overlay} as its image, and start it"
     )
 
 
@@ -44,6 +53,15 @@ def overlay_left_on(disk: DiskRecord) -> str:
 def written_elsewhere(disk: DiskRecord, written: str) -> str:
     """T≠L. `written`: what QEMU writes."""
     return f"disk {disk.target}: QEMU writes {written}, libvirt names another image: {_COLD_RESTART}"
+
+
+def written_to_foreign_image(disk: DiskRecord) -> str:
+    """T≠L, and T is neither B nor O: somebody else's image, which the definition does not name."""
+    return (
+        f"disk {disk.target}: QEMU writes neither {disk.base} nor an image that libvirt names: the next start would "
+        "go back in time. Find it (virsh qemu-monitor-command DOMAIN --hmp 'info block'), let the domain's "
+        "definition name it (virsh edit), and only then shut the guest down and start it again"
+    )
 
 
 def overlay_in_use(disk: DiskRecord) -> str:
@@ -73,9 +91,9 @@ def foreign_image(disk: DiskRecord) -> str:
 def base_changed(disk: DiskRecord) -> str:
     """B is not the file any more that it was when O was put on it."""
     return (
-        f"disk {disk.target}: {disk.base} was replaced, removed or cut off by somebody, and {disk.overlay} fits only "
-        "what it was: nothing is merged. Put the original back under this name. If it is gone, do not stop the guest "
-        "while it runs, since QEMU may still have it: copy the disk to a new image (virsh blockcopy --pivot)"
+        f"disk {disk.target}: {disk.base} was replaced, removed or truncated, and {disk.overlay} only fits the "
+        "original: nothing is merged. Put the original back under this name. If it is gone, do not stop the running "
+        "guest, since QEMU may still have the file open: copy the disk to a new image (virsh blockcopy --pivot)"
     )
 
 
@@ -110,7 +128,7 @@ def foreign_commit(disk: DiskRecord) -> str:
     """Somebody else's commit writes to the base that is being copied."""
     return (
         f"disk {disk.target}: somebody else's commit of {disk.overlay} (virsh blockcommit) writes to {disk.base}, "
-        "which is not of the moment of the snapshot any more: make a new VMBackup"
+        "which is not of the moment of the snapshot any more: create a new VMBackup"
     )
 
 
@@ -127,6 +145,14 @@ def migrated(record: Record) -> str:
     )
 
 
+def not_here(record: Record) -> str:
+    """It went away before anything was begun."""
+    return (
+        f"domain {record.domain} is gone from this host, mostly by a migration: create a new VMBackup with the "
+        "spec.nodeName of the host where it runs"
+    )
+
+
 def migrating(record: Record) -> str:
     """A job of the whole domain that is somebody else's."""
     return (
@@ -139,7 +165,7 @@ def stays_frozen(domain: str) -> str:
     """A lost backup left its guest frozen, and this one has given up thawing it."""
     return (
         f"domain {domain} was frozen by a backup whose journal is lost, and its guest agent does not answer: thaw it "
-        f"by hand (virsh domfsthaw {domain}), or shut it down and start it, then make a new VMBackup"
+        f"by hand (virsh domfsthaw {domain}), or shut it down and start it, then create a new VMBackup"
     )
 
 
@@ -147,7 +173,7 @@ def image_changed(disk: DiskRecord) -> str:
     """Before the snapshot: L or P is not B any more."""
     return (
         f"disk {disk.target}: the guest uses another image than {disk.base}, or will at its next start: let the "
-        "running guest and the domain's definition agree (virsh domblklist, --inactive too), then make a new VMBackup"
+        "running guest and the domain's definition agree (virsh domblklist, --inactive too), then create a new VMBackup"
     )
 
 
@@ -156,14 +182,22 @@ def no_room(disks: list[DiskRecord]) -> str:
     overlays = ", ".join(f"{disk.target}: {disk.overlay}" for disk in disks)
     return (
         f"the guest was paused by an I/O error, mostly since its overlay has no room ({overlays}): it is brought "
-        "home and resumed; free space there, or give --overlay-dir, and make a new VMBackup"
+        "home and resumed; free space there, or give --overlay-dir, and create a new VMBackup"
+    )
+
+
+def commit_begun(disk: DiskRecord) -> str:
+    """B is not the moment of the snapshot any more."""
+    return (
+        f"disk {disk.target}: the commit of {disk.overlay} into {disk.base} had begun before the copy was complete: "
+        "create a new VMBackup"
     )
 
 
 def disks_apart(disks: list[DiskRecord]) -> str:
     """R6. `disks`: those that are on base already."""
     names = ", ".join(f"{disk.target} ({disk.base})" for disk in disks)
-    return f"some disks left the moment of the snapshot before their copy was complete: {names}; make a new VMBackup"
+    return f"some disks left the moment of the snapshot before their copy was complete: {names}; create a new VMBackup"
 
 
 def commit_failed(disk: DiskRecord, why: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,11 +26,12 @@ from vmbackup.reconcile.merging import Merging
 from vmbackup.reconcile.narrate import Progress, narrate
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer
-from vmbackup.reconcile.plan import Planner
+from vmbackup.reconcile.plan import Planner, key_of
 from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
 from vmbackup.reconcile.terms import CANCELLED
 from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash, without_switches
-from vmbackup.reconcile.wish import Reporter, Wish
+from vmbackup.reconcile.wish import Reporter, Wish, spec_of
+from vmbackup.report.log import LogReporter
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey, Store
 
@@ -122,8 +123,18 @@ class Backup:
             return self._refused(journal, error)
         if guest is None:
             return self._waited_in_vain(journal)
-        with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
-            return self._driver(journal, guest).run() if held else self._waited_in_vain(journal)
+        while True:
+            with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
+                if not held:
+                    return self._waited_in_vain(journal)
+                earlier = self._earlier(guest.uuid)
+                holders = [] if self._wish().stop else [record for record in earlier if record.holds_guest]
+                if not holders:
+                    return self._driver(journal, guest, earlier).run()
+            for record in holders:  # its process has died, and a rescuer would wait for the end of this one
+                let_rest(self._node, record)
+            if not self._queued(journal.record):
+                return self._waited_in_vain(journal)
 
     def _journal(self) -> Journal:
         state_dir, key = self._node.state_dir, self._key
@@ -146,14 +157,18 @@ class Backup:
             )
             return Journal.start(state_dir, record)
         taken_up = resumed_after_crash(of_this_boot(journal.record, boot_id(), boottime()))
-        try:
-            journal.write(taken_up, durable=False)
-        except PermanentError as error:
-            if not (taken_up.holds_guest or taken_up.throttles_guest):
-                raise
-            journal.give_up(without_switches(taken_up))  # the guest comes first
-            self._journal_error = error
+        self._write(journal, taken_up, durable=False)
         return journal
+
+    def _write(self, journal: Journal, record: Record, *, durable: bool) -> None:
+        """Put it into the journal; where that fails and the guest is held still, the guest comes first."""
+        try:
+            journal.write(record, durable=durable)
+        except PermanentError as error:
+            if not (record.holds_guest or record.throttles_guest):
+                raise
+            journal.give_up(without_switches(record))
+            self._journal_error = error
 
     def _open_again(self, record: Record) -> bool:
         """It ended with something left to do, and is asked for again, or deleted."""
@@ -241,12 +256,12 @@ class Backup:
         self._node.metrics.finished(report.outcome or Outcome.REFUSED)
         return Ending.FINISHED
 
-    def _driver(self, journal: Journal, guest: Guest) -> Driver:
+    def _driver(self, journal: Journal, guest: Guest, earlier: Sequence[Record]) -> Driver:
         node, record = self._node, journal.record
         if record.snapshot is Snapshot.NONE:
             record = replace(record, disks=())  # an earlier run's plan: the domain may have changed since
-        record = with_commits_of(record, self._earlier(guest.uuid))
-        journal.write(replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
+        record = with_call_of(with_commits_of(record, earlier), earlier, boot_id())
+        self._write(journal, replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
         copying = Copying(self._wish, self.wake, node.metrics)
         wish = self._wish()
         over = record.finished and (wish.deleted or wish.retry == record.handled_retry)
@@ -302,6 +317,21 @@ class Backup:
             reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
 
 
+def let_rest(node: Node, record: Record) -> Ending:
+    """Let a backup whose process has died come to rest: its guest runs, no more.
+
+    INTERRUPTED where it did, or another process has it. Raises VMBackupError.
+    """
+    wish = Wish(spec_of(record), retry=record.handled_retry, stop=True)
+    reporter = LogReporter(record.full_name)
+    backup = Backup(node, key_of(record), wish=lambda: wish, open_store=_no_store, reporter=reporter)
+    return backup.run()
+
+
+def _no_store() -> Store:
+    raise PermanentError("a guest is let run without any store: this is a fault of vmbackup", reason="NoStore")
+
+
 def _untouched(record: Record) -> bool:
     """Nothing was begun, and its guest is not held still for what was about to be."""
     return record.snapshot is Snapshot.NONE and not record.holds_guest
@@ -317,3 +347,9 @@ def with_commits_of(record: Record, others: Iterable[Record]) -> Record:
         if disk.overlay in begun:
             record = record.with_disk(disk.target, commit_begun=True)
     return record
+
+
+def with_call_of(record: Record, others: Iterable[Record], boot: str) -> Record:
+    """The record, waiting for the last call that another backup of this domain has left unanswered (PROTOCOL R4)."""
+    calls = [other.call for other in (record, *others) if other.call is not None and other.call.boot_id == boot]
+    return replace(record, call=max(calls, key=lambda call: call.boottime, default=None))

@@ -8,15 +8,21 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmbackup.errors import PermanentError, VMBackupError
+from vmbackup.errors import PermanentError, RefusedError, VMBackupError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import reading
 from vmbackup.reconcile.plan import key_of, source_of
 from vmbackup.reconcile.record import Copy, Record
-from vmbackup.reconcile.transfer import Transfer
+from vmbackup.reconcile.terms import Action, Do
+from vmbackup.reconcile.transfer import Transfer, at_work
 from vmbackup.reconcile.wish import Wish
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import GuestFacts, Published, Store, TakenDisk
+
+# What leaves images alone, and may be tried again every few seconds for hours, as while a guest agent does not answer
+# or libvirt's configuration cannot be saved: no copy begins anew for that.
+_SETTLING = (Do.REDEFINE, Do.SYNC_CONFIG)
+BESIDE_A_COPY = (Do.COPY, Do.WAIT, Do.THAW, Do.UNTHROTTLE, Do.RESUME, Do.CLEAR_GUARD, *_SETTLING)
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,10 @@ class _Result:
 
 
 class Copying:
-    """The copies of one backup. `copied` is how many bytes of each disk are through, by target."""
+    """The copies of one backup. `copied` is how many bytes of each disk are through, by target.
+
+    `stuck`: nothing is copied since an earlier attempt, which was given up, hangs in the store still.
+    """
 
     def __init__(self, wish: Callable[[], Wish], wake: Callable[[], None], metrics: Metrics) -> None:
         self._wish = wish
@@ -34,6 +43,7 @@ class Copying:
         self._metrics = metrics
         self._transfer: Transfer[_Result] | None = None
         self._shipping = False
+        self.stuck = False
         self.copied: dict[str, int] = {}
         self.last_progress: float | None = None
 
@@ -44,7 +54,7 @@ class Copying:
         home. Raises the errors of the store.
         """
         store = open_store()
-        result = self._run(lambda control: self._take(record, store, control), f"copy-{record.name}")
+        result = self._run(lambda control: self._take(record, store, control), record)
         if result is None:
             return None
         for disk in result.taken:
@@ -56,12 +66,15 @@ class Copying:
         """Complete the backup in the store: the record with it, or None while that runs."""
         store = open_store()
         self._shipping = True
-        result = self._run(lambda control: _publish(record, store, store.taken(key_of(record)), control), "ship")
+        result = self._run(lambda control: _publish(record, store, store.taken(key_of(record)), control), record)
         return None if result is None or result.published is None else _stored(record, result.published)
 
-    def cancel_copy(self) -> None:
-        """End a copy, having let go of every image; a shipment, which touches no image in use, goes on."""
-        if not self._shipping:
+    def make_way(self, action: Action) -> None:
+        """End a copy, having let go of every image, unless this action leaves them alone.
+
+        No reader may be left on the base when a commit begins. A shipment, which touches no image in use, goes on.
+        """
+        if not self._shipping and action.do not in BESIDE_A_COPY:
             self.cancel()
 
     def cancel(self) -> None:
@@ -71,8 +84,12 @@ class Copying:
             self._transfer = None
         self._shipping = False
 
-    def _run(self, work: Callable[[CopyControl], _Result], name: str) -> _Result | None:
+    def _run(self, work: Callable[[CopyControl], _Result], record: Record) -> _Result | None:
+        name = f"copy-{record.uid}"
         if self._transfer is None:
+            self.stuck = at_work(name)  # what it still writes must not meet what is written anew
+            if self.stuck:
+                return None
             self._transfer = Transfer(work, CopyControl(bandwidth=self._bandwidth), self._wake, name)
         if not self._transfer.ended:
             return None
@@ -109,10 +126,13 @@ class Copying:
 def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
     """Delete what is stored of a backup: also of a failed one that was published a moment before it was given up.
 
-    Raises the errors of the store, unless nothing is known to be stored.
+    Raises PermanentError or TransientError where what is known to be stored is not deleted.
     """
     if record.copy is Copy.STORED:
-        open_store().delete(record.location, record.uid)
+        try:
+            open_store().delete(record.location, record.uid)
+        except RefusedError as error:  # by the store: nothing of the backup itself is refused any more
+            raise PermanentError(str(error), reason=error.reason) from error
         return
     with suppress(VMBackupError):
         store = open_store()

@@ -13,8 +13,8 @@ from vmbackup.errors import PermanentError, RefusedError, TransientError, Unknow
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.acts import Acts
 from vmbackup.reconcile.calls import forget_call
+from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.machine import decide
-from vmbackup.reconcile.merging import HOLDING
 from vmbackup.reconcile.narration import Narration
 from vmbackup.reconcile.observe import Observer, View
 from vmbackup.reconcile.record import Copy, Guard, Record, Snapshot
@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _POLL = 1.0  # seconds; events wake it earlier
 _POLL_PARKED = 5.0
 _RECONNECT_PAUSE = 1.0  # libvirtd takes up its running guests again after it has begun to answer
+_SWITCH = 1.0  # seconds; one takes 25 to 60 ms
 _WORTH_TELLING = 3  # hiccups in a row
 _HICCUPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between looks while looking fails
 
@@ -109,14 +110,14 @@ class Driver:
         try:
             if wish.retry != self._record.handled_retry:
                 self._acts.write(taken_up_again(self._record, wish.retry))
-            if self._unplanned(wish) and not self._record.holds_guest:
+            if self._unplanned(wish) and not self._record.holds_guest and self._record.call is None:
                 return self._plan(wish)
             view = self._observe(wish)
             action = self._decide(wish, view)
             waits = action.do is Do.WAIT and not view.seen.call_in_flight
             self._paused_by_another = waits and view.seen.power is not Power.RUNNING
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
-            if self._journal_error is None:
+            if self._journal_error is None and not self._hastens(action):
                 self._narration.tell(self._record, view.seen, action)
             pause = self._perform(action, view, wish)
             self._hiccups = 0
@@ -138,6 +139,16 @@ class Driver:
             self._journal_error = error  # the guest comes first
             self._acts.release_guest()
             return 0.0
+        except Exception as error:
+            if self._may_stop():
+                raise
+            _log.exception("%s: this is a fault of vmbackup, and the guest is held still", self._record.name)
+            return self._hiccup(TransientError(f"this is a fault of vmbackup: {error!r}", reason="Fault"))
+
+    def _hastens(self, action: Action) -> bool:
+        """The guest stands still for a switch of images: that is told afterwards, unless it takes longer than usual."""
+        since = self._record.suspended_at or 0.0
+        return self._record.guard is Guard.OURS and action.do is not Do.WAIT and boottime() - since < _SWITCH
 
     def _hiccup(self, error: VMBackupError) -> float:
         pause = _HICCUPS[min(self._hiccups, len(_HICCUPS) - 1)]
@@ -197,13 +208,10 @@ class Driver:
         return not self._record.disks and self._record.copy is Copy.OPEN and not (wish.deleted or wish.cancelled)
 
     def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
-        if action.do not in (Do.COPY, Do.WAIT):
-            self._acts.cancel_copy()
-        if action.do not in HOLDING and not view.seen.call_in_flight:
-            self._acts.stop_merging()
+        self._acts.make_way(action, view.seen)
         match action.do:
             case Do.WAIT:
-                if not wish.stop:
+                if not wish.stop and not view.seen.call_in_flight:  # R4: nothing is sent, nor answered, meanwhile
                     self._acts.tend(view, wish)
                 return self._pause(action, view)
             case Do.RELEASE:

@@ -29,6 +29,7 @@ _NVRAM_BYTES = 64 << 20  # the largest variable stores have 4 MiB
 _NEW_SUFFIX = ".new"
 _GARBLED_SUFFIX = ".garbled"
 _COMPACT_BYTES = 1 << 20  # a journal that has grown by so much is replaced by its last line, where there is room
+_LINES_AT_REST = 8
 
 
 class Journal:
@@ -76,9 +77,15 @@ class Journal:
         except OSError as error:
             self.close()  # the next line is not glued to a torn one: the file is cut again when it is opened
             raise _unwritable(self.path, error) from error
+        ends = record.finished and not self.record.finished
         self.record = record
-        if self._length >= self._compact_at and record.guard is not Guard.OURS:  # no guest waits for it
+        if (ends or self._has_grown()) and record.guard is not Guard.OURS:  # no guest waits for it
             self._compact()
+
+    def _has_grown(self) -> bool:
+        """Beyond what it may: a node keeps many of backups that are over, and reads them whole again and again."""
+        at_rest = self.record.finished
+        return self._length >= (_LINES_AT_REST * len(_line(self.record)) if at_rest else self._compact_at)
 
     def _append(self, record: Record, *, durable: bool) -> None:
         file = self._open()
@@ -200,7 +207,7 @@ def _last_line(path: Path) -> tuple[Record, int] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        text = f"the journal {path} cannot be read ({error.strerror}): mend that, or choose another --state-dir"
+        text = f"the journal {path} cannot be read ({error.strerror}): fix that, or choose another --state-dir"
         raise PermanentError(text, reason="JournalUnreadable") from error
     end = len(content)
     while (end := content.rfind(b"\n", 0, end)) >= 0:

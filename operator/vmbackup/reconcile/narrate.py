@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from vmbackup.api.spec import RETRY_ANNOTATION
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
 from vmbackup.reconcile.terms import Action, DiskSeen, Do, Observation, Power
 
@@ -20,6 +21,7 @@ class Progress:
     copied: Mapping[str, int]
     merged: Mapping[str, int]
     last_progress: float | None = None
+    stuck: bool = False  # an earlier attempt to copy hangs in the store, and is waited for
 
 
 def narrate(record: Record, seen: Observation | None, action: Action | None, progress: Progress) -> Report:
@@ -27,8 +29,11 @@ def narrate(record: Record, seen: Observation | None, action: Action | None, pro
     home = chain_home(record, seen)
     phase = phase_of(record, home=home)
     outcome = outcome_of(record, home=home)
-    parked = not home and seen is not None and seen.power is Power.OFF
+    quarantining = action is not None and action.do is Do.QUARANTINE  # it says what to do; the guest is not to start
+    parked = not home and seen is not None and seen.power is Power.OFF and not quarantining
     reason, message = _headline(record, seen, action, phase, outcome, parked=parked)
+    if progress.stuck and reason in (Reason.COPYING, Reason.SHIPPING):
+        message = "an earlier attempt to copy was given up and hangs in the store still: it goes on when that has ended"
     complete = {Copy.STORED: True, Copy.FAILED: False}.get(record.copy)
     chain_reason, chain_message = _chain(record, seen, home=home)
     return Report(
@@ -114,7 +119,7 @@ def _headline(
     if outcome is Outcome.SUCCEEDED:
         return Reason.SUCCEEDED, f"stored at {record.location}, and every disk is home"
     if outcome is not None and record.gave_up:
-        again = f"mend that, then set the annotation {RETRY_ANNOTATION} to a new value"
+        again = f"fix that, then set the annotation {RETRY_ANNOTATION} to a new value"
         return Reason.COMMIT_LIMIT_REACHED, f"{_last_error(record) or 'the commit failed too often'}; {again}"
     if outcome is not None:
         return copy_failure(record), record.copy_error
@@ -128,7 +133,13 @@ def _headline(
 
 
 def _while_off(record: Record, seen: Observation | None, action: Action | None) -> tuple[str, str]:
+    if seen is not None and seen.migrated:
+        return Reason.DOMAIN_MIGRATED, advice.migrated(record)
     held = seen is not None and any(disk.overlay is not None and disk.overlay.held for disk in seen.disks)
+    if action is not None and action.do is Do.COMPARE:
+        overlay = record.disk(action.target).overlay
+        compared = f"the guest is off since a pivot: its overlay ({overlay}) is being compared with its base"
+        return Reason.COMMITTING, f"{compared}, and it starts only after that"
     if action is not None and (held or action.do in (Do.BEGIN_COMMIT, Do.MERGE_OFFLINE)):
         return (
             Reason.COMMITTING,

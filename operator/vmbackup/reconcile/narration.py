@@ -18,7 +18,7 @@ from vmbackup.report.metrics import Metrics
 
 _EVENTS: dict[Do, tuple[str, str, bool]] = {
     Do.ADOPT: ("AdoptingOverlay", "an earlier backup left its overlay, which goes home first", False),
-    Do.LIFT_QUARANTINE: ("QuarantineLifted", "libvirt and QEMU agree again", False),
+    Do.LIFT_QUARANTINE: ("QuarantineLifted", "what was wrong is so no more", False),
     Do.RECORD_ORPHAN: ("OrphanRecorded", "deleted before its overlay could go home: recorded on the node", True),
     Do.CLEAR_ORPHAN: ("OrphanHome", "the overlay that was left is home", False),
 }
@@ -28,8 +28,9 @@ _LEFT = {
     Reason.QUARANTINED: "",
     Reason.WAITING_FOR_OTHERS: "; somebody else's job on this domain is waited for",
     Reason.DOMAIN_OFF: "; start the guest, and the commit goes on",
+    Reason.DOMAIN_MIGRATED: "; the agent of the host that the guest was migrated to commits it",
     Reason.COMMIT_LIMIT_REACHED: "; spec.commit.backoffLimit is reached: the guest stays on its overlay; "
-    "mend the cause, then set the annotation vmbackup.dev/retry",
+    "fix the cause, then set the annotation vmbackup.dev/retry",
 }
 
 
@@ -57,7 +58,7 @@ class Narration:
 
     def tell(self, record: Record, seen: Observation | None, action: Action | None) -> Report:
         """The state of this moment; an event for each change of phase, metrics for what has ended."""
-        progress = Progress(self._copying.copied, self._merged, self._progressed())
+        progress = Progress(self._copying.copied, self._merged, self._progressed(), stuck=self._copying.stuck)
         report = narrate(record, seen, action, progress)
         self._reporter.report(report)
         self._metrics.told(record.domain, report)
@@ -75,11 +76,11 @@ class Narration:
         if record.finished and report.outcome is not None and not self._ended:
             self._ended = True
             self._metrics.finished(report.outcome)
-            now = time.time()
+            ended = record.completed or time.time()  # as status says, which a new agent reads
             if report.outcome is Outcome.SUCCEEDED:
-                self._metrics.succeeded(record.domain, record.snapshot_time or now, now)
+                self._metrics.succeeded(record.domain, record.snapshot_time or ended, ended)
             elif report.outcome in (Outcome.FAILED, Outcome.REFUSED):
-                self._metrics.failed(record.domain, now)
+                self._metrics.failed(record.domain, ended)
         return report
 
     def let_go(self, record: Record) -> None:
@@ -145,8 +146,6 @@ class Narration:
     def commit_progress(self, jobs: Mapping[str, BlockJob]) -> None:
         """How far the commits are."""
         for target, job in jobs.items():
-            if job.kind != "active-commit":
-                continue
             if job.current > self._merged.get(target, 0):
                 self._last_progress = time.time()
             self._merged[target] = job.current

@@ -8,6 +8,7 @@ from os.path import realpath
 from pathlib import Path
 from typing import TypeVar
 
+from vmbackup.api.status import Reason
 from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
@@ -90,7 +91,7 @@ class Observer:
             call_in_flight=self._call_in_flight(record, on=on),
             migrating=on and self.guest.migrating(),
             saved=defined_off and self._if_defined(self.guest.has_saved_state, otherwise=False),
-            migrated=defined_off and self._if_defined(self.guest.was_migrated, otherwise=False),
+            migrated=defined_off and self._migrated(record),
             config_failing=now < self.config_failing_until,
             thaw_after=self.thaw_after,
             room_low=room.low(record) if on and copying else "",
@@ -113,6 +114,11 @@ class Observer:
             merged=bool(disk.merged) and is_unwritten(path, disk.merged),
             held=held,
         )
+
+    def _migrated(self, record: Record) -> bool:
+        """What libvirtd has forgotten since, the journal says."""
+        known = self._if_defined(self.guest.was_migrated, otherwise=False)
+        return record.copy_reason == Reason.DOMAIN_MIGRATED if known is None else known
 
     def _if_defined(self, ask: Callable[[], Answer], *, otherwise: Answer) -> Answer:
         try:
@@ -155,7 +161,7 @@ def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
 
 
 def _base_changed(disk: DiskRecord) -> bool:
-    """Whether somebody has replaced, removed or cut off base: nobody writes it while there is an overlay."""
+    """Whether somebody has replaced, removed or truncated base: nobody writes it while there is an overlay."""
     if not disk.base_inode:
         return False
     try:
@@ -168,9 +174,9 @@ def _base_changed(disk: DiskRecord) -> bool:
 
 
 def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
-    """A commit to base is as good as ours, whoever started it; one to an image below base is somebody else's."""
+    """A commit to base is as good as ours, whoever started it; one below base, as any that base is in, is not."""
     elsewhere = live is not None and live.mirror_to is not None and realpath(live.mirror_to) != realpath(base)
-    ours = job is not None and job.kind == "active-commit" and not elsewhere
+    ours = job is not None and job.kind == "active-commit" and not elsewhere and seen.live is not Image.BASE
     return replace(
         seen,
         mirror=Mirror(live.mirror.value) if live and not elsewhere else Mirror.NONE,

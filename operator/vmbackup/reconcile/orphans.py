@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark
 from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.clock import boot_id
 from vmbackup.reconcile.domain_lock import domain_lock
 from vmbackup.reconcile.journal import Journal
 from vmbackup.reconcile.plan import left_on_overlay
 from vmbackup.reconcile.record import Copy, Record, Snapshot
 from vmbackup.reconcile.stranded import Standing, standing, stranded, taken_back
+
+_log = logging.getLogger(__name__)
 
 _UID = "orphan-"
 
@@ -31,13 +35,21 @@ class Look:
 
 
 def look_at(guests: Iterable[Guest]) -> Iterator[Look]:
-    """Look at these domains, leaving out what went away meanwhile. Raises TransientError while libvirtd is away."""
+    """Look at these domains, leaving out what went away meanwhile. Raises TransientError while libvirtd is away.
+
+    Of one that cannot be looked at nothing is known, which is told and is safe: what nobody has seen is left alone.
+    """
     for guest in guests:
         try:
-            yield Look(guest, guest.live_xml(), guest.persistent_xml())
+            look = Look(guest, guest.live_xml(), guest.persistent_xml())
         except VMBackupError as error:
-            if error.reason != "DomainNotFound":
+            if error.reason == "HypervisorAway":
                 raise
+            if error.reason == "DomainNotFound":
+                continue
+            _log.warning("what a backup may have left on a domain is not seen this time: %s", error)
+            look = Look(guest, None, None)
+        yield look
 
 
 def is_marked(look: Look) -> bool:
@@ -119,6 +131,7 @@ def take_in(node: Node, guest: Guest, overlays: Iterable[str], spec: dict[str, A
             copy=Copy.FAILED,
             copy_error="the journal of its backup is lost",
             finished=True,
+            boot_id=boot_id(),
             orphan=True,
         )
         if mark and live:

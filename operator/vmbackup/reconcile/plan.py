@@ -82,7 +82,7 @@ class Planner:
         overlay = chain.overlay_path(disk, uid[:8], str(self.overlay_dir) if self.overlay_dir else None)
         if os.path.lexists(overlay):
             raise RefusedError(
-                f"disk {disk.target}: {overlay} exists already though nothing here made it: look what it is, and "
+                f"disk {disk.target}: {overlay} exists already though nothing here made it: find out what it is, and "
                 "move it away",
                 reason="OverlayExists",
             )
@@ -147,7 +147,9 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
     used: list[tuple[str, str]] = []
     try:
         live, persistent = guest.live_xml(), guest.persistent_xml()
-    except PermanentError:  # it went away meanwhile
+    except PermanentError as error:
+        if error.reason != "DomainNotFound":  # it went away meanwhile
+            raise
         return []
     for text in filter(None, (live, persistent)):
         for disk in chain.disks(text):
@@ -257,7 +259,7 @@ def _found(disk: chain.Disk, live: str, persistent: str | None) -> DiskRecord:
     """A disk on an overlay of ours, by its name, of a backup whose journal is lost: its base is what the chain says."""
     if not disk.source or not disk.chain:
         raise RefusedError(
-            f"disk {disk.target}: {disk.source} is named like an overlay of ours, but has no base below it",
+            f"disk {disk.target}: {disk.source} is named like one of vmbackup's overlays, but has no base below it",
             reason="BaseMissing",
         )
     below = disk.chain[0]

@@ -137,6 +137,7 @@ class Record:
     disks: tuple[DiskRecord, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()  # target, why it is left out
     snapshot: Snapshot = Snapshot.NONE
+    replan: bool = False  # an earlier run intended the snapshot: if it is not there, the domain may have changed since
     guard: Guard = Guard.NONE
     pause_until: float = 0.0  # CLOCK_BOOTTIME, seconds: how long it may stay suspended for a commit; 0: it may not
     freeze: Freeze = Freeze.NONE

@@ -15,23 +15,20 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Event, Thread
 
-from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import PermanentError, VMBackupError
-from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.backup import Node, let_rest
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.journal import record_of
 from vmbackup.reconcile.narration import tell_suspended
-from vmbackup.reconcile.plan import key_of
 from vmbackup.reconcile.record import Record
-from vmbackup.reconcile.wish import Wish
-from vmbackup.report.log import LogReporter
-from vmbackup.stores.base import Store
 
 _log = logging.getLogger(__name__)
 
 _PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between attempts, while another process has the lock or the journal fails
 _FAREWELL_SECONDS = 5.0
+_LOOK_SECONDS = 5.0  # between looks whether the guardian lives
 
 
 def let_guests_run(node: Node) -> None:
@@ -50,18 +47,17 @@ def _let_run(node: Node, record: Record) -> None:
         record.full_name,
         record.domain,
     )
-    wish = Wish(_spec(record), retry=record.handled_retry, stop=True)
-    reporter = LogReporter(record.full_name)
-    backup = Backup(node, key_of(record), wish=lambda: wish, open_store=_no_store, reporter=reporter)
     attempt = 0
     while _held(node, record):
         try:
-            if backup.run() is not Ending.INTERRUPTED:
+            if let_rest(node, record) is not Ending.INTERRUPTED:
                 return
         except VMBackupError as error:
             _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", record.full_name, error)
             if error.reason == "JournalUnwritable":  # said once the guest runs: only that cannot be written down
                 break
+        except Exception:  # whatever it is, the guest still stands still
+            _log.exception("%s: the guest %s cannot be let run", record.full_name, record.domain)
         if not _held(node, record):
             break
         time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
@@ -78,44 +74,57 @@ def _held(node: Node, record: Record) -> bool:
     return False
 
 
-def _spec(record: Record) -> BackupSpec:
-    """Its spec. `vmbackup run` does not journal it; of no interest to a run that is to end but for its defaults."""
-    return BackupSpec.parse(record.spec or {"nodeName": "here", "domain": record.domain, "storeRef": {"name": "none"}})
-
-
-def _no_store() -> Store:
-    raise PermanentError("a guest is let run without any store: this is a fault of vmbackup", reason="NoStore")
-
-
 @contextmanager
 def guarded(node: Node) -> Generator[None]:
     """Have a guardian meanwhile, which lets guests run should this process die.
 
     Not as process number 1: then its end is the end of all of its container, and its restart does what is due.
     """
-    guardian = _start_guardian(node) if os.getpid() != 1 else None
+    guardian = _Guardian(node) if os.getpid() != 1 else None
     try:
         yield
     finally:
         if guardian is not None:
-            _dismiss(guardian, orderly=not any(record.holds_guest for record in node.records()))
+            guardian.dismiss(orderly=not any(record.holds_guest for record in node.records()))
 
 
-def _start_guardian(node: Node) -> subprocess.Popen[bytes] | None:
-    hypervisor = node.hypervisor
-    arguments = (hypervisor.uri, str(hypervisor.config_dir), str(node.state_dir), str(node.lock_dir))
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "vmbackup.guardian", *arguments],
-            stdin=subprocess.PIPE,  # of which this process alone has the writing end
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        _log.warning("no guardian (%s): should this process die, a suspended guest waits for the next one", error)
-        return None
+class _Guardian:
+    """The guardian of this process; another one, should it die."""
 
+    def __init__(self, node: Node) -> None:
+        hypervisor = node.hypervisor
+        arguments = (hypervisor.uri, str(hypervisor.config_dir), str(node.state_dir), str(node.lock_dir))
+        # -P: nothing is imported that lies where this process was started.
+        self._command = (sys.executable, "-P", "-m", "vmbackup.guardian", *arguments)
+        self._dismissed = Event()
+        self._process = self._start()
+        self._watch = Thread(target=self._start_again, name="guardian", daemon=True)
+        self._watch.start()
 
-def _dismiss(guardian: subprocess.Popen[bytes], *, orderly: bool) -> None:
-    with suppress(OSError, subprocess.TimeoutExpired):
-        guardian.communicate(b"." if orderly else b"", timeout=_FAREWELL_SECONDS if orderly else 0.0)
+    def dismiss(self, *, orderly: bool) -> None:
+        """This process ends; `orderly`: no guest stands still."""
+        self._dismissed.set()
+        self._watch.join()
+        if self._process is not None:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                farewell = _FAREWELL_SECONDS if orderly else 0.0
+                self._process.communicate(b"." if orderly else b"", timeout=farewell)
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        try:
+            return subprocess.Popen(
+                self._command,
+                cwd="/",
+                stdin=subprocess.PIPE,  # of which this process alone has the writing end
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            _log.warning("no guardian (%s): should this process die, a suspended guest waits for the next one", error)
+            return None
+
+    def _start_again(self) -> None:
+        while not self._dismissed.wait(_LOOK_SECONDS):
+            if self._process is None or self._process.poll() is not None:
+                _log.warning("the guardian has ended: starting another")
+                self._process = self._start()

@@ -28,6 +28,15 @@ def forget_guest(s: Situation) -> Action | None:
     return None
 
 
+def lift_quarantine(s: Situation) -> Action | None:
+    """Gone from this host, and so is O, while B is seen: brought home where its guest was migrated to."""
+    if not s.record.quarantined or not s.undefined or any(disk.overlay is not None for disk in s.disks):
+        return None
+    if any(disk.seen.base_changed for disk in s.disks):  # their file system may not be mounted any more
+        return None
+    return Action(Do.LIFT_QUARANTINE)
+
+
 def off_on_overlay(s: Situation) -> Action | None:
     """P=O: the overlay is what counts, unless it was merged and no guest could start on it since; R6: no compare.
 
@@ -82,7 +91,9 @@ def off_with_overlay_left(s: Situation) -> Action | None:
         if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
-            return quarantine(s, advice.overlay_left_off(disk.record))
+            undefined = disk.seen.persistent is None
+            why = advice.gone_from_here(disk.record) if undefined else advice.overlay_left_off(disk.record)
+            return quarantine(s, why)
     return None
 
 
@@ -124,33 +135,39 @@ def park(s: Situation) -> Action | None:
     """Nothing can be done for the chain until the guest starts; base is frozen meanwhile, so a copy can go on."""
     if not any(disk.seen.persistent is Image.OVERLAY or disk.overlay is not None for disk in s.disks):
         return None
-    if s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE and not s.record.quarantined:
+    copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
+    if copying and s.record.quarantined and s.undefined:
+        return Action(Do.FAIL_BACKUP, reason=s.record.quarantined)  # who knows what is done to base elsewhere
+    if copying and not s.record.quarantined:
         if s.intent.unwanted:
             return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
         if s.seen.migrated:
             return Action(Do.FAIL_BACKUP, reason=advice.migrated(s.record))
         if on_base := [disk.record for disk in s.disks if disk.seen.persistent is not Image.OVERLAY]:
             return Action(Do.FAIL_BACKUP, reason=advice.disks_apart(on_base))
-        if any(disk.record.commit_begun for disk in s.disks):
-            return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
+        if begun := [disk.record for disk in s.disks if disk.record.commit_begun]:
+            return Action(Do.FAIL_BACKUP, reason=advice.commit_begun(begun[0]))
         return Action(Do.COPY)
     if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
     in_use = [advice.lost_by_libvirt(disk.record) for disk in s.disks if disk.overlay and disk.overlay.locked]
-    cure = advice.migrated(s.record) if s.seen.migrated else advice.start(saved=s.seen.saved)
-    reason = s.record.quarantined or "; ".join(in_use) or cure
+    why_off = "; ".join(in_use) or advice.start(saved=s.seen.saved)
+    reason = s.record.quarantined or (advice.migrated(s.record) if s.seen.migrated else why_off)
     return let_go(s) or Action(Do.WAIT, reason=reason, parked=True)
 
 
 def refuse_off(s: Situation) -> Action | None:
     """Not begun, and there is nobody to back up."""
-    if snapshot_wanted(s):
-        return Action(Do.REFUSE, reason="the domain is not running: start it, or copy its disks as they are")
-    return None
+    if not snapshot_wanted(s):
+        return None
+    if s.seen.migrated or s.undefined:
+        return Action(Do.REFUSE, reason=advice.not_here(s.record))
+    return Action(Do.REFUSE, reason="the domain is not running: start it, or copy its disks as they are")
 
 
 RULES_OFF: tuple[Rule, ...] = (
     forget_guest,
+    lift_quarantine,
     off_on_overlay,
     spare_changed_base,
     off_with_overlay_left,

@@ -45,12 +45,13 @@ def follow_the_truth(s: Situation) -> Action | None:
         return action
     if s.suspended_by_us:
         return Action(Do.RESUME)
-    return quarantine(s, advice.written_elsewhere(astray[0].record, _file(astray[0])))
+    return quarantine(s, _astray(astray[0]))
 
 
-def _file(disk: Case) -> str:
+def _astray(disk: Case) -> str:
     files = {Image.BASE: disk.record.base, Image.OVERLAY: disk.record.overlay}
-    return files.get(disk.seen.truth or Image.OTHER, "another image")
+    written = files.get(disk.seen.truth or Image.OTHER)
+    return advice.written_elsewhere(disk.record, written) if written else advice.written_to_foreign_image(disk.record)
 
 
 def lift_quarantine(s: Situation) -> Action | None:
@@ -103,8 +104,7 @@ def resume_guest(s: Situation) -> Action | None:
     """Suspended by us, and neither a switch of images nor a commit needs it: settle P=L (R2), then resume."""
     if s.record.guard is Guard.NONE or s.pivot_due or s.pausing:
         return None
-    freeze_anew = s.record.freeze is Freeze.THAW_DUE and s.record.quiesced is None  # frozen by a run that is gone
-    if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED and not freeze_anew:
+    if s.snapshot_due and s.record.snapshot is Snapshot.INTENDED and not s.record.replan:
         return None
     if not s.suspended_by_us:
         return Action(Do.CLEAR_GUARD)
@@ -146,8 +146,8 @@ def copy_or_fail(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason=s.seen.room_low)
     if s.intent.unwanted:
         return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
-    if any(disk.record.commit_begun for disk in s.disks):
-        return Action(Do.FAIL_BACKUP, reason="the commit had begun before the copy was complete")
+    if begun := [disk.record for disk in s.disks if disk.record.commit_begun]:
+        return Action(Do.FAIL_BACKUP, reason=advice.commit_begun(begun[0]))
     if others := [disk.record for disk in s.on_overlay if disk.seen.job]:
         return Action(Do.FAIL_BACKUP, reason=advice.foreign_commit(others[0]))
     if len(s.on_overlay) < len(s.disks):  # R6
@@ -278,13 +278,15 @@ def take_snapshot(s: Situation) -> Action | None:
     """R1: all disks are on base, and this backup wants its snapshot: freeze, intend, suspend, observe, snapshot."""
     if not snapshot_wanted(s):
         return None
-    if s.record.snapshot is Snapshot.ADOPTED:
+    if s.record.snapshot is Snapshot.ADOPTED or s.record.replan:
         return Action(Do.PLAN)  # R7: with a fresh record
     for disk in s.disks:
         if disk.seen.base_changed or Image.OTHER in (disk.seen.live, disk.seen.persistent):
             return Action(Do.REFUSE, reason=advice.image_changed(disk.record))
     if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
-        return Action(Do.REFUSE, reason="the guest is paused by an I/O error: mend its disk and resume it first")
+        return Action(
+            Do.REFUSE, reason="the guest is paused by an I/O error: fix its disk (virsh domblkerror), resume it"
+        )
     busy = [disk.record for disk in s.disks if disk.seen.foreign_job]
     if busy and not s.suspended_by_us:
         return thaw_guest(s) or Action(Do.WAIT, reason=advice.foreign_job(busy[0]), others=True)

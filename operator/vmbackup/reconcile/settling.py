@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmbackup.errors import PermanentError
+from vmbackup.errors import PermanentError, TransientError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.reconcile.clock import boottime
@@ -51,6 +51,10 @@ class Settling:
                 raise
             self._narration.config_unproven(str(error))
             durable = True
+        except TransientError as error:
+            if error.reason != "ConfigNotDurable":
+                raise
+            return str(error)
         if not durable:
             self._journal.write(failed(self._journal.record, action, "", retry_at=0.0), durable=False)
             return f"libvirt's configuration on disk does not name {', '.join(paths.values())}"

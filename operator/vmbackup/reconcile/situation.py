@@ -59,6 +59,11 @@ class Situation:
         return tuple(disk for disk in self.disks if disk.on_overlay)
 
     @property
+    def undefined(self) -> bool:
+        """The domain has no definition here: undefined, or migrated away with its definition, or transient."""
+        return bool(self.disks) and all(disk.seen.persistent is None for disk in self.disks)
+
+    @property
     def paused(self) -> bool:
         """The guest cannot write."""
         return self.seen.power in (Power.PAUSED, Power.IO_ERROR)

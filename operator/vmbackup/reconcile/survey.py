@@ -117,7 +117,7 @@ def _refuse_state(guest: Guest, state: GuestState) -> None:
     if state is GuestState.OFF:
         raise not_running(guest.name)
     if state is GuestState.IO_ERROR:
-        raise RefusedError("the guest is paused by an I/O error: mend its disk and resume it first", reason="IOError")
+        raise RefusedError("the guest is paused by an I/O error: fix its disk and resume it first", reason="IOError")
 
 
 def _disk(
@@ -172,7 +172,8 @@ def _stray_notes(disks: Iterable[chain.Disk], left: Mapping[str, str], overlay_d
         base = Path(disk.source)
         pattern = f"{glob.escape(base.stem)}.vmb-????????-{disk.target}.qcow2"
         for stray in sorted((overlay_dir or base.parent).glob(pattern)):
-            yield f"{disk.target}: {stray} is named like an overlay of ours, but nothing uses it: look what it is"
+            like = f"{disk.target}: {stray} is named like one of vmbackup's overlays"
+            yield f"{like}, but nothing uses it: find out what it is"
 
 
 def _job_notes(disks: Iterable[chain.Disk]) -> Iterator[str]:

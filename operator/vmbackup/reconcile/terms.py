@@ -56,7 +56,7 @@ class DiskSeen:
     overdue: bool = False  # our job has passed commit.deadlineSeconds, and is not READY
     foreign_job: bool = False  # somebody else's block job
     written: Image | None = None  # T; None: not asked
-    base_changed: bool = False  # base is not the file any more that it was, or was cut off
+    base_changed: bool = False  # base is not the file any more that it was, or was truncated
 
     @property
     def truth(self) -> Image | None:

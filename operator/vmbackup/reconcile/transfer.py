@@ -14,6 +14,11 @@ Result = TypeVar("Result")
 _PATIENCE = 5.0  # seconds: a copy looks at least five times a second whether it is cancelled
 
 
+def at_work(name: str) -> bool:
+    """Whether a transfer of this name runs in this process: also one that was abandoned, and hangs in a dead store."""
+    return any(thread.name == name for thread in threading.enumerate())
+
+
 class Transfer(Generic[Result]):
     """One piece of work on images: started at once, watched, cancelled.
 

@@ -23,7 +23,7 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
             fresh = record.with_every_disk(commit_begun=False, pivot_intended=False, merged="")
             return replace(fresh, snapshot=Snapshot.INTENDED, guard=action.guard)
         case Do.RECORD_SNAPSHOT:
-            return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE)
+            return replace(record.with_every_disk(settled=None), snapshot=Snapshot.DONE, replan=False)
         case Do.CLEAR_GUARD:
             return replace(record, guard=Guard.NONE, pause_until=0.0)
         case Do.FORGET_GUEST:
@@ -144,9 +144,9 @@ def merged_offline(record: Record, target: str, stamp: str) -> Record:
 def resumed_after_crash(record: Record) -> Record:
     """The record as a new run takes it up: what an earlier one had frozen is thawed at once.
 
-    So is a guest resumed that it had suspended for a commit.
+    So is a guest resumed that it had suspended for a commit, or for a snapshot, which is planned anew.
     """
-    record = replace(record, pause_until=0.0)
+    record = replace(record, pause_until=0.0, replan=record.snapshot is Snapshot.INTENDED)
     if record.freeze is not Freeze.FROZEN:
         return record
     return _unfrozen(record, Freeze.THAW_DUE)
@@ -155,14 +155,16 @@ def resumed_after_crash(record: Record) -> Record:
 def of_this_boot(record: Record, boot_id: str, now: float) -> Record:
     """The record as it can be read after a reboot, with which CLOCK_BOOTTIME has begun anew, and every QEMU.
 
+    Whoever has suspended a guest since, it was not us.
+
     A copy that goes on has its deadline counted from `now` (CLOCK_BOOTTIME, seconds); nothing waits for its next
     attempt any more.
     """
     if record.boot_id == boot_id:
         return record
-    anew = record.with_every_disk(commit_started=None, retry_at=0.0, throttle=None)
+    anew = recorded(record, Action(Do.FORGET_GUEST)).with_every_disk(commit_started=None, retry_at=0.0)
     snapshot_at = None if record.snapshot_at is None else now
-    return replace(anew, boot_id=boot_id, snapshot_at=snapshot_at, pause_until=0.0)
+    return replace(anew, boot_id=boot_id, snapshot_at=snapshot_at, suspended_at=None)
 
 
 def _unfrozen(record: Record, freeze: Freeze) -> Record:
@@ -178,7 +180,7 @@ def without_switches(record: Record) -> Record:
 
 
 def planned_anew(record: Record) -> Record:
-    """R7: the marks of an adopted overlay do not survive into this backup's own snapshot."""
+    """R7: the marks of an adopted overlay do not survive into this backup's own snapshot, nor an earlier intent."""
     fresh = record.with_every_disk(
         commit_begun=False,
         commit_running=False,
@@ -188,4 +190,4 @@ def planned_anew(record: Record) -> Record:
         failures=0,
         retry_at=0.0,
     )
-    return replace(fresh, snapshot=Snapshot.NONE, gave_up=False)
+    return replace(fresh, snapshot=Snapshot.NONE, replan=False, gave_up=False)

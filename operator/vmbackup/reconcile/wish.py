@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from vmbackup.api.spec import BackupSpec
 from vmbackup.api.status import Report
+from vmbackup.errors import RefusedError
+from vmbackup.reconcile.record import Record
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,16 @@ class Wish:
     delete_data: bool = False  # when released: the stored data goes too (deletionPolicy: Delete)
     retry: str = ""  # the annotation vmbackup.dev/retry
     stop: bool = False  # this process is to end; another run will carry on
+
+
+def spec_of(record: Record) -> BackupSpec:
+    """The spec as the journal holds it, or one of defaults: whoever has begun brings its guest home, whatever it says.
+
+    `vmbackup run` journals none, and after a roll-back a journal may hold fields of a later version.
+    """
+    with suppress(RefusedError):
+        return BackupSpec.parse(record.spec)
+    return BackupSpec(node_name="", domain=record.domain_uuid or record.domain, store="none")
 
 
 class Reporter(Protocol):

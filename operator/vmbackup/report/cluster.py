@@ -163,7 +163,10 @@ class Cluster:
             raise TransientError(f"the API server does not answer: {error}", reason="ServerAway") from error
         if not 200 <= answer.status <= 299:
             raise _classified(answer.status, f"{answer.status} {answer.reason}: {text.decode(errors='replace')}")
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise TransientError(f"what answers is no API server: {text[:100]!r}", reason="ServerAway") from error
 
 
 def _path(namespace: str, name: str) -> str:

@@ -37,7 +37,10 @@ _STATE = Level(
     keys=1,
 )
 _PROGRESSED = Level(
-    "vmbackup_backup_last_progress_timestamp_seconds", "When the running backup of a domain last got on.", _DOMAIN, 1
+    "vmbackup_backup_last_progress_timestamp_seconds",
+    "When the running backup of a domain last made progress.",
+    _DOMAIN,
+    1,
 )
 _COPIED = Level("vmbackup_backup_copied_bytes", "What the running backup of a domain has copied.", _DOMAIN, 1)
 _TOTAL = Level("vmbackup_backup_total_bytes", "What the running backup of a domain has to copy.", _DOMAIN, 1)
@@ -54,7 +57,7 @@ _STALLED = Level("vmbackup_commit_stalled", "1 while the commit of a disk is pas
 _SUSPENDED = Level("vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", _DOMAIN, 1)
 _SUSPENDED_LIMIT = Level(
     "vmbackup_guest_suspended_limit_seconds",
-    "How long a suspended guest may stay so as it was asked for: commit.stallPauseSeconds, or 0 for a mere switch.",
+    "How long the backup may keep the guest suspended: commit.stallPauseSeconds during a Pause, else 0.",
     _DOMAIN,
     1,
 )

@@ -60,6 +60,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
     request_queue_size = 128  # socketserver's 5 lets the kernel drop the next one, which tries again a second later
 
     def __init__(self, address: tuple[str, int], tls: Certificate | None) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET  # a pod may have no IPv4
         self._tls = tls
         self._connections: deque[socket.socket] = deque()
         self._lock = threading.Lock()

@@ -65,7 +65,7 @@ class DirectoryStore:
         places = Places.of(self._root, key)
         if self.published(key):
             raise RefusedError(
-                f"{places.final} is there already: make a new VMBackup, or delete that folder", reason="AlreadyStored"
+                f"{places.final} is there already: create a new VMBackup, or delete that folder", reason="AlreadyStored"
             )
         try:
             for source in sources:
@@ -92,11 +92,13 @@ class DirectoryStore:
         with self._opened(Places.of(self._root, key), make=True) as here:
             others = [disk for disk in notes.read(here.notes) if disk.target != source.target]
             with opened_folder(here.namespace, here.partial.name, make=True) as partial:
+                control.check()
                 notes.write(here.notes, others)
                 _remove_all_but(partial, {image.file for disk in others for image in disk.images})
                 disk = TakenDisk(source.target, source.virtual_bytes, _take_chain(partial, source, others, control))
                 with errors_of(partial):
                     fsync_folder(partial)
+            control.check()  # it may have hung here since it was given up
             notes.write(here.notes, [*others, disk])
         return disk
 
@@ -118,6 +120,7 @@ class DirectoryStore:
                     _describe(partial, key, complete, facts)
                     with errors_of(here.final):
                         fsync_folder(partial)
+                        control.check()
                         here.partial.rename(here.final)
                         fsync_folder(here.namespace)
             found = _manifest_of(here, key.uid)
@@ -235,7 +238,8 @@ def _take_image(
     rebase(destination, backing[0].file, backing[0].format)
     with errors_of(destination):
         fsync_file(destination)
-    return TakenImage(destination.name, image.format, length(destination), "", image.path)
+        size = destination.lstat().st_size
+    return TakenImage(destination.name, image.format, size, "", image.path)
 
 
 def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], control: CopyControl) -> list[TakenDisk]:
@@ -245,6 +249,7 @@ def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], contro
     for file, size in missing.items():
         digest = digest_file(partial / file, control.part(done, sum(missing.values())))
         complete = [_with_digest(disk, file, digest) for disk in complete]
+        control.check()
         notes.write(noted, complete)
         done += size
     return complete

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vmbackup.errors import PermanentError
+from vmbackup.imaging.copy import opened_image, size_of
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.paths import held, name_of
 
@@ -70,16 +71,16 @@ def read_file(path: Path) -> bytes:
 
 
 def length(path: Path) -> int:
-    """Bytes of a file or block device."""
-    with errors_of(path), path.open("rb") as file:
-        return file.seek(0, os.SEEK_END)
+    """Bytes of a guest's image, a file or block device. Errors are ours."""
+    with opened_image(path) as fd:
+        return size_of(fd)
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes that a copy of a file or block device may need: what is allocated, of a device all."""
-    with errors_of(path):
-        found = path.stat()
-    return length(path) if stat.S_ISBLK(found.st_mode) else found.st_blocks * 512
+    """Bytes that a copy of it may need: what is allocated, of a device all. Errors are ours."""
+    with opened_image(path) as fd:
+        found = os.fstat(fd)
+        return size_of(fd) if stat.S_ISBLK(found.st_mode) else found.st_blocks * 512
 
 
 def free_bytes(path: Path) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vmbackup.stores.manifest import Manifest
+import shlex
+
+from vmbackup.stores.manifest import Manifest, StoredDisk
 
 FILE_NAME = "README.txt"
 
@@ -11,10 +13,10 @@ def readme(manifest: Manifest) -> str:
     """How to restore by hand, in the words of this very backup."""
     disks = "\n".join(f"  {disk.file} is the disk {disk.target}, format {disk.format}" for disk in manifest.disks)
     nvram = f"; {manifest.nvram} is its UEFI variable store" if manifest.nvram else ""
-    first = manifest.disks[0]
-    backing = f"""
-   Copy the backing files (backing-*) with them into the same folder, or make one file of both:
-   qemu-img convert -O {first.format} {first.file} /var/lib/libvirt/images/{first.file}"""
+    copies = "\n".join(f"   {_copy(disk)}" for disk in manifest.disks)
+    merged = "\n   qemu-img makes one image of a disk and its backing files: remove the <backingStore> of such a disk."
+    variables = f"\n   Copy {manifest.nvram} to the path of <nvram> in {manifest.domain_xml}." if manifest.nvram else ""
+    domain = shlex.quote(manifest.domain)
     return f"""\
 Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_time:%Y-%m-%d %H:%M:%S} UTC.
 {disks}
@@ -22,7 +24,18 @@ Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_
 
 To restore:
 1. Check the files: sha256sum each one and compare with "digest" in manifest.json.
-2. Copy the disks: cp --sparse=always {first.file} /var/lib/libvirt/images/{backing if manifest.images else ""}
-3. Copy {manifest.domain_xml}, let each <source file='...'> name the copy, then: virsh define {manifest.domain_xml}
-4. virsh start {manifest.domain}
+2. Shut down a running domain of this name first. Its disks must not be on a `*.vmb-*.qcow2` file:
+   virsh domblklist --inactive {domain}
+3. Copy each disk to where it shall be, such as:
+{copies}{merged if any(disk.backing for disk in manifest.disks) else ""}{variables}
+4. Copy {manifest.domain_xml}, let each <source file='...'> name the copy of its disk, then:
+   virsh define {manifest.domain_xml}
+5. virsh start {domain}
 """
+
+
+def _copy(disk: StoredDisk) -> str:
+    target = f"/var/lib/libvirt/images/{disk.file}"
+    if disk.backing:
+        return f"qemu-img convert -O {disk.format} {disk.file} {target}"
+    return f"cp --sparse=always {disk.file} {target}"

@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+from tests.chaos.soak.guests import KINDS
 from tests.chaos.soak.soak import soak
 
 
@@ -14,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.chaos.soak", description="Random backups under random faults.")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, help="of an earlier run, for the same choices (default: another one)")
-    parser.add_argument("--guests", type=int, default=4, help="how many at once (default: 4, one of each kind)")
+    parser.add_argument("--guests", type=int, default=len(KINDS), help="how many at once (default: one of each kind)")
     parser.add_argument("--only", metavar="GUEST:NUMBER", default="", help="this plan alone, again and again")
     parser.add_argument("--log", type=Path, help="where every choice and every end go as JSON lines")
     arguments = parser.parse_args()

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.chaos.soak import proof
-from tests.chaos.soak.choices import Fault, Plan
+from tests.chaos.soak.choices import HANDS_ON_IMAGES, STALL_PAUSE_SECONDS, Fault, Plan
 from tests.chaos.soak.driving import Driving, Ended, Task
-from tests.chaos.soak.faults import FAULTS, NotNowError, Undo
+from tests.chaos.soak.faults import FAULTS
 from tests.chaos.soak.guests import Subject
+from tests.chaos.soak.scene import NotNowError, Undo
 from tests.chaos.soak.tally import Tally
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.clock import boottime
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.journal import record_of
 from vmbackup.reconcile.record import Guard, Record
@@ -121,6 +121,7 @@ class Campaign:
             spec=self.plan.spec,
             hold_at=tuple(fault.at for fault in self._pending if fault.at),
             wishes=self._wishes,
+            boot=self.host.boot,
         )
 
     def _start_driver(self) -> None:
@@ -143,6 +144,21 @@ class Campaign:
         if self._second is not None:
             raise NotNowError
         self._second = Driving(replace(self._task(), hold_at=()))
+
+    def cut_power(self, again_after: float) -> None:
+        """Of the whole machine, on which nothing else runs then, but for what is to happen. It boots at once."""
+        self.kill_driver(again_after)
+        if self._second is not None:
+            self._second.kill()
+            self._second = None
+        for _, undo in self._undos:
+            with suppress(NotNowError):
+                undo()
+        self._undos = []
+        self.host.cut_power()
+        self.expect_off(again_after / 2)
+        # libvirt makes no edit of a user durable: what is there now is what he has
+        self.subject.description = proof.described(self.host.patiently(self.subject.guest.persistent_xml))
 
     def delete_backup(self) -> None:
         """The VMBackup is deleted."""
@@ -256,7 +272,10 @@ class Campaign:
         for when, undo in list(self._undos):
             if self._now() >= when:
                 self._undos.remove((when, undo))
-                undo()
+                try:
+                    undo()
+                except NotNowError:
+                    self._undos.append((self._now() + 1.0, undo))
                 self._fault_clock = self._now()
                 self._stand_anew()
 
@@ -280,17 +299,14 @@ class Campaign:
         elif state is GuestState.RUNNING:
             self._io_error_since = None
             self._hurry(record)
-            if record is not None and record.quarantined not in ("", *self._restarted):
-                self._restarted.add(record.quarantined)
-                self.tally.note("quarantine", plan=self.plan.name, why=record.quarantined)
-                self._help("guest restarted out of quarantine", "destroy")
+            self._restart_out_of_quarantine(record)
 
     def _hurry(self, record: Record | None) -> None:
         """A guest that writes as fast as its commit may merge: a human sees that it does not converge."""
         running = [disk for disk in record.disks if disk.commit_running] if record is not None else []
         begun = [disk.commit_started for disk in running if disk.commit_started is not None]
         limited = "bandwidth" in self.plan.spec["commit"] and "spec" not in self._wishes
-        if limited and begun and boottime() - min(begun) > _CONVERGING_SECONDS:
+        if limited and begun and self.host.boottime() - min(begun) > _CONVERGING_SECONDS:
             self.tally.count(self.tally.helped, "a commit's limit of bandwidth lifted")
             self._wishes["spec"] = {"copy": None, "commit": None}
             self.driving.ask(**self._wishes)
@@ -303,6 +319,15 @@ class Campaign:
             if "Failed to get" in str(error) and self.host.libvirtd.kill_guests_that_libvirt_has_lost():
                 self.tally.count(self.tally.helped, "QEMU ended that libvirt had lost")
         self._may_start = self._now() + 1.0
+
+    def _restart_out_of_quarantine(self, record: Record | None) -> None:
+        """Not where a user has his hands on an image: he puts it back."""
+        why = record.quarantined if record is not None else ""
+        if why in ("", *self._restarted) or any(fault.kind in HANDS_ON_IMAGES for fault in self.plan.faults):
+            return
+        self._restarted.add(why)
+        self.tally.note("quarantine", plan=self.plan.name, why=why)
+        self._help("guest restarted out of quarantine", "destroy")
 
     def _help(self, what: str, *command: str) -> None:
         self.tally.count(self.tally.helped, what)
@@ -321,7 +346,8 @@ class Campaign:
         self._in_doubt = self._in_doubt or record is None or record.call is not None
         standing = now - self._standing_since
         self.tally.stood_still(standing, in_doubt=self._in_doubt)
-        if standing > (SUSPENDED_SECONDS_IN_DOUBT if self._in_doubt else SUSPENDED_SECONDS):
+        longest = SUSPENDED_SECONDS_IN_DOUBT if self._in_doubt else SUSPENDED_SECONDS
+        if standing > longest + STALL_PAUSE_SECONDS * (self.plan.spec["commit"].get("stallPolicy") == "Pause"):
             raise StuckError(f"the guest is suspended by us for {standing:.1f} s: {brief(record)}")
 
     def _stand_anew(self) -> None:

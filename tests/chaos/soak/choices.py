@@ -30,15 +30,22 @@ KINDS: Mapping[str, Kind] = {
     "guest reset": Kind(2),
     "guest shut down": Kind(4, (0, 2), ("linux",)),
     "guest paused by a user": Kind(4, (0.2, 6)),
+    "guest agent hangs": Kind(8, (0.5, 15), ("linux",)),
+    "power cut": Kind(40, (0, 3), ("cut",)),
     "domain undefined and defined again": Kind(2),
     "description edited": Kind(5),
     "bandwidths edited": Kind(3),
     "base locked by a reader": Kind(4, (0.5, 8)),
     "foreign block job": Kind(4, (0.5, 4)),
     "our block job aborted by a user": Kind(4),
+    "foreign overlay": Kind(4, (0.5, 6)),
+    "base replaced": Kind(4, (0.5, 6)),
+    "overlay removed": Kind(2),
+    "overlay replaced": Kind(2),
     "overlays' file system full": Kind(8, (0.5, 10), ("tight",)),
     "store full": Kind(5, (0.5, 10), ("tight",)),
     "store gone": Kind(3, (0.5, 6)),
+    "store read-only": Kind(3, (0.5, 6)),
     "state directory full": Kind(5, (0.5, 8), ("tight",)),
     "configuration directory full": Kind(3, (0.5, 8)),
     "journal torn": Kind(3, (0, 1)),
@@ -46,13 +53,18 @@ KINDS: Mapping[str, Kind] = {
     "journal lost": Kind(2, (0, 1)),
     "backup deleted": Kind(4),
     "retry asked for": Kind(2),
+    "clock jumps": Kind(3, (0.1, 3)),
 }
 
-ENDS_QEMU = ("QEMU killed", "guest destroyed", "guest shut down")
+ENDS_QEMU = ("QEMU killed", "guest destroyed", "guest shut down", "power cut")
 DURING_AWAY = ("", "", "driver killed", "QEMU killed", "backup deleted")  # while libvirtd is away
-# `Live` accepts a stale image where QEMU ends within a switch; so does a user who resumes the guest that we hold, or
-# who defines another image than the one that is written (docs/protocol.md, what no agent can close).
-ACCEPTS_LOSS = ("guest paused by a user", "domain undefined and defined again")
+# `Live` accepts a stale image where QEMU ends within a switch; so does a user who resumes the guest that we hold, who
+# defines another image than the one that is written (docs/protocol.md, what no agent can close), or who takes away the
+# name of an image that QEMU has open.
+HANDS_ON_IMAGES = ("foreign overlay", "base replaced", "overlay removed", "overlay replaced")
+ACCEPTS_LOSS = ("guest paused by a user", "domain undefined and defined again", *HANDS_ON_IMAGES)
+REFLINKS = ("chain", "cut")  # the kinds of guests of which a copy takes no time
+STALL_PAUSE_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,16 @@ def _spec(random: Random, guest: str) -> dict[str, Any]:
         spec["copy"]["bandwidth"] = random.choice(("8Mi", "16Mi", "64Mi"))
     if random.random() < 0.5:
         spec["commit"]["bandwidth"] = random.choice(("1Mi", "2Mi", "8Mi"))
+    if random.random() < 0.3 and not guest.startswith(REFLINKS):
+        spec["copy"]["bandwidth"] = "2Mi"  # so that there is a lot to merge
+        spec["commit"] |= _slower_than_the_guest(random, spec["switchPolicy"])
     return spec
+
+
+def _slower_than_the_guest(random: Random, switch_policy: str) -> dict[str, Any]:
+    policies = ("Hold", "Throttle", "Pause") if switch_policy == "Guarded" else ("Hold", "Throttle")
+    stall = {"stallPolicy": random.choice(policies), "stallPauseSeconds": STALL_PAUSE_SECONDS}
+    return {"bandwidth": "1Mi", "deadlineSeconds": random.choice((1, 3)), **stall}
 
 
 def _possible(guest: str, spec: Mapping[str, Any], faults: list[Fault]) -> list[str]:

@@ -17,16 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.backups import Told
-from tests.kill_points import SNAPSHOT, When, watch_all
+from tests.backups import Told, make_node
+from tests.kill_points import SNAPSHOT, Boot, When, watch_all
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
-from vmbackup.backoff import Backoff
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.wish import Wish
-from vmbackup.report.metrics import Metrics
 from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey
 
@@ -55,6 +53,7 @@ class Task:
     spec: Mapping[str, Any]
     hold_at: tuple[int, ...] = ()
     wishes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    boot: Boot | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,10 @@ class Driving:
     def ask(self, **wishes: Any) -> None:
         """Change its wish: deleted, delete_data, stop, retry, spec (a mapping)."""
         self._tell(wishes)
+
+    def jump(self, seconds: float) -> None:
+        """Its wall clock jumps."""
+        self._tell(seconds)
 
     def let_go(self) -> None:
         """It goes on, if it was held."""
@@ -160,6 +163,8 @@ class _Story(Told):
 def _drive(task: Task, line: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the soak, which ends its drivers
     logging.getLogger("vmbackup").setLevel(logging.CRITICAL)
+    if task.boot is not None:
+        task.boot.believe()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
     wishes = [_wish(Wish(BackupSpec.parse(minimal | dict(task.spec))), task.wishes)]
     go_on = threading.Event()
@@ -167,13 +172,7 @@ def _drive(task: Task, line: Connection) -> None:
     store = StoreSpec(DirectoryStoreSpec(str(task.store)))
     told = _Story(task)
     backup = Backup(
-        Node(
-            Hypervisor(task.uri, config_dir=task.config_dir),
-            state_dir=task.state_dir,
-            lock_dir=task.lock_dir,
-            metrics=Metrics(),
-            backoff=Backoff(first=0.2, longest=1.0),
-        ),
+        make_node(Hypervisor(task.uri, config_dir=task.config_dir), task.state_dir, task.lock_dir),
         BackupKey("soak", "backup", task.uid),
         wish=lambda: wishes[-1],
         open_store=lambda: open_store(store),
@@ -188,6 +187,8 @@ def _drive(task: Task, line: Connection) -> None:
                 os._exit(1)  # whoever wanted this backup is gone
             if said is None:
                 go_on.set()
+            elif isinstance(said, float):
+                _jump(said)
             else:
                 wishes.append(_wish(wishes[-1], said))
                 backup.wake()
@@ -203,6 +204,11 @@ def _drive(task: Task, line: Connection) -> None:
     report = told.timeline[-1][1] if told.timeline else Report()
     line.send(Ended(report, ending, error, tuple(f"{reason}: {message}" for reason, message in told.events)))
     os._exit(0)
+
+
+def _jump(seconds: float) -> None:
+    wall = time.time
+    time.time = lambda: wall() + seconds
 
 
 def _wish(wish: Wish, changes: Mapping[str, Any]) -> Wish:

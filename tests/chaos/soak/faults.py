@@ -6,45 +6,29 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from tests.chaos.soak.choices import Fault
-from tests.chaos.soak.driving import Driving
-from tests.chaos.soak.guests import Subject
-from tests.chaos.soak.host import Host, fill
+from tests.chaos.soak.hands import (
+    abort_job,
+    lock_base,
+    put_overlay_on_top,
+    remove_overlay,
+    replace_base,
+    replace_overlay,
+    start_foreign_job,
+)
+from tests.chaos.soak.host import fill
+from tests.chaos.soak.scene import NotNowError, Scene, Undo, virsh
+from tests.storage import run
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.record import Freeze, Guard, Record
+from vmbackup.reconcile.record import Freeze, Guard
 
-Undo = Callable[[], object]
 _SHUTDOWN_SECONDS = 20.0
-_PATIENCE = 3.0  # seconds for which a fault waits for its opportunity
-
-
-class NotNowError(Exception):
-    """There is nothing that it could happen to at this moment, or nobody who may do it."""
-
-
-class Scene(Protocol):
-    """What a fault happens to."""
-
-    host: Host
-    subject: Subject
-    driving: Driving
-
-    @property
-    def journal(self) -> Path: ...
-    def record(self) -> Record | None: ...
-    def kill_driver(self, again_after: float) -> None: ...
-    def stop_driver(self, again_after: float) -> None: ...
-    def start_second_driver(self) -> None: ...
-    def delete_backup(self) -> None: ...
-    def expect_off(self, seconds: float, *, within: float = 0.0) -> None: ...
-    def found(self, what: str) -> None: ...
+_JUMP_SECONDS = 10 * 365 * 86400.0
 
 
 def kill_driver(scene: Scene, fault: Fault) -> None:
@@ -89,16 +73,16 @@ def kill_qemu(scene: Scene, fault: Fault) -> None:
 
 
 def destroy(scene: Scene, fault: Fault) -> None:
-    _virsh(scene, "destroy", scene.subject.name)
+    virsh(scene, "destroy", scene.subject.name)
     scene.expect_off(fault.seconds)
 
 
 def reset(scene: Scene, fault: Fault) -> None:
-    _virsh(scene, "reset", scene.subject.name)
+    virsh(scene, "reset", scene.subject.name)
 
 
 def shut_down(scene: Scene, fault: Fault) -> None:
-    _virsh(scene, "shutdown", scene.subject.name, "--mode", "acpi")
+    virsh(scene, "shutdown", scene.subject.name, "--mode", "acpi")
     scene.expect_off(fault.seconds, within=_SHUTDOWN_SECONDS)
 
 
@@ -107,7 +91,7 @@ def pause(scene: Scene, fault: Fault) -> Undo:
     subject = scene.subject
     if _is_ours(scene) or scene.host.state(subject.guest) is not GuestState.RUNNING:
         raise NotNowError
-    _virsh(scene, "suspend", subject.name)
+    virsh(scene, "suspend", subject.name)
     is_his = not _is_ours(scene)
     if is_his:
         subject.wanted = GuestState.PAUSED
@@ -118,9 +102,21 @@ def pause(scene: Scene, fault: Fault) -> Undo:
             scene.found("a guest that a user had paused was resumed")
         subject.wanted = GuestState.RUNNING
         with suppress(NotNowError):
-            _virsh(scene, "resume", subject.name)
+            virsh(scene, "resume", subject.name)
 
     return undo
+
+
+def hang_agent(scene: Scene, fault: Fault) -> Undo:
+    """Nothing that libvirt says reaches it."""
+    scene.subject.channel.swallow()
+    return scene.subject.channel.pass_all
+
+
+def cut_power(scene: Scene, fault: Fault) -> None:
+    if os.geteuid():
+        raise NotNowError
+    scene.cut_power(fault.seconds)
 
 
 def _is_ours(scene: Scene) -> bool:
@@ -133,10 +129,10 @@ def define_again(scene: Scene, fault: Fault) -> None:
     if record is None or not record.disks:  # planned while undefined, its definition gets what the live XML says
         raise NotNowError
     with suppress(NotNowError):
-        _virsh(scene, "undefine", subject.name)
+        virsh(scene, "undefine", subject.name)
     for _ in range(100):  # the configuration's file system may be full
         with suppress(NotNowError):
-            _virsh(scene, "define", str(subject.xml_file))
+            virsh(scene, "define", str(subject.xml_file))
             subject.description = ""
             return
         time.sleep(0.2)
@@ -146,7 +142,7 @@ def define_again(scene: Scene, fault: Fault) -> None:
 def edit_description(scene: Scene, fault: Fault) -> None:
     begun = time.monotonic()
     description = f"edited at {begun:.3f}"
-    _virsh(scene, "desc", scene.subject.name, "--config", "--new-desc", description)
+    virsh(scene, "desc", scene.subject.name, "--config", "--new-desc", description)
     scene.subject.description = description
     scene.driving.let_go()
     scene.subject.edited = begun, time.monotonic()
@@ -154,52 +150,6 @@ def edit_description(scene: Scene, fault: Fault) -> None:
 
 def edit_bandwidths(scene: Scene, fault: Fault) -> None:
     scene.driving.ask(spec={"copy": None, "commit": 4 << 20})
-
-
-def lock_base(scene: Scene, fault: Fault) -> Undo:
-    """Somebody reads a base with QEMU's lock, which is possible while the guest is on its overlay."""
-    base = scene.subject.bases["vda"]
-    image_format = "raw" if base.suffix == ".raw" else "qcow2"
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        reader = subprocess.Popen(
-            ["qemu-io", "-r", "-f", image_format, str(base)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        with suppress(subprocess.TimeoutExpired):
-            reader.wait(0.15)
-            continue
-
-        def undo(reader: subprocess.Popen[bytes] = reader) -> None:
-            reader.kill()
-            reader.communicate()
-
-        return undo
-    raise NotNowError
-
-
-def start_foreign_job(scene: Scene, fault: Fault) -> Undo:
-    name, copy = scene.subject.name, scene.subject.images / "foreign.raw"
-    _virsh(scene, "blockcopy", name, "vda", str(copy), "--format", "raw", "--transient-job", "--bandwidth", "1")
-
-    def undo() -> None:
-        with suppress(NotNowError):
-            if "Copy" in _virsh(scene, "blockjob", name, "vda", "--info", "--raw"):
-                _virsh(scene, "blockjob", name, "vda", "--abort")
-        copy.unlink(missing_ok=True)
-
-    return undo
-
-
-def abort_job(scene: Scene, fault: Fault) -> None:
-    name = scene.subject.name
-    for target in scene.subject.bases:
-        if "Commit" in _virsh(scene, "blockjob", name, target, "--info", "--raw"):
-            _virsh(scene, "blockjob", name, target, "--abort")
-            return
-    raise NotNowError
 
 
 def fill_images(scene: Scene, fault: Fault) -> Undo:
@@ -212,6 +162,8 @@ def fill_store(scene: Scene, fault: Fault) -> Undo:
 
 def take_store_away(scene: Scene, fault: Fault) -> Undo:
     store = scene.subject.store
+    if store.is_mount():
+        raise NotNowError
     away = store.with_name("store-away")
     store.rename(away)
     store.touch()  # else it would be made anew
@@ -221,6 +173,16 @@ def take_store_away(scene: Scene, fault: Fault) -> Undo:
         away.rename(store)
 
     return undo
+
+
+def make_store_read_only(scene: Scene, fault: Fault) -> Undo:
+    """For whoever opens a file there from now on."""
+    store = scene.subject.store
+    if os.geteuid() or not store.is_dir() or store.is_mount():
+        raise NotNowError
+    run("mount", "--bind", str(store), str(store))
+    run("mount", "-o", "remount,bind,ro", str(store))
+    return lambda: run("umount", "--lazy", str(store))
 
 
 def fill_state(scene: Scene, fault: Fault) -> Undo:
@@ -239,7 +201,7 @@ def fill_configuration(scene: Scene, fault: Fault) -> Undo:
 
 
 def _filled(folder: Path) -> Undo:
-    if not os.path.ismount(folder):  # not root
+    if not folder.is_mount():  # not root
         raise NotNowError
     return fill(folder)
 
@@ -281,11 +243,10 @@ def ask_for_retry(scene: Scene, fault: Fault) -> None:
     scene.driving.ask(retry="by a fault")
 
 
-def _virsh(scene: Scene, *arguments: str) -> str:
-    try:
-        return scene.host.virsh(*arguments)
-    except RuntimeError as error:
-        raise NotNowError(str(error)) from error
+def jump(scene: Scene, fault: Fault) -> Undo:
+    """The wall clock of the driver goes forward by years, and back."""
+    scene.driving.jump(_JUMP_SECONDS)
+    return lambda: scene.driving.jump(-_JUMP_SECONDS)
 
 
 FAULTS: Mapping[str, Callable[[Scene, Fault], Undo | None]] = {
@@ -299,15 +260,22 @@ FAULTS: Mapping[str, Callable[[Scene, Fault], Undo | None]] = {
     "guest reset": reset,
     "guest shut down": shut_down,
     "guest paused by a user": pause,
+    "guest agent hangs": hang_agent,
+    "power cut": cut_power,
     "domain undefined and defined again": define_again,
     "description edited": edit_description,
     "bandwidths edited": edit_bandwidths,
     "base locked by a reader": lock_base,
     "foreign block job": start_foreign_job,
     "our block job aborted by a user": abort_job,
+    "foreign overlay": put_overlay_on_top,
+    "base replaced": replace_base,
+    "overlay removed": remove_overlay,
+    "overlay replaced": replace_overlay,
     "overlays' file system full": fill_images,
     "store full": fill_store,
     "store gone": take_store_away,
+    "store read-only": make_store_read_only,
     "state directory full": fill_state,
     "configuration directory full": fill_configuration,
     "journal torn": tear_journal,
@@ -315,4 +283,5 @@ FAULTS: Mapping[str, Callable[[Scene, Fault], Undo | None]] = {
     "journal lost": lose_journal,
     "backup deleted": delete_backup,
     "retry asked for": ask_for_retry,
+    "clock jumps": jump,
 }

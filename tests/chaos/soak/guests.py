@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import struct
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
@@ -16,20 +15,21 @@ from pathlib import Path
 from uuid import NAMESPACE_DNS, uuid5
 
 from sandbox import oracle
-from sandbox.guest import Guest as LinuxGuest
 from sandbox.guest import make_disk
 from sandbox.libvirtd import DiskSpec, domain_xml
 from sandbox.oracle import ProofError
+from tests.agent_channel import Channel, ProxiedGuest
+from tests.chaos.soak.choices import REFLINKS
 from tests.chaos.soak.host import Host
-from tests.domains import qemu_img
+from tests.domains import qemu_img, what_is_wrong_with
 from tests.storage import run
 from vmbackup.hypervisor.guest import Guest, GuestState
 
-KINDS = ("plain", "chain", "tight", "linux")
+KINDS = ("plain", "chain", "tight", "linux", "cut")
 MOST_RECORDS = 32767
+USERS_LIMITS = {"total_bytes_sec": 64 << 20}  # of both disks of a guest of the kind plain
 
 _ACKNOWLEDGED = re.compile(rb"^(vd[a-z]) (\d+)\n", re.MULTILINE)
-_LEAKS = 3  # what qemu-img check then returns
 _STARTED = re.compile(rb"(vd[a-z]) start (\d+)\r?\n")
 _SECTOR = 512
 _FIRST, _BULK, _BULK_SECTORS = 2047, 36864, 64  # as in writer.S
@@ -53,13 +53,16 @@ class Subject:
         self.name = name
         self.kind = name.rpartition("-")[0]
         self.directory = host.directory / name
-        images = {"chain": (400, True), "tight": (160, False)}.get(self.kind, (0, False))
-        self.images = host.place(f"{name}/images", mebibytes=images[0], reflink=images[1])
+        mebibytes = {"chain": 400, "cut": 400, "tight": 160}.get(self.kind, 0)
+        reflink = self.kind in REFLINKS
+        self.images = host.place(f"{name}/images", mebibytes=mebibytes, reflink=reflink)
         tight = self.kind == "tight"
-        room = self.images if self.kind == "chain" else host.place(f"{name}/store", mebibytes=300 * tight)
+        room = self.images if reflink else host.place(f"{name}/store", mebibytes=300 * tight)
         self.store = room / "store"
         self.store.mkdir()
-        self.state_dir = host.place(f"{name}/state", mebibytes=8 * tight)
+        self.state_dir = host.place(f"{name}/state", mebibytes=8 * (tight or self.kind == "cut"))
+        self.limits = USERS_LIMITS if self.kind == "plain" else {}
+        self.channel = Channel(self.directory / "agent.sock")
         self.serial_log = self.directory / f"{name}.serial.log"
         self.xml_file = self.directory / "domain.xml"
         self.disks = self._make_disks()
@@ -74,6 +77,7 @@ class Subject:
         """Define and start it."""
         self.host.virsh("define", str(self.xml_file))
         self.defined = self.host.patiently(self.guest.persistent_xml) or ""
+        self.host.sync()
         self.host.virsh("start", self.name)
 
     def clear_store(self) -> None:
@@ -127,7 +131,7 @@ class Subject:
             with tempfile.TemporaryDirectory(dir=self.directory) as folder:
                 raw = Path(folder, "raw")
                 image_format = "raw" if images[target].suffix == ".raw" else "qcow2"
-                _check(images[target], image_format)
+                _check(images[target])
                 qemu_img("convert", "-U", "-f", image_format, "-O", "raw", str(images[target]), str(raw))
                 journal = self._read(raw, f"{self.name} {images[target]}")
             if journal.last < at_least[target]:
@@ -162,13 +166,15 @@ class Subject:
             shutil.copy(boot, vda)
         qemu_img("create", "-f", vdb.suffix[1:], str(vdb), str(_BYTES))
         boot.unlink()
-        order = "<boot order='{}'/>"  # without it the BIOS does not see the second disk
+        inner = "<boot order='{}'/>"  # without it the BIOS does not see the second disk
+        limits = "".join(f"<{name}>{number}</{name}>" for name, number in self.limits.items())
+        inner += f"<iotune>{limits}</iotune>" if limits else ""
         paths = enumerate((vda, vdb), start=1)
-        return [DiskSpec(f"vd{'ab'[n - 1]}", path, path.suffix[1:], inner=order.format(n)) for n, path in paths]
+        return [DiskSpec(f"vd{'ab'[n - 1]}", path, path.suffix[1:], inner=inner.format(n)) for n, path in paths]
 
     def _xml(self) -> str:
         if self.kind == "linux":
-            linux = LinuxGuest(
+            linux = ProxiedGuest(
                 self.host.virsh,
                 self.name,
                 self.directory,
@@ -178,6 +184,7 @@ class Subject:
                 agent=True,
                 memory_mib=96,
             )
+            linux.channel = self.channel.path
             return linux.xml()
         serial = f"<serial type='file'><source path='{self.serial_log}' append='on'/></serial>"
         xml = domain_xml(self.name, self.disks, uuid=str(uuid5(NAMESPACE_DNS, self.name)), devices=serial)
@@ -209,14 +216,10 @@ def read_sectors(raw: Path, name: str) -> oracle.Journal:
     return oracle.Journal(last)
 
 
-def _check(image: Path, image_format: str) -> None:
+def _check(image: Path) -> None:
     """Raise ProofError where qemu-img finds more than clusters that nobody uses: a QEMU that was killed leaves some."""
-    if image_format == "raw":
-        return
-    command = ["qemu-img", "check", "-q", "-U", "-f", image_format, str(image)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, _LEAKS):
-        raise ProofError(f"{image}: qemu-img check: {done.stdout}{done.stderr}")
+    if wrong := what_is_wrong_with(image, leaks=True):
+        raise ProofError(wrong)
 
 
 def _block_of(number: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from sandbox.libvirtd import Libvirtd
-from tests.storage import mounted, run
+from tests.chaos.power import booted_now, cut_off
+from tests.kill_points import Boot
+from tests.storage import XFS_BYTES, make_xfs, mounted, run
 from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.reconcile.clock import boottime
 
 Answer = TypeVar("Answer")
 
@@ -24,11 +28,17 @@ _TRY_SECONDS = 60.0
 
 
 class Host:
-    """A private libvirtd under `directory`. Without root there are no small file systems to be filled."""
+    """A private libvirtd under `directory`. Without root there are no small file systems to be filled.
 
-    def __init__(self, directory: Path) -> None:
+    `durable`: its file systems are disks, of which a power cut leaves what is durable.
+    """
+
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
         directory.mkdir()
         self.directory = directory
+        self.boot: Boot | None = None  # None: that of the real machine
+        self._durable = durable
+        self._disks: dict[Path, Path] = {}
         self.libvirtd = Libvirtd(directory)
         self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away
         self.disturbances = 0
@@ -60,12 +70,11 @@ class Host:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if os.geteuid() or not mebibytes:
             folder.mkdir()
-        elif reflink:
+        elif reflink or self._durable:
             image = folder.with_suffix(".xfs")
-            with image.open("wb") as file:
-                file.truncate(mebibytes << 20)
-            run("mkfs.xfs", "-q", str(image))
+            make_xfs(image, max(mebibytes << 20, XFS_BYTES))
             self._stack.enter_context(mounted(folder, "-o", "loop", str(image)))
+            self._disks[folder] = image
         else:
             self._stack.enter_context(mounted(folder, "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs"))
         return folder
@@ -83,6 +92,24 @@ class Host:
                 self._starter.submit(self.libvirtd.start).result()
                 self.disturb()
                 self._up.set()
+
+    def cut_power(self) -> None:
+        """Cut it, and boot: the logs of the disks are recovered, /run is empty, libvirtd runs, and no guest."""
+        with self.away() as libvirtd:
+            cut_off(libvirtd, self._disks)
+            for folder, image in self._disks.items():
+                run("mount", "-o", "loop", str(image), str(folder))
+            shutil.rmtree(libvirtd.runtime_dir)
+            self.boot = booted_now()
+
+    def sync(self) -> None:
+        """Make durable what there is, as time does."""
+        for folder in self._disks:
+            run("sync", "--file-system", str(folder))
+
+    def boottime(self) -> float:
+        """CLOCK_BOOTTIME as the drivers see it, in seconds."""
+        return boottime() - (self.boot.booted if self.boot else 0)
 
     def disturb(self) -> None:
         """What is measured begins anew from here."""

@@ -94,21 +94,30 @@ def _wait_until_it_writes(subject: Subject, before: dict[str, int]) -> None:
 
 
 def prove_tidy(subject: Subject, marks: Path) -> int:
-    """No journal holds the guest, no lock is left, and the persistent XML is the user's."""
+    """No journal holds the guest, no lock is left; the persistent XML and the limits of the disks are the user's."""
     for record in records(subject.state_dir):
         if record.guard is not Guard.NONE or record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE) or record.call:
             raise ProofError(f"the journal of {record.uid} has not let go: {record}")
     if held := [path for path in (subject.directory / "locks").glob("*") if _is_held(path)]:
         raise ProofError(f"locks are held: {held}")
     xml = subject.host.patiently(subject.guest.persistent_xml) or ""
-    description = found[1] if (found := _DESCRIPTION.search(xml)) else ""
+    description = described(xml)
     if description != subject.description and not _may_be_lost(subject, marks):
         raise ProofError(f"the description is {description!r}, and should be {subject.description!r}")
     subject.description = description
     rest = _DESCRIPTION.sub("", xml)
     if _without_backing(rest) != _without_backing(subject.defined):
         raise ProofError(f"the persistent XML is not the user's any more:\n{rest}\n-- it was\n{subject.defined}")
-    return 4
+    for target in subject.bases:
+        limits = subject.host.patiently(lambda target=target: subject.guest.byte_limits(target))
+        if limits != subject.limits:
+            raise ProofError(f"{target} is limited to {limits}, and should be to {subject.limits}")
+    return 4 + len(subject.bases)
+
+
+def described(xml: str | None) -> str:
+    """The description in a definition."""
+    return found[1] if xml and (found := _DESCRIPTION.search(xml)) else ""
 
 
 def _without_backing(xml: str) -> str:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
@@ -37,10 +38,10 @@ def soak(
         names, ordinals = [only.partition(":")[0]], [int(only.partition(":")[2])]
     with ExitStack() as stack:
         subjects: list[Subject] = []
-        for number, name in enumerate(names):
-            if number % GUESTS_OF_A_LIBVIRTD == 0:
-                host = stack.enter_context(Host(directory / f"host-{number}"))
-            subjects.append(Subject(host, name))
+        for number, neighbours in enumerate(_neighbours(names)):
+            durable = neighbours[0].startswith("cut-")
+            host = stack.enter_context(Host(directory / f"host-{number}", durable=durable))
+            subjects += [Subject(host, name) for name in neighbours]
         until = time.monotonic() + seconds
         threads = [
             threading.Thread(target=_guest, args=(seed, Campaign(subject, tally), until, plans, ordinals), daemon=True)
@@ -54,6 +55,13 @@ def soak(
     if not tally.findings:
         shutil.rmtree(directory, ignore_errors=True)
     return tally
+
+
+def _neighbours(names: Sequence[str]) -> list[Sequence[str]]:
+    """Who is on one host: a power cut is one for all there."""
+    together = [name for name in names if not name.startswith("cut-")]
+    pairs = [together[first : first + GUESTS_OF_A_LIBVIRTD] for first in range(0, len(together), GUESTS_OF_A_LIBVIRTD)]
+    return [*pairs, *([name] for name in names if name not in together)]
 
 
 def _guest(seed: int, campaign: Campaign, until: float, plans: int, ordinals: list[int]) -> None:

@@ -1,0 +1,215 @@
+"""A guest that a backup holds still runs again, whatever fails; and another backup of it begins only then."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import FileIO
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sandbox.libvirtd import Libvirtd
+from tests import manifests
+from tests.backups import BackupFactory, RunningBackup
+from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
+from tests.kill_points import Driving, Moment, When
+from tests.survival import SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
+from vmbackup.api.status import Outcome, Phase, Reason
+from vmbackup.hypervisor import guest as guests_of_libvirt
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.clock import boot_id, boottime
+from vmbackup.reconcile.journal import Journal, record_of
+from vmbackup.reconcile.record import Call, Record, Snapshot
+from vmbackup.reconcile.rescue import let_guests_run
+from vmbackup.report.metrics import Metrics
+from vmbackup.stores.base import BackupKey
+
+SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the suspension is written
+SNAPSHOT_UNDER_WAY = Moment(When.DURING, "taking the snapshot")
+
+
+@pytest.fixture
+def guest(guests: GuestFactory) -> Domain:
+    return guests(1)[0]
+
+
+def left_at(guest: Domain, hypervisor: Hypervisor, moment: Moment) -> tuple[Node, Record]:
+    """The node of a backup whose driver was killed there, and what its journal says."""
+    task = task_of(guest, {}, moment)
+    assert Driving(task).killed()
+    record = record_of(task.state_dir, task.uid)
+    assert record is not None
+    return Node(hypervisor, task.state_dir, Metrics(), lock_dir=task.directory / "locks"), record
+
+
+def runs(guest: Domain) -> bool:
+    return guest.guest.state()[0] is GuestState.RUNNING
+
+
+def another(node: Node, guest: Domain) -> RunningBackup:
+    """Another backup of the same guest."""
+    spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    return RunningBackup(node, BackupKey("tests", "another", str(uuid.uuid4())), spec, guest.directory / "store")
+
+
+def is_home(guest: Domain) -> bool:
+    homes = [guest.live(target).source == base for target, base in guest.bases.items()]
+    return all(homes) and not list(guest.directory.glob("*.vmb-*"))
+
+
+def test_whose_journal_holds_what_this_version_cannot_read(guest: Domain, hypervisor: Hypervisor) -> None:
+    """As after a roll-back of the agent."""
+    node, record = left_at(guest, hypervisor, SUSPENDED)
+    assert record.holds_guest
+    Journal.start(node.state_dir, replace(record, spec={"fieldOfALaterVersion": 1})).close()
+    let_guests_run(node)
+    assert runs(guest)
+
+
+def test_when_another_backup_of_it_is_started(guest: Domain, hypervisor: Hypervisor) -> None:
+    node, _ = left_at(guest, hypervisor, SUSPENDED)
+    assert not runs(guest)
+    running = another(node, guest)
+    wait_until(lambda: runs(guest), "the guest runs", SUSPENDED_SECONDS)
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+
+
+def test_a_backup_waits_for_the_call_that_another_one_has_left_unanswered(
+    guest: Domain, hypervisor: Hypervisor
+) -> None:
+    """Else it would take its own snapshot beside that one, and stack overlays."""
+    node, record = left_at(guest, hypervisor, SNAPSHOT_UNDER_WAY)
+    assert record.call is not None
+    called = record.call.boottime
+    running = another(node, guest)
+    running.wait_for(lambda report: report.reason == Reason.WAITING_FOR_CALLS or report.chain_clean is False, "waiting")
+    wait_until(lambda: runs(guest), "the guest runs", SUSPENDED_SECONDS_IN_DOUBT)
+    assert boottime() - called > 30
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+
+
+def test_nothing_is_sent_while_a_call_may_be_in_flight(
+    domain: DomainFactory, backup: BackupFactory, node: Node
+) -> None:
+    """The answer of any other call would be taken for that of the one which is waited for (PROTOCOL R4)."""
+    guest = domain()
+    running = backup(guest.name, commit={"bandwidth": "1Mi"}, copy={"bandwidth": "16Mi"})
+    running.wait_for_phase(Phase.COPYING)
+    guest.write("vda", 0x22, length="32M")
+    wait_until(lambda: guest.guest.block_job("vda") is not None, "the commit", 60)
+    running.ask(stop=True)
+    running.end()
+    unanswered = Call("pivot", boot_id(), boottime())
+    Journal.start(node.state_dir, replace(running.record, call=unanswered)).close()
+    faster = backup(guest.name, again=running, commit={"bandwidth": "2Mi"})
+    faster.wait_for(lambda report: report.reason == Reason.WAITING_FOR_CALLS, "waiting for the call")
+    looks = len(faster.told.timeline)
+    wait_until(lambda: len(faster.told.timeline) > looks + 2, "it has looked again")
+    assert faster.record.call == unanswered
+    job = guest.guest.block_job("vda")
+    assert job is not None
+    assert job.bandwidth == 1 << 20
+
+
+def test_the_bandwidth_of_somebody_elses_job_is_left_alone(
+    domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd
+) -> None:
+    guest = domain({"vda": "chain"})
+    guest.write("vda", 0x11, length="32M")
+    libvirtd.virsh("blockcommit", guest.name, "vda", "--active", "--bandwidth", "1")
+    running = backup(guest.name)
+    running.wait_for(lambda report: report.reason == Reason.WAITING_FOR_OTHERS, "waiting for the job")
+    looks = len(running.told.timeline)
+    wait_until(lambda: len(running.told.timeline) > looks + 2, "it has looked again")
+    job = guest.guest.block_job("vda")
+    assert job is not None
+    assert job.bandwidth == 1 << 20
+
+
+@pytest.fixture
+def failing_config(guest: Domain, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """While there is anything in this set, and the guest is suspended, nothing of libvirt's configuration is durable.
+
+    No file system fails on demand in a libvirtd that all tests share, so that fault is not a real one.
+    """
+    fsync, failing = os.fsync, set[str]()
+
+    def fails(file: int) -> None:
+        where = Path(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}").readlink()
+        if failing and where.is_relative_to(hypervisor.config_dir) and not runs(guest):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(file)
+
+    monkeypatch.setattr(guests_of_libvirt.os, "fsync", fails)
+    yield failing
+    failing.clear()
+
+
+def test_though_the_file_system_of_libvirts_configuration_fails_in_the_middle_of_a_switch(
+    guest: Domain, backup: BackupFactory, failing_config: set[str]
+) -> None:
+    failing_config.add("now")
+    running = backup(guest.name)
+    wait_until(lambda: "ConfigNotDurable" in running.told.reasons, "it is told", 60)
+    wait_until(lambda: runs(guest), "the guest runs", SUSPENDED_SECONDS)
+    assert running.record.snapshot is Snapshot.DONE
+    failing_config.clear()
+    assert running.end().outcome is Outcome.SUCCEEDED
+    assert is_home(guest)
+
+
+def test_though_its_terminal_is_stopped(domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path) -> None:
+    """Ctrl-S: whoever writes to it waits, which once was the thread that had suspended the guest."""
+    guest = domain()
+    libvirtd.virsh("resume", guest.name)
+    file = tmp_path / "backup.yaml"
+    made = manifests.backup("nightly", domain=guest.name, nodeName=manifests.DROP)
+    file.write_text(yaml.safe_dump_all([made, manifests.store("local", directory={"path": str(tmp_path / "store")})]))
+    command = [str(Path(sys.executable).with_name("vmbackup")), "run", f"--file={file}", "--log-level=debug"]
+    command += [f"--libvirt-uri={libvirtd.uri}", f"--libvirt-config-dir={libvirtd.config_dir}"]
+    command += [f"--state-dir={tmp_path / 'state'}"]
+    master, terminal = pty.openpty()
+    with (
+        os.fdopen(master, "rb", buffering=0) as shown,
+        os.fdopen(terminal, "wb", buffering=0) as screen,
+        subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen) as process,
+        killed(process),
+    ):
+        while b"Backup" not in shown.read(4096):
+            pass
+        termios.tcflow(screen, termios.TCOOFF)
+        wait_until(lambda: bool(list(tmp_path.glob("store/*/*/manifest.json"))), "the backup is stored", 60)
+        wait_until(lambda: is_home(guest) and runs(guest), "the guest is home")
+        assert process.poll() is None, "it has not been stopped: the test shows nothing"
+        termios.tcflow(screen, termios.TCOON)
+        threading.Thread(target=read_all, args=(shown,), daemon=True).start()
+        assert process.wait(60) == 0
+
+
+def read_all(terminal: FileIO) -> None:
+    with suppress(OSError):  # that is how its end is told
+        terminal.readall()
+
+
+@contextmanager
+def killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Whatever fails, it ends."""
+    try:
+        yield
+    finally:
+        process.kill()
