@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pty
@@ -197,6 +198,21 @@ def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup:
     assert image_holds(folder / "vda.raw", 0x11, "32M"), "the copy is not of the moment of the first run's snapshot"
     assert guest.holds("vda", 0x22)
     assert guest.live().source == guest.bases["vda"]
+
+
+def test_a_signal_that_the_kernel_gives_to_any_of_its_threads_interrupts_it(
+    domain: DomainFactory, vmbackup: Cli
+) -> None:
+    guest = domain()
+    guest.write("vda", 0x11, length="32M")
+    process = vmbackup.start("run", "-f", vmbackup.manifest(guest.name, **{"copy.bandwidth": SLOW}))
+    read_until(process, "Copying")
+    newest = max(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir())
+    assert newest != process.pid
+    assert ctypes.CDLL(None).tgkill(process.pid, newest, signal.SIGINT) == 0
+    process.communicate(timeout=20)  # the copy takes 32 s
+    assert process.returncode == 130
+    assert vmbackup("run", "-f", vmbackup.manifest(guest.name)).returncode == 0
 
 
 def test_the_second_ctrl_c_ends_it_at_once_even_with_a_libvirtd_that_does_not_answer(

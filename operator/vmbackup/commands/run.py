@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from uuid import uuid4
 
 from vmbackup.api.status import GUEST_AWAY, DiskState, Outcome, Phase, Reason, Report
@@ -122,16 +120,26 @@ class _Run:
         """Run it; the exit code."""
         begun = "Carrying on" if self._carries_on else "Backup"
         self._screen.line(begun, f"{self._request} of the domain {self._request.spec.domain}, uid {self._key.uid}")
-        # In a thread of its own: a signal handler may not wake a wait that its own thread is in.
-        with self._signals(), ThreadPoolExecutor(1, "backup") as thread:
-            try:
-                ending = thread.submit(self._backup.run).result()
-            except VMBackupError as error:
-                return _broken(str(error), self._record(), unknown=error.reason == "JournalVersion")
-            except Exception:
-                _log.exception("this is a fault of vmbackup")
-                return _broken("it ended unexpectedly", self._record())
+        try:
+            ending = asyncio.run(self._attended())
+        except VMBackupError as error:
+            return _broken(str(error), self._record(), unknown=error.reason == "JournalVersion")
+        except Exception:
+            _log.exception("this is a fault of vmbackup")
+            return _broken("it ended unexpectedly", self._record())
         return self._verdict(ending)
+
+    async def _attended(self) -> Ending:
+        """The backup, in a thread of its own, while this one answers signals; those that are ignored (nohup) stay so.
+
+        The kernel gives a signal to any thread. An event loop is woken all the same, a wait for a lock is not: of ten
+        signals one was answered only when the backup was over.
+        """
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._on_signal)
+        return await asyncio.to_thread(self._backup.run)
 
     # -- what the backup asks and tells, in its thread
 
@@ -160,22 +168,7 @@ class _Run:
         self._off_since = self._off_since or time.monotonic()
         return time.monotonic() - self._off_since >= _OFF_GRACE
 
-    # -- signals, in the main thread
-
-    @contextmanager
-    def _signals(self) -> Generator[None]:
-        """Answer signals; those that are ignored (nohup) stay so."""
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self) -> None:
         if self._signalled:
             if os.isatty(1):
                 os.write(1, _SHOW_CURSOR)
