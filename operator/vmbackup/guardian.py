@@ -4,16 +4,24 @@
 
 It waits in a read on the pipe that is its standard input. A byte: the starter ends in good order, and so does this. The
 end of the pipe without it: the starter is dead, however it died, and what it left suspended or frozen runs again by the
-same decisions as ever (reconcile/rescue.py). Until then only what Python itself needs is imported: it waits on every
-hypervisor, all the time.
+same decisions as ever (reconcile/rescue.py). All that this takes is imported before it waits: a guest that stands still
+need not wait for it, nor for a disk that may have failed, nor for a version that was installed meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
+
+from vmbackup.aside import StderrLog
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.rescue import let_guests_run
+from vmbackup.report.metrics import Metrics
 
 _HASTE = -10  # nice value: a guest stands still, and what killed the starter may be a machine that is overloaded
 _NAME = b"vmb-guardian"  # what ps and top show; at most 15 bytes
@@ -36,15 +44,6 @@ def main() -> int:
 
 
 def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) -> None:
-    import logging
-    from pathlib import Path
-
-    from vmbackup.aside import StderrLog
-    from vmbackup.hypervisor.connection import Hypervisor
-    from vmbackup.reconcile.backup import Node
-    from vmbackup.reconcile.rescue import let_guests_run
-    from vmbackup.report.metrics import Metrics
-
     form = "%(asctime)s %(levelname)s guardian: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[StderrLog()])
     hypervisor = Hypervisor(uri, config_dir=Path(config_dir))

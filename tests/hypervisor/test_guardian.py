@@ -32,9 +32,10 @@ from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.journal import record_of
 
-RSS_MB = 15
+RSS_MB = 60
 AT_ONCE = 3  # drivers on their way to their death, and guardians at work
 GUARDED = {"switchPolicy": "Guarded"}
+SUSPENDED = Moment(When.AFTER, "journal call=None", 2)
 FROZEN = Moment(When.AFTER, "journal call=None, quiesced")
 THAWING = Moment(When.BEFORE, "thawing the file systems")
 
@@ -105,7 +106,7 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     guest = domain()
     libvirtd.virsh("resume", guest.name)
     command = run_command(libvirtd, tmp_path, guest)
-    process = dying(command, Moment(When.AFTER, "journal call=None", 2), tmp_path)
+    process = dying(command, SUSPENDED, tmp_path)
     said, _ = process.communicate(timeout=60)  # returns once the guardian has let go of stderr too
     assert process.returncode == -signal.SIGKILL
     assert guest.guest.state()[0] is GuestState.RUNNING
@@ -122,7 +123,7 @@ def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
     libvirtd.virsh("resume", guest.name)
     command = run_command(libvirtd, tmp_path, guest)
     with unread_pipe() as full:
-        process = dying(command, Moment(When.AFTER, "journal call=None", 2), tmp_path, says_to=full)
+        process = dying(command, SUSPENDED, tmp_path, says_to=full)
         assert process.wait(60) == -signal.SIGKILL
         started = time.monotonic()
         wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs", SUSPENDED_SECONDS)
@@ -131,7 +132,7 @@ def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
 
 
-def test_a_guardian_waits_small_and_deaf_and_ends_with_its_starter(
+def test_a_guardian_waits_deaf_and_ends_with_its_starter(
     domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
     guest = domain()
@@ -159,6 +160,28 @@ def test_a_guardian_waits_small_and_deaf_and_ends_with_its_starter(
     assert not said, "an orderly end is none of its business"
     assert not guardians(tmp_path / "state")
     assert subprocess.run(command, env=quiet, check=False, timeout=60, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_guardian_that_waits_has_all_in_memory_that_it_will_need(guests: GuestFactory, tmp_path: Path) -> None:
+    (guest,) = guests(1)
+    task = task_of(guest, GUARDED, SUSPENDED)
+    assert Driving(task).killed()
+    assert is_held(task)
+    places = (task.uri, str(task.config_dir), str(task.state_dir), str(task.directory / "locks"))
+    says = tmp_path / "says"
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmbackup.guardian", *places],
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},  # a line for each import
+        stdin=subprocess.PIPE,
+        stderr=says.open("w"),
+    ) as guardian:
+        wait_until(lambda: name_of(guardian.pid) == "vmb-guardian", "its name")
+        imported = says.stat().st_size
+        guardian.communicate(timeout=20)
+    assert not is_held(task)
+    assert b"import time:" in says.read_bytes()[:imported]
+    assert b"import time:" not in says.read_bytes()[imported:]
+    assert Driving(task_of(guest, GUARDED, uid=task.uid)).end()[0].outcome is Outcome.SUCCEEDED
 
 
 def test_a_guardian_that_is_killed_has_a_successor(domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path) -> None:
