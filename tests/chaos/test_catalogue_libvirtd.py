@@ -14,7 +14,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.conftest import Stage
 from tests.chaos.proof import Witness
-from tests.chaos.steps import comes_home, in_a_commit
+from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import (
     CaughtCall,
     dies_before_the_mirror,
@@ -22,7 +22,7 @@ from tests.chaos.windows import (
     dies_having_switched,
     dies_with_a_mirror_of_no_kind,
 )
-from tests.domains import wait_until
+from tests.domains import naming, wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor
@@ -66,6 +66,30 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     assert running.end().outcome is Outcome.SUCCEEDED
     assert "QuarantineLifted" in running.told.reasons
     witness.prove(running)
+
+
+@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_messages_advise(
+    witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, tmp_path: Path
+) -> None:
+    """libvirt 9.0 dies in a snapshot where a definition is changed meanwhile: no XML names what the guest writes."""
+    running = in_a_copy(witness, backup)
+    theirs = Path(witness.bases["vda"]).with_name(f"theirs-{uuid.uuid4()}.qcow2")
+    dies_having_switched(libvirtd, witness.name, {"vda": str(theirs)})
+    is_quarantined(running, f"disk vda: QEMU writes neither {witness.bases['vda']}", "let the domain's definition name")
+    witness.guest.wait_for_more(2)
+
+    assert str(theirs) in libvirtd.virsh("qemu-monitor-command", witness.name, "--hmp", "info block")
+    file = tmp_path / "definition.xml"
+    file.write_text(naming(libvirtd.virsh("dumpxml", witness.name, "--inactive"), "vda", theirs))
+    libvirtd.virsh("define", str(file))
+    cold_restart(witness)
+    assert witness.written()["vda"] == str(theirs)
+    hurry(running)
+    running.wait_for(lambda report: "virsh blockcommit" in report.message, "what to do with their image")
+    libvirtd.virsh("blockcommit", witness.name, "vda", "--active", "--shallow", "--pivot", "--wait")
+    comes_home(witness, running)
+    theirs.unlink()
 
 
 @pytest.mark.usefixtures("no_call_outlives_libvirtd")

@@ -353,8 +353,7 @@ class Agent:
     def _essence(self, record: Record) -> Record:
         """Without texts, and without counting further than the limit: decide() reads no more."""
         disks = tuple(replace(d, failures=self._counted(d.failures), last_error="") for d in record.disks)
-        quarantined = "yes" if record.quarantined else ""
-        return replace(record, disks=disks, quarantined=quarantined, copy_error="", copy_reason="")
+        return replace(record, disks=disks, copy_error="", copy_reason="")
 
     def _counted(self, failures: int) -> int:
         return 0 if self.setting.limit is None else min(failures, self.limit + 1)

@@ -30,7 +30,8 @@ class Invariants:
         if decided in SWITCHING and before.migrating:
             return "MIGRATION a switch of images goes on meanwhile"
         alone = not self.setting.residual and not before.edited and not any(map(others, before.disks))
-        if decided is Do.QUARANTINE and alone and all(d.writes == d.live for d in before.disks):
+        newly = decided is Do.QUARANTINE and not before.record.it.quarantined
+        if newly and alone and all(d.writes == d.live for d in before.disks):
             return "ALARM quarantine, though libvirt and QEMU agree"
         if after.disks is not before.disks and (what := _violated_by_unlink(before, after)):
             return what

@@ -50,9 +50,11 @@ def ready(power: Power = Power.RUNNING) -> Observation:
     return on_overlay(power, mirror=Mirror.READY, job=True, job_at_end=True)
 
 
+VDA = DiskRecord("vda", base="/vda.qcow2", overlay="/vda.vmb.qcow2")
+
+
 def record(disk: Fields | None = None, **changes: Any) -> Record:
-    one = DiskRecord("vda", base="/vda.qcow2", overlay="/vda.vmb.qcow2")
-    return Record("uid", "default", "nightly", disks=(replace(one, **(disk or {})),), **changes)
+    return Record("uid", "default", "nightly", disks=(replace(VDA, **(disk or {})),), **changes)
 
 
 def fresh(disk: Fields | None = None, **changes: Any) -> Record:

@@ -38,6 +38,12 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
     assert cure in told
 
 
+def test_who_is_to_name_an_image_is_told_how_the_chain_below_it_stays_whole() -> None:
+    named = [told for told, cure in TOLD.values() if "virsh edit" in told or cure == "define it again"]
+    assert len(named) == 5
+    assert all("no <backingStore>" in told for told in named)
+
+
 def test_every_advice_is_in_this_table() -> None:
     functions = [name for name, each in vars(advice).items() if getattr(each, "__module__", "") == advice.__name__]
     assert len(functions) == len(TOLD) + 5  # and those of the whole domain, below

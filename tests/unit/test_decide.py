@@ -12,6 +12,7 @@ from tests.unit.decisions import (
     ON_OVERLAY,
     TO_BASE,
     TO_OVERLAY,
+    VDA,
     Row,
     committing,
     disk_seen,
@@ -29,6 +30,7 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Settled, Snapshot
 from vmbackup.reconcile.terms import Do, Mirror, Observation, OverlayFile, Power
 
@@ -68,7 +70,7 @@ def test_it_waits(row: Row):
     ),
     Row(
         "P=O, pivot intended, Live, compared and different: nothing more",
-        pivoting(guard=Guard.NONE, quarantined="they differ"),
+        pivoting(guard=Guard.NONE, quarantined=advice.images_differ(VDA)),
         off("O", DATA),
         Do.WAIT,
         LIVE,
@@ -201,9 +203,16 @@ LOST_PIVOT = on("O", "O", LOCKED, mirror=Mirror.READY, written="B")
     Row("quarantined, L=P=T=B, no O: lift", fresh(quarantined="why"), home(written="B"), Do.LIFT_QUARANTINE),
     Row(
         "quarantined, L=P=T=B, O left: not yet",
-        taken({"settled": ON_BASE}, quarantined="why"),
+        taken({"settled": ON_BASE}, quarantined=advice.overlay_left_on(VDA)),
         on("B", "B", DATA, written="B"),
         Do.WAIT,
+    ),
+    Row(
+        "quarantined for another reason: say this one",
+        taken({"settled": ON_BASE}, quarantined=advice.overlay_left_off(VDA)),
+        on("B", "B", DATA, written="B"),
+        Do.QUARANTINE,
+        more={"reason": advice.overlay_left_on(VDA)},
     ),
     Row(
         "quarantined, <mirror> without job: not yet",

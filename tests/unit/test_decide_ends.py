@@ -16,6 +16,7 @@ from tests.unit.decisions import (
     LOCKED,
     ON_BASE,
     ON_OVERLAY,
+    VDA,
     Row,
     committing,
     disk_seen,
@@ -32,6 +33,7 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.machine import needs_truth
 from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
 from vmbackup.reconcile.terms import DiskSeen, Do, Mirror, Observation, Power
@@ -83,7 +85,7 @@ def test_failed_attempts(row: Row):
     Row("off on its overlay, copy open: the copy ends", taken(), off("O", DATA), Do.FAIL_BACKUP, CANCELLED),
     Row("off on its overlay: wait for it", committing(copy=Copy.FAILED), off("O", DATA), Do.WAIT, CANCELLED),
     Row("off, copy taken: not shipped any more", taken(copy=Copy.TAKEN), off("O", DATA), Do.WAIT, CANCELLED),
-    Row("quarantined: no orphan", taken(quarantined="why"), off("O"), Do.WAIT, CANCELLED),
+    Row("quarantined: no orphan", taken(quarantined=advice.overlay_gone(VDA)), off("O"), Do.WAIT, CANCELLED),
     Row(
         "an adopted overlay goes home first", taken(snapshot=Snapshot.ADOPTED), on_overlay(), Do.BEGIN_COMMIT, CANCELLED
     ),
@@ -114,10 +116,16 @@ def test_cancelled_it_ends_as_one_that_was_deleted_but_nothing_is_let_go(row: Ro
         "off on its overlay: record the orphan", committing(copy=Copy.FAILED), off("O", DATA), Do.RECORD_ORPHAN, DELETED
     ),
     Row("… then release", committing(copy=Copy.FAILED, orphan=True), off("O", DATA), Do.RELEASE, DELETED),
-    Row("quarantined: record the orphan", taken(quarantined="why"), off("O"), Do.RECORD_ORPHAN, DELETED),
+    Row(
+        "quarantined: record the orphan",
+        taken(quarantined=advice.overlay_gone(VDA)),
+        off("O"),
+        Do.RECORD_ORPHAN,
+        DELETED,
+    ),
     Row(
         "quarantined while on: record the orphan",
-        fresh(quarantined="why"),
+        fresh(quarantined=advice.overlay_in_use(VDA)),
         on("B", "B", LOCKED),
         Do.RECORD_ORPHAN,
         DELETED,
@@ -198,7 +206,12 @@ def test_an_image_that_is_not_ours(row: Row):
     Row("… suspended by us", pivoting(), on_ready(Power.PAUSED, base_changed=True), Do.RESUME),
     Row("O is left", pivoted(), on("B", "B", DATA, base_changed=True), Do.QUARANTINE),
     Row("nothing begun: refuse", fresh(), home(base_changed=True), Do.REFUSE),
-    Row("quarantined: it stays so", taken(quarantined="why"), on_overlay(base_changed=True), Do.WAIT),
+    Row(
+        "quarantined: it stays so",
+        taken(quarantined=advice.base_changed(VDA)),
+        on_overlay(base_changed=True),
+        Do.WAIT,
+    ),
     Row("the original is back", taken(quarantined="why"), on_overlay(), Do.LIFT_QUARANTINE),
     Row("off: not merged", taken(copy=Copy.TAKEN), off_changed("O"), Do.QUARANTINE, {"offline": True}),
     Row("off, pivoted: not unlinked", pivoted(), off_changed("B"), Do.QUARANTINE),

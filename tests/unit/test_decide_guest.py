@@ -11,6 +11,7 @@ from tests.unit.decisions import (
     PAUSED_BY_USER,
     QUIESCE,
     REQUIRED,
+    VDA,
     Row,
     committing,
     finished,
@@ -27,6 +28,7 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
+from vmbackup.reconcile import advice
 from vmbackup.reconcile.record import Copy, Freeze, Guard, Snapshot
 from vmbackup.reconcile.terms import Do, Power
 
@@ -273,7 +275,7 @@ def test_a_run_that_is_to_end_lets_the_guest_run_and_does_nothing_else(row: Row)
     ),
     Row(
         "quarantined, and deleted",
-        fresh(quarantined="why", freeze=Freeze.THAW_DUE),
+        fresh(quarantined=advice.overlay_in_use(VDA), freeze=Freeze.THAW_DUE),
         seen(on("B", "B", LOCKED), thaw_after=1.0),
         Do.WAIT,
         {"deleted": True},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from vmbackup.reconcile.record import DiskRecord, Record
 
 _COLD_RESTART = "shut the guest down and start it again (a reboot from inside is not enough)"
+# With the <backingStore> of another image QEMU would leave out what lies between; with its type it would not read it.
+_EDIT = "virsh edit: its <source>, its format as type of the <driver>, and no <backingStore>"
 
 
 def overlay_gone(disk: DiskRecord) -> str:
@@ -19,7 +21,7 @@ def images_differ(disk: DiskRecord) -> str:
     """Live, off in the middle of a pivot: the guest may have written to either."""
     return (
         f"disk {disk.target}: {disk.overlay} and {disk.base} differ after a power cut, and the guest may have "
-        "written to either: inspect copies of both, set the newer one in the domain's definition (virsh edit), and "
+        f"written to either: inspect copies of both, set the newer one in the domain's definition ({_EDIT}), and "
         "move the other away"
     )
 
@@ -28,8 +30,8 @@ def overlay_left_off(disk: DiskRecord) -> str:
     """The guest is off, P=B, and O is there."""
     return (
         f"disk {disk.target}: the guest is off and would start on {disk.base}, but {disk.overlay} may hold newer data: "
-        "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one (virsh "
-        "edit), or move the overlay away"
+        "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one "
+        f"({_EDIT}), or move the overlay away"
     )
 
 
@@ -38,7 +40,8 @@ def gone_from_here(disk: DiskRecord) -> str:
     return (
         f"disk {disk.target}: the domain is gone from this host, and {disk.overlay} holds what its guest wrote last: "
         "leave it where it is. If the domain was migrated, the agent of that host brings it home, and nothing is to be "
-        f"done here; else define it again with {disk.overlay} as its image, and start it"
+        f"done here; else define it again with {disk.overlay} as its image (format qcow2, no <backingStore>), and "
+        "start it"
     )
 
 
@@ -60,7 +63,7 @@ def written_to_foreign_image(disk: DiskRecord) -> str:
     return (
         f"disk {disk.target}: QEMU writes neither {disk.base} nor an image that libvirt names: the next start would "
         "go back in time. Find it (virsh qemu-monitor-command DOMAIN --hmp 'info block'), let the domain's "
-        "definition name it (virsh edit), and only then shut the guest down and start it again"
+        f"definition name it ({_EDIT}), and only then shut the guest down and start it again"
     )
 
 
@@ -112,7 +115,7 @@ def foreign_definition(disk: DiskRecord) -> str:
     """P is neither B nor O, and O is there."""
     return (
         f"disk {disk.target}: the domain's definition names another image than {disk.base}, perhaps on top of "
-        f"{disk.overlay}: let it name {disk.base} (virsh edit)"
+        f"{disk.overlay}: let it name {disk.base} ({_EDIT})"
     )
 
 

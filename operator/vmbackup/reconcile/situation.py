@@ -174,14 +174,14 @@ def consistent(disk: Case) -> bool:
 
 
 def quarantine(situation: Situation, reason: str) -> Action:
-    """Never with the guest suspended or frozen by us. Say so once; then let a deleted VMBackup go, or wait."""
+    """Never with the guest suspended or frozen by us. Say each reason once; then let a deleted VMBackup go, or wait."""
     if situation.suspended_by_us:
         return settle_if_possible(situation) or Action(Do.RESUME)
     if situation.record.guard is not Guard.NONE:  # whoever pauses the guest from now on is not us
         return Action(Do.CLEAR_GUARD)
     if action := thaw_guest(situation) or unthrottle(situation):
         return action
-    if not situation.record.quarantined:
+    if situation.record.quarantined != reason:  # what a human is to do next, where he has begun to help
         return Action(Do.QUARANTINE, reason=reason)
     return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
 

@@ -42,6 +42,7 @@ class Host:
         self.libvirtd = Libvirtd(directory)
         self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away
         self.disturbances = 0
+        self.crashes = 0  # of libvirtd, which nobody has killed
         self._stack = ExitStack()
         self._up = threading.Event()
         self._starter = ThreadPoolExecutor(1)  # libvirtd ends with the thread that has started it
@@ -126,6 +127,7 @@ class Host:
             except RuntimeError as error:
                 if time.monotonic() > deadline or not any(word in str(error) for word in _AWAY):
                     raise
+                self.revive()
                 time.sleep(0.2)
 
     def patiently(self, ask: Callable[[], Answer]) -> Answer:
@@ -138,14 +140,14 @@ class Host:
             except TransientError:
                 if time.monotonic() > deadline:
                     raise
+                self.revive()
                 time.sleep(0.2)
 
-    def revive(self) -> bool:
-        """Start libvirtd if it has crashed by itself, as systemd does; whether it had."""
-        if not self._up.is_set() or self.libvirtd.pid:
-            return False
-        with self.away():
-            return True
+    def revive(self) -> None:
+        """Start libvirtd if it has crashed by itself, as systemd does."""
+        if self._up.is_set() and not self.libvirtd.pid:
+            with self.away() as libvirtd:
+                self.crashes += not libvirtd.pid
 
     def state(self, guest: Guest) -> GuestState | None:
         """The state of a domain; None where libvirtd does not tell now."""

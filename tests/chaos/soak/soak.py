@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from itertools import count
@@ -37,10 +38,12 @@ def soak(
     if only:
         names, ordinals = [only.partition(":")[0]], [int(only.partition(":")[2])]
     with ExitStack() as stack:
+        hosts: list[Host] = []
         subjects: list[Subject] = []
         for number, neighbours in enumerate(_neighbours(names)):
             durable = neighbours[0].startswith("cut-")
             host = stack.enter_context(Host(directory / f"host-{number}", durable=durable))
+            hosts.append(host)
             subjects += [Subject(host, name) for name in neighbours]
         until = time.monotonic() + seconds
         threads = [
@@ -51,6 +54,9 @@ def soak(
             thread.start()
         for thread in threads:
             thread.join()
+        tally.helped += Counter(
+            {"libvirtd started again after a crash of its own": sum(host.crashes for host in hosts)}
+        )
         tally.records = sum(sum(subject.acknowledged().values()) for subject in subjects)
     if not tally.findings:
         shutil.rmtree(directory, ignore_errors=True)
