@@ -2,10 +2,10 @@
 
     python -m vmbackup.guardian LIBVIRT-URI LIBVIRT-CONFIG-DIR STATE-DIR LOCK-DIR
 
-It waits in a read on the pipe that is its standard input. A byte: the starter ends in good order, and so does this. The
-end of the pipe without it: the starter is dead, however it died, and what it left suspended or frozen runs again by the
-same decisions as ever (reconcile/rescue.py). All that this takes is imported before it waits: a guest that stands still
-need not wait for it, nor for a disk that may have failed, nor for a version that was installed meanwhile.
+It waits for the end of the pipe that is its standard input. Then the starter is dead, however it died (one that ends in
+good order kills it before), and what it left suspended or frozen runs again by the same decisions as ever
+(reconcile/rescue.py). All that this takes is imported before it waits: a guest that stands still need not wait for it,
+nor for a disk that may have failed, nor for a version that was installed meanwhile.
 """
 
 from __future__ import annotations
@@ -27,20 +27,18 @@ _HASTE = -10  # nice value: a guest stands still, and what killed the starter ma
 _NAME = b"vmb-guardian"  # what ps and top show; at most 15 bytes
 
 
-def main() -> int:
-    """Wait for the end of the starter; then do what is due. Its exit code."""
+def main() -> None:
+    """Wait for the end of the starter; then do what is due."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are meant for the starter
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     name = os.open("/proc/self/comm", os.O_WRONLY)
     os.write(name, _NAME)
     os.close(name)
-    if os.read(0, 1):
-        return 0
+    os.read(0, 1)  # nobody writes
     with suppress(OSError):  # it may not be allowed to
         os.setpriority(os.PRIO_PROCESS, 0, _HASTE)
     _let_guests_run(*sys.argv[1:])
-    return 0
 
 
 def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) -> None:
@@ -54,4 +52,4 @@ def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

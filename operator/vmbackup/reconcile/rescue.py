@@ -27,7 +27,6 @@ from vmbackup.reconcile.record import Record
 _log = logging.getLogger(__name__)
 
 _PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between attempts, while another process has the lock or the journal fails
-_FAREWELL_SECONDS = 5.0
 _LOOK_SECONDS = 5.0  # between looks whether the guardian lives
 
 
@@ -102,13 +101,15 @@ class _Guardian:
         self._watch.start()
 
     def dismiss(self, *, orderly: bool) -> None:
-        """This process ends; `orderly`: no guest stands still."""
+        """This process ends; `orderly`: no guest stands still, so nobody need wait for its end."""
         self._dismissed.set()
         self._watch.join()
-        if self._process is not None:
+        if self._process is not None and orderly:
+            self._process.kill()
+            self._process.wait()
+        elif self._process is not None:
             with suppress(OSError, subprocess.TimeoutExpired):
-                farewell = _FAREWELL_SECONDS if orderly else 0.0
-                self._process.communicate(b"." if orderly else b"", timeout=farewell)
+                self._process.communicate(timeout=0.0)
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         try:
