@@ -29,6 +29,9 @@ _QEMU_CONF = 'stdio_handler = "file"\nsecurity_driver = "none"\nremember_owner =
 _LONGEST_DIRECTORY = 40  # the guest agent's socket is 67 bytes deeper than the directory, and a socket path has 107
 _START_SECONDS = 60
 _END_SECONDS = 20
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+CRASHED = "libvirtd has crashed and is started again:"
+"""The line in its log ends with the signal."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -105,6 +108,9 @@ class Libvirtd:
     def supervise(self) -> None:
         """Run libvirtd as the parent of its guests until all have ended; SIGTERM, or the end of our starter, ends them.
 
+        One that crashes is started again, as systemd does: libvirt 9.0 writes to what it has freed where a definition
+        is changed in the middle of a snapshot, and may die of it then or later. One that is killed is not.
+
         libvirt waits for the end of a guest's process, that is until its parent has noticed: where that is a process
         number 1 that does so every two seconds, or never, each stop of a guest would take as long.
         """
@@ -118,10 +124,14 @@ class Libvirtd:
         if os.geteuid() == 0:
             command = ["unshare", "--user", "--map-user=1000", "--map-group=1000", *command]
         path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-        subprocess.Popen(command, env={**self.environment, "PATH": path})
+        environment = {**self.environment, "PATH": path}
+        libvirtd = subprocess.Popen(command, env=environment)
         with suppress(ChildProcessError):
             while True:
-                os.wait()
+                pid, status = os.wait()
+                if pid == libvirtd.pid and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _CRASHES:
+                    print(CRASHED, signal.Signals(os.WTERMSIG(status)).name, file=sys.stderr, flush=True)
+                    libvirtd = subprocess.Popen(command, env=environment)
 
     def _wait_until_it_answers(self, supervisor: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS

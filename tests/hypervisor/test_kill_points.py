@@ -317,9 +317,10 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
         return Survival(death, wrong=(missed,))
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
-    started = time.monotonic()
+    started, libvirtd = time.monotonic(), guest.libvirtd.pid
     second = Driving(task_of(guest, death.spec, uid=task.uid))
     suspended = longest_suspension(guest, second)
+    in_doubt = in_doubt or guest.libvirtd.pid != libvirtd  # which may crash by itself
     report, _, reasons = second.end(0)
     seconds = time.monotonic() - started
 

@@ -51,6 +51,7 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests:
         task = task_of(guest, GUARDED, moment)
         if not Driving(task).killed():
             return [f"{moment}: did not come by"]
+        left = f"left {guest.guest.state()[0]} with {Mark.of(guest.guest.live_xml() or '<domain/>')}"
         shutil.rmtree(task.state_dir)
         again = replace(task, uid=task.uid if same else str(uuid.uuid4()), moment=None)
         driving = Driving(again)
@@ -64,7 +65,7 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests:
             wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}")
         if Mark.of(guest.guest.live_xml() or "") is not None:
             wrong.append("its mark is left")
-        return [f"{moment}: {each}; {reasons}" for each in wrong]
+        return [f"{moment}: {each}; {left}; {reasons}" for each in wrong]
 
     with ThreadPoolExecutor(6) as pool:
         wrong = [each for found in pool.map(survive, several, moments) for each in found]

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from sandbox.libvirtd import Libvirtd, domain_xml
+from sandbox.libvirtd import CRASHED, Libvirtd, domain_xml
 from tests.domains import wait_until
 
 STARTER = """
@@ -74,6 +75,25 @@ def test_a_detached_one_runs_on_until_any_process_stops_it(directory: Path, xml:
     assert mine.virsh("list", "--name") == "guest"
     subprocess.run([*command, "stop", str(directory)], check=True)
     wait_until(lambda: not processes(directory), "the end of libvirtd, its guest and their supervisor")
+
+
+def test_one_that_crashes_is_started_again_and_its_guests_run_on(directory: Path, xml: str) -> None:
+    with Libvirtd(directory) as libvirtd:
+        libvirtd.virsh("create", xml, "--paused")
+        before = libvirtd.pid
+        assert before
+        os.kill(before, signal.SIGSEGV)
+        wait_until(lambda: libvirtd.pid not in (None, before), "another one")
+        wait_until(lambda: answers(libvirtd), "its answer")
+        assert libvirtd.virsh("list", "--name") == "guest"
+        assert f"{CRASHED} SIGSEGV" in libvirtd.log_file.read_text()
+    wait_until(lambda: not processes(directory), "the end of libvirtd, its guest and their supervisor")
+
+
+def answers(libvirtd: Libvirtd) -> bool:
+    with suppress(RuntimeError):
+        return bool(libvirtd.virsh("uri"))
+    return False
 
 
 def test_a_directory_too_long_for_sockets_is_refused() -> None:

@@ -82,4 +82,4 @@ class Holding:
         except UnknownOutcomeError:
             raise
         except VMBackupError as error:
-            _log.info("%s", error)
+            _log.warning("%s", error)

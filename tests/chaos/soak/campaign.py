@@ -282,7 +282,6 @@ class Campaign:
     # -- humans, who also look how long the guest stands still
 
     def _look(self) -> None:
-        self.host.revive()
         state = self._state = self.host.state(self.subject.guest)
         record = self.record()
         self._measure(state, record)

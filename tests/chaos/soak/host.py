@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
-from sandbox.libvirtd import Libvirtd
+from sandbox.libvirtd import CRASHED, Libvirtd
 from tests.chaos.power import booted_now, cut_off
 from tests.kill_points import Boot
 from tests.storage import XFS_BYTES, make_xfs, mounted, run
@@ -42,7 +42,6 @@ class Host:
         self.libvirtd = Libvirtd(directory)
         self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away
         self.disturbances = 0
-        self.crashes = 0  # of libvirtd, which nobody has killed
         self._stack = ExitStack()
         self._up = threading.Event()
         self._starter = ThreadPoolExecutor(1)  # libvirtd ends with the thread that has started it
@@ -127,7 +126,6 @@ class Host:
             except RuntimeError as error:
                 if time.monotonic() > deadline or not any(word in str(error) for word in _AWAY):
                     raise
-                self.revive()
                 time.sleep(0.2)
 
     def patiently(self, ask: Callable[[], Answer]) -> Answer:
@@ -140,14 +138,12 @@ class Host:
             except TransientError:
                 if time.monotonic() > deadline:
                     raise
-                self.revive()
                 time.sleep(0.2)
 
-    def revive(self) -> None:
-        """Start libvirtd if it has crashed by itself, as systemd does."""
-        if self._up.is_set() and not self.libvirtd.pid:
-            with self.away() as libvirtd:
-                self.crashes += not libvirtd.pid
+    @property
+    def crashes(self) -> int:
+        """How often libvirtd has died by itself."""
+        return self.libvirtd.log_file.read_text(errors="replace").count(CRASHED)
 
     def state(self, guest: Guest) -> GuestState | None:
         """The state of a domain; None where libvirtd does not tell now."""
