@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -182,6 +184,13 @@ def test_a_domain_on_which_another_process_is_at_work_is_left_to_it(own_agent: A
     assert_home(guest)
 
 
+def seconds_to_import() -> float:
+    """What an agent does first, and takes a busy machine seconds of: measured when it is over."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import vmbackup.agent"], check=True)
+    return time.monotonic() - started
+
+
 @pytest.mark.parametrize("policy", ["Commit", "Report"])
 def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_the_agents_start(
     own_agent: Agent, domain: DomainFactory, policy: str
@@ -191,7 +200,7 @@ def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_
     started = time.monotonic()
     own_agent.start(orphan_policy=policy)
     wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 5 + seconds_to_import()
     if policy == "Commit":
         wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
         assert_home(guest)
@@ -212,7 +221,7 @@ def test_it_runs_again_also_while_the_api_server_is_away(
     started = time.monotonic()
     own_agent.start(kubeconfig=str(elsewhere))
     wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 5 + seconds_to_import()
 
 
 def suspended_on_its_overlay(guest: Domain) -> str:
