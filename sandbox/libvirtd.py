@@ -129,8 +129,9 @@ class Libvirtd:
         with suppress(ChildProcessError):
             while True:
                 pid, status = os.wait()
-                if pid == libvirtd.pid and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _CRASHES:
-                    print(CRASHED, signal.Signals(os.WTERMSIG(status)).name, file=sys.stderr, flush=True)
+                ended_by = -os.waitstatus_to_exitcode(status)
+                if pid == libvirtd.pid and ended_by in _CRASHES:
+                    print(CRASHED, signal.Signals(ended_by).name, file=sys.stderr, flush=True)
                     libvirtd = subprocess.Popen(command, env=environment)
 
     def _wait_until_it_answers(self, supervisor: subprocess.Popen[bytes]) -> None:

@@ -19,7 +19,6 @@ class Aside:
     """Does one thing after the other, in a thread of its own."""
 
     def __init__(self, name: str) -> None:
-        # Its put may be interrupted by a signal handler that puts something too; that of queue.Queue would not end.
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name=name, daemon=True)
         self._thread.start()

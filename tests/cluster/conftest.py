@@ -83,6 +83,20 @@ def copying(domain: DomainFactory) -> CatchBackup:
 
 
 @pytest.fixture
+def vanished(copying: CatchBackup) -> CatchBackup:
+    """Catches a backup whose agent was killed in the middle of its copy, and which is gone since, held by nobody."""
+
+    def catch(agent: Agent, **spec: Any) -> tuple[VMBackup, Domain]:
+        agent.start()
+        made, guest = copying(agent, **spec)
+        agent.kill()
+        made.vanish()
+        return made, guest
+
+    return catch
+
+
+@pytest.fixture
 def committing(copying: CatchBackup) -> CatchBackup:
     """Catches a backup in the middle of committing 32 MiB, slowly; the guest wrote 0x22 there meanwhile."""
 

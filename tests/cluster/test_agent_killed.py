@@ -128,12 +128,9 @@ def test_the_finalizer_of_a_deleted_backup_outlives_the_agent(
 
 
 def test_deleted_and_stripped_of_its_finalizer_while_no_agent_runs_its_chain_comes_home_all_the_same(
-    own_agent: Agent, copying: CatchBackup
+    own_agent: Agent, vanished: CatchBackup
 ) -> None:
-    own_agent.start()
-    made, guest = copying(own_agent)
-    own_agent.kill()
-    made.vanish()
+    _, guest = vanished(own_agent)
     own_agent.start()
     wait_until(lambda: not own_agent.records(), "its journal is gone", SECONDS)
     assert_home(guest)

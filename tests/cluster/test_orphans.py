@@ -119,13 +119,10 @@ def test_by_the_policy_report_nothing_is_touched_and_the_next_backup_adopts_it_a
 
 
 def test_by_the_policy_report_a_backup_that_vanished_without_its_finalizer_stays_on_its_overlay(
-    own_agent: Agent, copying: CatchBackup, domain: DomainFactory
+    own_agent: Agent, vanished: CatchBackup, domain: DomainFactory
 ) -> None:
-    own_agent.start()
-    made, guest = copying(own_agent)
+    made, guest = vanished(own_agent)
     overlay = guest.live().source or ""
-    own_agent.kill()
-    made.vanish()
     own_agent.start(orphan_policy="Report", relist_interval="1")
     wait_until(lambda: made.events().count("OrphanOverlay") == 1, "its own events tell it", SECONDS)
     wait_for_another_look(own_agent, domain)
@@ -138,13 +135,10 @@ def test_by_the_policy_report_a_backup_that_vanished_without_its_finalizer_stays
 
 
 def test_by_the_policy_report_the_next_backup_adopts_what_one_left_that_vanished_without_its_finalizer(
-    own_agent: Agent, copying: CatchBackup
+    own_agent: Agent, vanished: CatchBackup
 ) -> None:
     """Its journal keeps the domain for it at the start, but nobody comes any more."""
-    own_agent.start()
-    made, guest = copying(own_agent)
-    own_agent.kill()
-    made.vanish()
+    _, guest = vanished(own_agent)
     own_agent.start(orphan_policy="Report", relist_interval="1")
     following = own_agent.apply(guest.name)
     assert_stored(following.wait())

@@ -282,6 +282,7 @@ class Campaign:
     # -- humans, who also look how long the guest stands still
 
     def _look(self) -> None:
+        self.host.notice_crashes()
         state = self._state = self.host.state(self.subject.guest)
         record = self.record()
         self._measure(state, record)

@@ -42,6 +42,7 @@ class Host:
         self.libvirtd = Libvirtd(directory)
         self.disturbed = time.monotonic()  # when libvirtd, or what it needs, was last away
         self.disturbances = 0
+        self._crashes_noticed = 0
         self._stack = ExitStack()
         self._up = threading.Event()
         self._starter = ThreadPoolExecutor(1)  # libvirtd ends with the thread that has started it
@@ -144,6 +145,12 @@ class Host:
     def crashes(self) -> int:
         """How often libvirtd has died by itself."""
         return self.libvirtd.log_file.read_text(errors="replace").count(CRASHED)
+
+    def notice_crashes(self) -> None:
+        """What is measured begins anew also from a death of libvirtd that nobody has caused."""
+        if (crashes := self.crashes) > self._crashes_noticed:
+            self._crashes_noticed = crashes
+            self.disturb()
 
     def state(self, guest: Guest) -> GuestState | None:
         """The state of a domain; None where libvirtd does not tell now."""

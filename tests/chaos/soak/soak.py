@@ -38,12 +38,10 @@ def soak(
     if only:
         names, ordinals = [only.partition(":")[0]], [int(only.partition(":")[2])]
     with ExitStack() as stack:
-        hosts: list[Host] = []
         subjects: list[Subject] = []
         for number, neighbours in enumerate(_neighbours(names)):
             durable = neighbours[0].startswith("cut-")
             host = stack.enter_context(Host(directory / f"host-{number}", durable=durable))
-            hosts.append(host)
             subjects += [Subject(host, name) for name in neighbours]
         until = time.monotonic() + seconds
         threads = [
@@ -54,9 +52,8 @@ def soak(
             thread.start()
         for thread in threads:
             thread.join()
-        tally.helped += Counter(
-            {"libvirtd started again after a crash of its own": sum(host.crashes for host in hosts)}
-        )
+        crashes = sum(host.crashes for host in {subject.host for subject in subjects})
+        tally.helped += Counter({"libvirtd started again after a crash of its own": crashes})
         tally.records = sum(sum(subject.acknowledged().values()) for subject in subjects)
     if not tally.findings:
         shutil.rmtree(directory, ignore_errors=True)
