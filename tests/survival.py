@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.domains import Domain, qemu_img, wait_until, what_is_wrong_with
-from tests.kill_points import Deed, Driving, Moment, Task, records_in
+from tests.kill_points import Deed, Driving, Moment, Task, When, records_in
 from tests.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
@@ -20,6 +20,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.journal import records
 
+SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the first suspension is written
 CHANCES = 3  # for a driver to come by a moment
 SUSPENDED_SECONDS = 5.0  # at most, after somebody is there to end it
 SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered

@@ -59,6 +59,7 @@ MISFORTUNES = {
     "the agent is killed at every step": "hypervisor/test_kill_points.py::test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost",
     "libvirtd is killed": "hypervisor/test_kill_points.py::test_libvirtd_killed_in_the_middle_of_a_backup_comes_back_to_guests_that_lose_nothing",
     "QEMU is killed": "hypervisor/test_kill_points.py::test_qemu_killed_in_the_middle_of_a_backup_starts_again_with_all_that_was_written",
+    "libvirtd dies in a user's snapshot": "chaos/test_catalogue_libvirtd.py::test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_messages_advise",
     "libvirt forgets a guest that runs": "chaos/test_catalogue_libvirtd.py::test_a_guest_that_libvirt_has_forgotten_keeps_its_overlay_and_comes_home_once_a_human_has_ended_it",
     "power-off, destroy": "chaos/test_catalogue_guest.py::test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts",
     "reboot, reset": "chaos/test_catalogue_guest.py::test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_same",

@@ -27,7 +27,14 @@ from sandbox.libvirtd import Libvirtd
 from tests import manifests
 from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.kill_points import Driving, Moment, Task, When, guardians
-from tests.survival import SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, moments_of, task_of, what_is_wrong
+from tests.survival import (
+    SUSPENDED,
+    SUSPENDED_SECONDS,
+    SUSPENDED_SECONDS_IN_DOUBT,
+    moments_of,
+    task_of,
+    what_is_wrong,
+)
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.journal import record_of
@@ -35,7 +42,6 @@ from vmbackup.reconcile.journal import record_of
 RSS_MB = 60
 AT_ONCE = 3  # drivers on their way to their death, and guardians at work
 GUARDED = {"switchPolicy": "Guarded"}
-SUSPENDED = Moment(When.AFTER, "journal call=None", 2)
 FROZEN = Moment(When.AFTER, "journal call=None, quiesced")
 THAWING = Moment(When.BEFORE, "thawing the file systems")
 

@@ -24,7 +24,7 @@ from tests import manifests
 from tests.backups import BackupFactory, RunningBackup
 from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.kill_points import Driving, Moment, When
-from tests.survival import SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
+from tests.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.hypervisor import guest as guests_of_libvirt
 from vmbackup.hypervisor.connection import Hypervisor
@@ -37,7 +37,6 @@ from vmbackup.reconcile.rescue import let_guests_run
 from vmbackup.report.metrics import Metrics
 from vmbackup.stores.base import BackupKey
 
-SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the suspension is written
 SNAPSHOT_UNDER_WAY = Moment(When.DURING, "taking the snapshot")
 
 
