@@ -24,10 +24,10 @@ from urllib3.exceptions import HTTPError
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.agents import Agent, manifest
-from tests.domains import make_disk
-from tests.manifests import store
-from vmbackup.report.cluster import load_client
+from tests.support.agents import Agent, manifest
+from tests.support.domains import make_disk
+from tests.support.manifests import store
+from vmbackup.cluster.client import load_client
 
 SNAPSHOT_MS, DELETE_MS, RSS_MB = 200, 2000, 90
 CRDS = Path(__file__).parent.parent / "crds"

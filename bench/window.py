@@ -15,15 +15,16 @@ from rich.table import Table
 
 from sandbox.guest import Guest, make_disk
 from sandbox.libvirtd import Libvirtd
-from tests import storage
+from tests.support import storage
 from vmbackup.api.spec import BackupSpec, StoreSpec
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.backup import Backup, Node
-from vmbackup.reconcile.wish import Wish
-from vmbackup.report.metrics import Metrics
-from vmbackup.stores import open_store
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.telling.listener import Wish
 from vmbackup.stores.base import BackupKey
+from vmbackup.stores.registry import open_store
+from vmbackup.telemetry.metrics import Metrics
 
 TARGET_SECONDS = 0.5
 XFS_BYTES = 2 << 30

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.agents import Agent, free_port
-from tests.domains import make_disk, wait_until
-from tests.manifests import store
+from tests.support.agents import Agent, free_port
+from tests.support.domains import make_disk, wait_until
+from tests.support.manifests import store
 from vmbackup.commands.top import Look, read, render
 
 TARGET = Path(__file__).with_name("top.svg")

@@ -9,7 +9,11 @@ import pytest
 
 from sandbox.kube import KubeApi
 
-pytest_plugins = ["tests.fixtures_storage", "tests.fixtures_hypervisor", "tests.fixtures_backup"]
+pytest_plugins = [
+    "tests.support.fixtures_storage",
+    "tests.support.fixtures_hypervisor",
+    "tests.support.fixtures_backup",
+]
 
 CRDS = Path(__file__).parent.parent / "crds"
 

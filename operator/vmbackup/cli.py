@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from vmbackup.aside import StderrLog
 from vmbackup.commands import flags
 from vmbackup.commands.flags import Flag
 from vmbackup.errors import VMBackupError
+from vmbackup.output import StderrLog
 from vmbackup.version import __version__
 
 USAGE, INTERRUPTED = 2, 130  # exit codes
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _agent(parsed: argparse.Namespace) -> int:
-    from vmbackup import agent
+    from vmbackup.agent import operator as agent
 
     return agent.run(_settings(agent.AgentSettings, parsed))
 

@@ -17,11 +17,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vmbackup.aside import StderrLog
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.backup import Node
+from vmbackup.output import StderrLog
+from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run
-from vmbackup.report.metrics import Metrics
+from vmbackup.telemetry.metrics import Metrics
 
 _HASTE = -10  # nice value: a guest stands still, and what killed the starter may be a machine that is overloaded
 _NAME = b"vmb-guardian"  # what ps and top show; at most 15 bytes

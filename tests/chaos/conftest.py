@@ -11,7 +11,7 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.chaos.proof import Witness, make_guest
-from vmbackup.reconcile import clock
+from vmbackup.reconcile.state import clock
 
 _numbers = count(1)
 

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.domains import make_disk, qemu_img, wait_until, what_is_wrong_with
-from tests.kill_points import Boot, Deed, Driving, Moment, Task, records_in
-from tests.storage import make_xfs, run, sha256sum
+from tests.support.domains import make_disk, qemu_img, wait_until, what_is_wrong_with
+from tests.support.kill_points import Boot, Deed, Driving, Moment, Task, records_in
+from tests.support.storage import make_xfs, run, sha256sum
 from vmbackup.api.status import Report
 from vmbackup.hypervisor import chain
-from vmbackup.reconcile.journal import record_of
-from vmbackup.reconcile.record import Copy, Guard, Record, Snapshot
+from vmbackup.protocol.record import Copy, Guard, Record, Snapshot
+from vmbackup.reconcile.state.journal import record_of
 
 SLOW = {"bandwidth": "1Mi"}
 """The spec of a copy or commit that takes four seconds for what `fill` writes on a disk."""

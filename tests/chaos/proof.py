@@ -23,14 +23,14 @@ from sandbox import oracle
 from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk
 from sandbox.libvirtd import DiskSpec, Libvirtd
-from tests.backups import RunningBackup
-from tests.domains import qemu_img, what_is_wrong_with
-from tests.storage import run, sha256sum
+from tests.support.backups import RunningBackup
+from tests.support.domains import qemu_img, what_is_wrong_with
+from tests.support.storage import run, sha256sum
 from vmbackup.api.status import DiskState, Report
 from vmbackup.hypervisor import chain
-from vmbackup.reconcile import acts
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.terms import Action, Do
+from vmbackup.protocol.terms import Action, Do
+from vmbackup.reconcile.state.journal import Journal
+from vmbackup.reconcile.steps import actions as acts
 
 FILE_SYSTEM_MIB = 64
 TAIL_MIB = 96  # behind the file system, where the test writes as it likes

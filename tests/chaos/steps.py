@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.proof import Witness
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from vmbackup.api.status import Outcome
 
 PATTERN = 0x5A

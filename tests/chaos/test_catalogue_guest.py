@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory, RunningBackup
 from tests.chaos.proof import Witness, assert_told
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import CaughtCall
-from tests.domains import wait_until
+from tests.support.backups import BackupFactory, RunningBackup
+from tests.support.domains import wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import chain
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.conftest import Stage
 from tests.chaos.proof import Witness
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
@@ -22,12 +21,13 @@ from tests.chaos.windows import (
     dies_having_switched,
     dies_with_a_mirror_of_no_kind,
 )
-from tests.domains import naming, wait_until
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.domains import naming, wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.node import Node
 from vmbackup.stores.base import BackupKey
 
 STANDSTILL_SECONDS = 60

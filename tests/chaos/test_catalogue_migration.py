@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory, RunningBackup, make_node
 from tests.chaos.proof import Witness, make_guest
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
-from tests.domains import wait_until
+from tests.support.backups import BackupFactory, RunningBackup, make_node
+from tests.support.domains import wait_until
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.imaging.locks import is_locked
-from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.orphans import look_at, our_overlays, take_in
-from vmbackup.reconcile.plan import key_of
+from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in
+from vmbackup.reconcile.node import Node
 from vmbackup.stores.base import BackupKey
 
 UNDEFINED, STILL_DEFINED = ("--undefinesource",), ()
@@ -100,7 +100,7 @@ def being_migrated(witness: Witness, to: Libvirtd, *options: str) -> Generator[N
 
 
 def swept(node: Node, domain: str, store: Path) -> RunningBackup:
-    """Bring home what no journal of this node knows, as its agent does when it looks (node/orphans.py)."""
+    """Bring home what no journal of this node knows, as its agent does when it looks (agent/leftovers.py)."""
     (look,) = [look for look in look_at(node.hypervisor.guests()) if look.guest.name == domain]
     overlays = [overlay.path for overlay in our_overlays(look)]
     spec = {"nodeName": "elsewhere", "domain": look.guest.uuid, "storeRef": {"name": "none"}}

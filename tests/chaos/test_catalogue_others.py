@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory
 from tests.chaos.proof import Witness
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import CaughtCall
-from tests.domains import wait_until
-from tests.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.backups import BackupFactory
+from tests.support.domains import wait_until
+from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from vmbackup.api.status import DiskState, Outcome, Report
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import Guest

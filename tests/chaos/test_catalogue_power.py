@@ -15,7 +15,7 @@ from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk as make_ext4
 from sandbox.oracle import prove
 from tests.chaos.power import SLOW, Machine, PoweredGuest, committing, copying, machine, wait_for_record
-from tests.kill_points import Driving, Moment, Task, When
+from tests.support.kill_points import Driving, Moment, Task, When
 from vmbackup.api.status import Outcome, Report
 
 SAMPLE = [

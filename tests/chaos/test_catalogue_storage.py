@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import SLOW, BackupFactory, RunningBackup
 from tests.chaos.proof import Witness
-from tests.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
-from tests.kill_points import Deed, Driving, Moment, Task, When
-from tests.storage import mounted, run
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
+from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.storage import mounted, run
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
-from vmbackup.reconcile import clock
-from vmbackup.reconcile.backup import Node
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state import clock
 from vmbackup.stores.base import BackupKey
-from vmbackup.stores.directory import DirectoryStore
+from vmbackup.stores.directory.store import DirectoryStore
 
 
 @pytest.fixture(scope="module")

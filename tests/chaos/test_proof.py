@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.oracle import ProofError
-from tests.backups import SLOW, BackupFactory
 from tests.chaos.proof import Witness
+from tests.support.backups import SLOW, BackupFactory
 from vmbackup.api.status import Outcome
 from vmbackup.imaging.locks import hold_reader_lock
 

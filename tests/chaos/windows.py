@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import wait_until
+from tests.support.domains import wait_until
 from vmbackup.errors import UnknownOutcomeError
 from vmbackup.hypervisor.connection import Hypervisor
 

@@ -12,9 +12,9 @@ from sandbox import binaries
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
 from sandbox.processes import Program
-from tests.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup, agent_of, answers, free_port, make_agent
-from tests.domains import Domain, DomainFactory
-from tests.installed import MANIFESTS
+from tests.support.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup, agent_of, answers, free_port, make_agent
+from tests.support.domains import Domain, DomainFactory
+from tests.support.installed import MANIFESTS
 
 STATE_METRICS = MANIFESTS / "components/monitoring/kube-state-metrics.yaml"
 STATE_METRICS_ROLE = {

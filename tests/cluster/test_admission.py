@@ -15,14 +15,14 @@ import pytest
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SECONDS, Agent
 from tests.cluster.conftest import make_agent
-from tests.domains import DomainFactory, wait_until
-from tests.installed import AGENT, NAMESPACE, Pods
-from tests.manifests import backup
+from tests.support.agents import SECONDS, Agent
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.installed import AGENT, NAMESPACE, Pods
+from tests.support.manifests import backup
 from vmbackup.api.spec import FINALIZER
+from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.errors import VMBackupError
-from vmbackup.report.cluster import Cluster, load_client
 
 NODE_A, NODE_B = "node-a.of-admission", "node-b.of-admission"
 OUR_ANNOTATION = {"metadata": {"annotations": {"vmbackup.dev/progress": "1"}}}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sandbox.kube import KubeApi
-from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
-from tests.domains import DomainFactory, wait_until
+from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
+from tests.support.domains import DomainFactory, wait_until
+from vmbackup.cluster.status import condition
 from vmbackup.imaging.locks import hold_reader_lock
-from vmbackup.report.status import condition
 
 
 def test_a_backup_that_is_applied_becomes_ready_and_is_stored_with_its_digests(

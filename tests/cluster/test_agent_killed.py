@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents import SECONDS, SLOW, Agent, CatchBackup, assert_home, assert_stored
-from tests.domains import DomainFactory, wait_until
+from tests.support.agents import SECONDS, SLOW, Agent, CatchBackup, assert_home, assert_stored
+from tests.support.domains import DomainFactory, wait_until
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.record import Snapshot
+from vmbackup.protocol.record import Snapshot
 
 BARRIER = 31  # seconds (PROTOCOL R4), after an agent that died with a libvirt call in flight
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from sandbox.kube import KubeApi
-from tests.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
-from tests.blackhole import Blackhole
-from tests.domains import DomainFactory, wait_until
+from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
+from tests.support.blackhole import Blackhole
+from tests.support.domains import DomainFactory, wait_until
 
 PEERING_CRD = {
     "apiVersion": "apiextensions.k8s.io/v1",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from tests.agents import Agent
-from tests.domains import DomainFactory, wait_until
+from tests.support.agents import Agent
+from tests.support.domains import DomainFactory, wait_until
 
 RSS_MB = 90
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from sandbox.kube import KubeApi, KubectlError
-from tests.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
-from tests.domains import Domain, DomainFactory, wait_until
+from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
+from tests.support.domains import Domain, DomainFactory, wait_until
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.record import Guard, Snapshot
+from vmbackup.protocol.record import Guard, Snapshot
+from vmbackup.reconcile.state.journal import Journal
 
 AWAY = "3Mi"  # bytes per second: a copy of 16 MiB takes its time, and yet ends
 

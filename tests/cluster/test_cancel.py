@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home
-from tests.domains import DomainFactory, wait_until
+from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home
+from tests.support.domains import DomainFactory, wait_until
 
 CANCELLED = ("False", "Cancelled")
 

@@ -16,8 +16,8 @@ import yaml
 
 from sandbox import binaries
 from sandbox.kube import KubeApi
-from tests.installed import AGENT, MANIFESTS, NAMESPACE, Objects, by_name
-from tests.manifests import backup
+from tests.support.installed import AGENT, MANIFESTS, NAMESPACE, Objects, by_name
+from tests.support.manifests import backup
 from vmbackup.version import __version__
 
 CHART = MANIFESTS / "chart"

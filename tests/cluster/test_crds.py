@@ -13,7 +13,7 @@ import yaml
 from kubernetes.client import ApiException, CustomObjectsApi
 
 from sandbox.kube import KubeApi, KubectlError
-from tests.manifests import (
+from tests.support.manifests import (
     IMMUTABLE,
     INVALID_BACKUPS,
     INVALID_RULES,
@@ -31,8 +31,8 @@ from tests.manifests import (
 )
 from vmbackup.api.spec import GROUP, IMMUTABLE_FIELDS, VERSION, BackupSpec
 from vmbackup.api.status import DiskReport, DiskState, Report
-from vmbackup.report.cluster import BACKUPS, POLICIES, STORES, load_client
-from vmbackup.report.status import CONDITION_TYPES, render
+from vmbackup.cluster.client import BACKUPS, POLICIES, STORES, load_client
+from vmbackup.cluster.status import CONDITION_TYPES, render
 
 CRDS = Path(__file__).parents[2] / "crds"
 NAMESPACE = "crds"

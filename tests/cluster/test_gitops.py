@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sandbox.kube import KubeApi
-from tests.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
-from tests.domains import Domain, DomainFactory, wait_until
-from tests.judge import argo_cd
+from tests.support.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
+from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.judge import argo_cd
 
 HOOK_FINALIZER = "argocd.argoproj.io/hook-finalizer"
 AGENT = ("vmbackup", "kopf")  # the names under which the agent writes status and finalizer

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.agents import Agent, assert_home, assert_stored
-from tests.domains import Domain, DomainFactory, make_disk, wait_until
+from tests.support.agents import Agent, assert_home, assert_stored
+from tests.support.domains import Domain, DomainFactory, make_disk, wait_until
 from vmbackup.hypervisor.connection import Hypervisor
 
 PASSWORD = "hunter2?"  # 8 characters are the most that VNC takes

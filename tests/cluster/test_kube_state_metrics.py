@@ -12,9 +12,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sandbox.kube import KubeApi
-from tests.agents import SECONDS, Agent, VMBackup
-from tests.domains import DomainFactory, wait_until
-from tests.manifests import backup
+from tests.support.agents import SECONDS, Agent, VMBackup
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.manifests import backup
 
 COMPONENT = Path(__file__).parent.parent.parent / "manifests/components/monitoring"
 Shown = Callable[[VMBackup], dict[str, list[tuple[dict[str, str], float]]]]

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from sandbox.kube import KubeApi, KubectlError
-from tests.agents import SECONDS, Agent
-from tests.domains import DomainFactory
-from tests.installed import AGENT, MANIFESTS, NAMESPACE, ROOT, SERVICE_ACCOUNT, Pods, rendered
-from vmbackup.reconcile.domain_lock import DIRECTORY as LOCKS
+from tests.support.agents import SECONDS, Agent
+from tests.support.domains import DomainFactory
+from tests.support.installed import AGENT, MANIFESTS, NAMESPACE, ROOT, SERVICE_ACCOUNT, Pods, rendered
+from vmbackup.reconcile.state.domain_lock import DIRECTORY as LOCKS
 from vmbackup.version import __version__
 
 

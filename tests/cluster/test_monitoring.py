@@ -22,9 +22,9 @@ from sandbox.guest import Guest as WritingGuest
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
 from sandbox.prometheus import Prometheus
-from tests.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup
-from tests.domains import DomainFactory, wait_until
-from tests.manifests import backup
+from tests.support.agents import SECONDS, SLOW, Agent, CatchBackup, VMBackup
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.manifests import backup
 
 COMPONENT = Path(__file__).parent.parent.parent / "manifests/components/monitoring"
 DASHBOARD: dict[str, Any] = json.loads((COMPONENT / "dashboard.json").read_text())

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
-from tests.domains import Domain, DomainFactory, wait_until
+from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
+from tests.support.domains import Domain, DomainFactory, wait_until
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.imaging.locks import hold_reader_lock
-from vmbackup.reconcile.domain_lock import domain_lock
+from vmbackup.reconcile.state.domain_lock import domain_lock
 
 COUNT = "vmbackup_orphan_overlays"
 

@@ -17,9 +17,9 @@ import pytest
 from plugins.build import ARCHIVE, ROOT, build
 from sandbox import binaries
 from sandbox.kube import KubeApi
-from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
-from tests.domains import DomainFactory, wait_until
-from tests.nodes import AgentPod, add_agent_pod, add_node, remove
+from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.nodes import AgentPod, add_agent_pod, add_node, remove
 from vmbackup.imaging.locks import hold_reader_lock
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

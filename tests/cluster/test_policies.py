@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sandbox.kube import KubeApi
-from tests.agents import Agent, CatchBackup, VMBackup, assert_home, assert_stored
-from tests.domains import DomainFactory, wait_until
-from tests.manifests import DROP, policy, rule, store
+from tests.support.agents import Agent, CatchBackup, VMBackup, assert_home, assert_stored
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.manifests import DROP, policy, rule, store
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 _numbers = count(1)

@@ -14,7 +14,7 @@ import pytest
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.processes import Program, SandboxError
-from tests.domains import wait_until
+from tests.support.domains import wait_until
 
 
 def config_map(name: str) -> dict[str, object]:

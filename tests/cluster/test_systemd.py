@@ -16,9 +16,9 @@ from sandbox import systemd
 from sandbox.image import ROOT
 from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SECONDS, Agent, assert_home, assert_stored
-from tests.domains import DomainFactory, wait_until
-from tests.kill_points import When, guardians
+from tests.support.agents import SECONDS, Agent, assert_home, assert_stored
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.kill_points import When, guardians
 from vmbackup.hypervisor.guest import GuestState
 
 UNIT = (ROOT / "packaging/systemd/vmbackup-agent.service").read_text()

@@ -16,12 +16,12 @@ import pytest
 
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.libvirtd import Libvirtd
-from tests.agents import SECONDS, Agent, CatchBackup, VMBackup, agent_of, assert_home, assert_stored
-from tests.crds import CRDS, RELEASED, ROOT, Crd, commit_before, load, of_commit
-from tests.domains import DomainFactory, wait_until
-from tests.manifests import backup
-from vmbackup.reconcile.journal import Journal
-from vmbackup.report.cluster import Cluster, load_client
+from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, agent_of, assert_home, assert_stored
+from tests.support.crds import CRDS, RELEASED, ROOT, Crd, commit_before, load, of_commit
+from tests.support.domains import DomainFactory, wait_until
+from tests.support.manifests import backup
+from vmbackup.cluster.client import Cluster, load_client
+from vmbackup.reconcile.state.journal import Journal
 
 BEFORE = [str(RELEASED[-1].relative_to(ROOT)), *filter(None, [commit_before()])]  # no history: the release alone
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from sandbox.kube import KubeApi
-from tests.manifests import backup, store
+from tests.support.manifests import backup, store
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
+from vmbackup.cluster.client import Cluster, load_client
+from vmbackup.cluster.events import Events, NodeRef
+from vmbackup.cluster.status import condition, with_generation
+from vmbackup.cluster.status_writer import BackupRef, StatusWriter
 from vmbackup.errors import PermanentError, RefusedError, TransientError
-from vmbackup.report.cluster import Cluster, load_client
-from vmbackup.report.events import Events, NodeRef
-from vmbackup.report.status import condition, with_generation
-from vmbackup.report.writer import BackupRef, StatusWriter
 
 NAMESPACE = "writer"
 COPYING = Report(phase=Phase.COPYING, reason=Reason.COPYING, chain_clean=False, start_time=1_750_000_000)

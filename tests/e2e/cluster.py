@@ -17,8 +17,8 @@ from sandbox.guest import Guest
 from sandbox.host import IMAGES, URI, HostLibvirtd
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.node import Node
-from tests.agents import VMBackup, manifest
-from tests.domains import wait_until
+from tests.support.agents import VMBackup, manifest
+from tests.support.domains import wait_until
 
 NODE = "node-a"
 DOMAIN = "web-01"

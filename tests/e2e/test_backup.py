@@ -11,9 +11,9 @@ import pytest
 
 from sandbox.demo.proof import Bounds, acknowledged, prove_guest
 from sandbox.kube import KubeApi, KubectlError
-from tests.agents import VMBackup
-from tests.domains import wait_until
 from tests.e2e.cluster import SECONDS, Cluster, agent_process
+from tests.support.agents import VMBackup
+from tests.support.domains import wait_until
 
 pytestmark = pytest.mark.e2e
 

@@ -13,9 +13,9 @@ import yaml
 
 from sandbox import binaries
 from sandbox.kube import KubeApi, KubectlError
-from tests.agents import manifest
-from tests.domains import wait_until
 from tests.e2e.cluster import DOMAIN, MANIFESTS, NODE, SECONDS, Cluster
+from tests.support.agents import manifest
+from tests.support.domains import wait_until
 
 pytestmark = pytest.mark.e2e
 

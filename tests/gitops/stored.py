@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 from sandbox.kube import KubeApi
-from tests.judge import HEALTH_CHECK
-from tests.manifests import backup
-from tests.moments import HEALTH, MOMENTS
+from tests.support.judge import HEALTH_CHECK
+from tests.support.manifests import backup
+from tests.support.moments import HEALTH, MOMENTS
 from vmbackup.api.spec import FINALIZER
 from vmbackup.api.status import Outcome, Phase, Reason, Report
-from vmbackup.report.cluster import Cluster, load_client
-from vmbackup.report.status import render, with_generation
+from vmbackup.cluster.client import Cluster, load_client
+from vmbackup.cluster.status import render, with_generation
 
 NAMESPACE = "moments"
 NOW = 1_750_000_000.0  # seconds since the epoch

@@ -10,8 +10,8 @@ import yaml
 
 from sandbox.kube import KubeApi
 from tests.gitops.stored import CASES, TESTDATA, Case, as_testdata, stored
-from tests.judge import HEALTH_CHECK, Verdict, argo_cd, kstatus
-from tests.manifests import store
+from tests.support.judge import HEALTH_CHECK, Verdict, argo_cd, kstatus
+from tests.support.manifests import store
 
 Found = dict[str, dict[str, Any]]
 CONFIG_MAP = HEALTH_CHECK.parents[3] / "argocd-cm.yaml"

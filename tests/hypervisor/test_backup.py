@@ -12,17 +12,17 @@ import pytest
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import Libvirtd
 from sandbox.oracle import prove, prove_one_moment
-from tests.backups import SLOW, BackupFactory, RunningBackup, Told
-from tests.domains import Domain, DomainFactory, wait_until
-from tests.storage import mounted, sha256sum
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, Told
+from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.storage import mounted, sha256sum
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.wish import Wish
-from vmbackup.stores import open_store
+from vmbackup.reconcile.telling.listener import Wish
+from vmbackup.stores.registry import open_store
 
 
 def no_overlay_is_left(domain: Domain) -> bool:

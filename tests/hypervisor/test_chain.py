@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.domains import Domain, DomainFactory
+from tests.support.domains import Domain, DomainFactory
 from vmbackup.hypervisor import chain
 
 DISKS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}

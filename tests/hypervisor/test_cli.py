@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from sandbox.libvirtd import DiskSpec, Libvirtd
-from tests import manifests
-from tests.backups import SLOW
-from tests.domains import Domain, DomainFactory, qemu_img
+from tests.support import manifests
+from tests.support.backups import SLOW
+from tests.support.domains import Domain, DomainFactory, qemu_img
 from vmbackup import cli
 from vmbackup.commands import run as run_command
 from vmbackup.imaging.locks import hold_reader_lock

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import DomainFactory, wait_until
+from tests.support.domains import DomainFactory, wait_until
 from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError
 from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor

@@ -17,18 +17,18 @@ from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk
 from sandbox.libvirtd import Libvirtd
 from sandbox.oracle import prove
-from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, wait_until
-from tests.kill_points import Driving, Moment, Task, When
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.kill_points import Driving, Moment, Task, When
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.clock import boottime
+from vmbackup.protocol.record import Guard
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import record_of
-from vmbackup.reconcile.record import Guard
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state.clock import boottime
+from vmbackup.reconcile.state.journal import record_of
 
 YEAR = 31_536_000.0  # seconds
 SWITCH_SECONDS = 10.0  # far more than a switch takes where the disk is busy: one took 3 s, waiting for a flush

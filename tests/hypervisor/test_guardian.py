@@ -24,10 +24,10 @@ import yaml
 
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import Libvirtd
-from tests import manifests
-from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
-from tests.kill_points import Driving, Moment, Task, When, guardians
-from tests.survival import (
+from tests.support import manifests
+from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
+from tests.support.kill_points import Driving, Moment, Task, When, guardians
+from tests.support.survival import (
     SUSPENDED,
     SUSPENDED_SECONDS,
     SUSPENDED_SECONDS_IN_DOUBT,
@@ -37,7 +37,7 @@ from tests.survival import (
 )
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.state.journal import record_of
 
 RSS_MB = 60
 AT_ONCE = 3  # drivers on their way to their death, and guardians at work
@@ -309,7 +309,7 @@ def dying(
     """A `vmbackup` that dies at this moment."""
     words = [moment.when, moment.event, str(moment.nth), str(directory), *command]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.kill_points", *words],
+        [sys.executable, "-m", "tests.support.kill_points", *words],
         cwd=Path(__file__).parents[2],
         stdout=says_to,
         stderr=subprocess.STDOUT,

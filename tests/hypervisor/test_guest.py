@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import DiskSpec, Libvirtd, domain_xml
-from tests.domains import DomainFactory, make_disk, wait_until
-from tests.storage import mounted
+from tests.support.domains import DomainFactory, make_disk, wait_until
+from tests.support.storage import mounted
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import ChainImage, Mirror

@@ -16,15 +16,15 @@ import pytest
 
 from sandbox.guest import Guest, make_disk
 from sandbox.libvirtd import Libvirtd
-from tests.agent_channel import Channel, ProxiedGuest
-from tests.backups import BackupFactory
-from tests.domains import at_work, wait_until
-from tests.kill_points import Driving, Moment, Task, When, guardians
+from tests.support.agent_channel import Channel, ProxiedGuest
+from tests.support.backups import BackupFactory
+from tests.support.domains import at_work, wait_until
+from tests.support.kill_points import Driving, Moment, Task, When, guardians
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
-from vmbackup.reconcile import quiescing
-from vmbackup.reconcile.record import Freeze
+from vmbackup.protocol.record import Freeze
+from vmbackup.reconcile.steps import quiescing
 
 FREEZE, THAW = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"
 SECONDS = 2  # spec.snapshot.freezeTimeoutSeconds

@@ -20,22 +20,22 @@ import pytest
 import yaml
 
 from sandbox.libvirtd import Libvirtd
-from tests import manifests
-from tests.backups import BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, GuestFactory, wait_until
-from tests.kill_points import Driving, Moment, When
-from tests.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
+from tests.support import manifests
+from tests.support.backups import BackupFactory, RunningBackup
+from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
+from tests.support.kill_points import Driving, Moment, When
+from tests.support.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.hypervisor import guest as guests_of_libvirt
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.clock import boot_id, boottime
-from vmbackup.reconcile.journal import Journal, record_of
-from vmbackup.reconcile.record import Call, Record, Snapshot
+from vmbackup.protocol.record import Call, Record, Snapshot
+from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run
-from vmbackup.report.metrics import Metrics
+from vmbackup.reconcile.state.clock import boot_id, boottime
+from vmbackup.reconcile.state.journal import Journal, record_of
 from vmbackup.stores.base import BackupKey
+from vmbackup.telemetry.metrics import Metrics
 
 SNAPSHOT_UNDER_WAY = Moment(When.DURING, "taking the snapshot")
 

@@ -8,12 +8,12 @@ from uuid import uuid4
 
 import pytest
 
-from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, qemu_img
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.domains import Domain, DomainFactory, qemu_img
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.backup import Node
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.node import Node
 from vmbackup.stores.base import BackupKey
 
 MALLORY = 12345

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import Told
-from tests.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
-from tests.kill_points import Deed, Driving, Moment, Task, When
-from tests.survival import (
+from tests.support.backups import Told
+from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
+from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.survival import (
     SUSPENDED_SECONDS,
     SUSPENDED_SECONDS_IN_DOUBT,
     dies,
@@ -36,13 +36,14 @@ from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile import clock
-from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import record_of
-from vmbackup.reconcile.wish import Wish
-from vmbackup.stores import open_store
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state import clock
+from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.telling.listener import Wish
 from vmbackup.stores.base import BackupKey
+from vmbackup.stores.registry import open_store
 
 WAITING, QUICK = 12, 5  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
 AT_ONCE = 4  # drivers on their way to their death

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.backups import SLOW
-from tests.domains import Domain, DomainFactory, GuestFactory
-from tests.kill_points import Deed, Driving, Moment, When
-from tests.survival import moments_of, task_of, what_is_wrong
+from tests.support.backups import SLOW
+from tests.support.domains import Domain, DomainFactory, GuestFactory
+from tests.support.kill_points import Deed, Driving, Moment, When
+from tests.support.survival import moments_of, task_of, what_is_wrong
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import guest as guest_module
 

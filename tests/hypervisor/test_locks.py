@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from tests.storage import run
+from tests.support.storage import run
 from vmbackup.errors import TransientError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import clone_or_copy, copy_file, opened_image
 from vmbackup.imaging.image import OverlayFile, info, overlay_file
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.imaging.merge import same_where_written
-from vmbackup.reconcile import merging
-from vmbackup.reconcile.record import DiskRecord
+from vmbackup.protocol.record import DiskRecord
+from vmbackup.reconcile.steps import offline_merge as merging
 
-pytest_plugins = ("tests.fixtures_storage",)
+pytest_plugins = ("tests.support.fixtures_storage",)
 
 
 class Qemu:

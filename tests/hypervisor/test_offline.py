@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.backups import SLOW, BackupFactory, RunningBackup
-from tests.domains import Domain, DomainFactory, qemu_img, wait_until, what_is_wrong_with
-from tests.storage import mounted, run, sha256sum
+from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.domains import Domain, DomainFactory, qemu_img, wait_until, what_is_wrong_with
+from tests.support.storage import mounted, run, sha256sum
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
-from vmbackup.reconcile.backup import Node
+from vmbackup.protocol.record import Copy
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.record import Copy
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state.journal import Journal
 from vmbackup.stores.base import BackupKey
 
 OFFLINE = {"offline": True}

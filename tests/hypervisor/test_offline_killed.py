@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.domains import Domain, DomainFactory, starts, wait_until, what_is_wrong_with
 from tests.hypervisor.test_kill_points import distinct
-from tests.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
-from tests.survival import content, dies, task_of, what_is_wrong_with_the_copy
+from tests.support.domains import Domain, DomainFactory, starts, wait_until, what_is_wrong_with
+from tests.support.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
+from tests.support.survival import content, dies, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import has_writer, is_locked
-from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.state.journal import record_of
 
 GUESTS = 12  # at once: those for PROTOCOL R4's barrier wait half a minute, which costs nothing
 OFFLINE: dict[str, Any] = {"commit": {"offline": True}}

@@ -11,15 +11,15 @@ from dataclasses import replace
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory
-from tests.domains import Domain, DomainFactory, GuestFactory
 from tests.hypervisor.test_kill_points import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
-from tests.kill_points import Deed, Driving, Moment, When
+from tests.support.backups import BackupFactory
+from tests.support.domains import Domain, DomainFactory, GuestFactory
+from tests.support.kill_points import Deed, Driving, Moment, When
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import URI, Mark
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.orphans import take_in
+from vmbackup.reconcile.leftovers.orphans import take_in
+from vmbackup.reconcile.node import Node
 
 GUARDED = {"switchPolicy": "Guarded"}
 SPEC = {"nodeName": "here", "domain": "any", "storeRef": {"name": "none"}}

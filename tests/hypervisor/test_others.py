@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import BackupFactory
-from tests.domains import Domain, DomainFactory, wait_until
-from tests.kill_points import Driving, Moment, Task, When
-from tests.survival import task_of
+from tests.support.backups import BackupFactory
+from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.kill_points import Driving, Moment, Task, When
+from tests.support.survival import task_of
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Mirror
-from vmbackup.reconcile.journal import record_of
+from vmbackup.reconcile.state.journal import record_of
 
 SLOW = "4Mi"
 ON_OVERLAY = Moment(When.AFTER, "redefining", 2)  # after the snapshot, before the copy

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import SLOW, BackupFactory
-from tests.domains import DomainFactory, wait_until
+from tests.support.backups import SLOW, BackupFactory
+from tests.support.domains import DomainFactory, wait_until
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.record import Snapshot
+from vmbackup.protocol.record import Snapshot
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state.journal import Journal
 
 
 def test_a_configuration_directory_that_is_not_libvirts_refuses_the_backup(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.domains import wait_until
+from tests.support.domains import wait_until
 
 # A process that nobody waits for, in a control group below ours, with a mount and a file in /var.
 _MESS = """

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.libvirtd import CRASHED, Libvirtd, domain_xml
-from tests.domains import wait_until
+from tests.support.domains import wait_until
 
 STARTER = """
 import sys, time

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.backups import SLOW, RunningBackup
-from tests.domains import Domain, DomainFactory
-from tests.storage import mounted
+from tests.support.backups import SLOW, RunningBackup
+from tests.support.domains import Domain, DomainFactory
+from tests.support.storage import mounted
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.plan import Planner
-from vmbackup.reconcile.survey import survey
+from vmbackup.reconcile.admission.plan import Planner
+from vmbackup.reconcile.admission.survey import survey
+from vmbackup.reconcile.node import Node
 from vmbackup.stores.base import BackupKey
 
 MIB = 1 << 20

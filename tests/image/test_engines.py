@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import image
-from tests.domains import wait_until
+from tests.support.domains import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1800)]
 

@@ -84,7 +84,7 @@ def test_a_container_of_it_runs_the_agent(root: Path, config: dict[str, Any]):
 
 def test_every_module_loads_with_its_python_and_its_libvirt(root: Path):
     loaded = _inside(root, _PYTHON, "-c", _IMPORT_ALL).split()
-    assert {"vmbackup.agent", "vmbackup.guardian", "vmbackup.hypervisor.connection"} <= set(loaded)
+    assert {"vmbackup.agent.operator", "vmbackup.guardian", "vmbackup.hypervisor.connection"} <= set(loaded)
 
 
 def test_it_brings_qemu_img(root: Path):

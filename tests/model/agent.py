@@ -30,11 +30,13 @@ from tests.model.world import (
     without_agent,
 )
 from vmbackup.api.spec import StallPolicy
-from vmbackup.reconcile import clock, machine, transition
-from vmbackup.reconcile.copying import BESIDE_A_COPY
-from vmbackup.reconcile.merging import HOLDING
-from vmbackup.reconcile.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do, Intent
+from vmbackup.protocol import decide as machine
+from vmbackup.protocol import transition
+from vmbackup.protocol.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot
+from vmbackup.protocol.terms import Action, Do, Intent
+from vmbackup.reconcile.state import clock
+from vmbackup.reconcile.steps.copying import BESIDE_A_COPY
+from vmbackup.reconcile.steps.offline_merge import HOLDING
 
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
 BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0

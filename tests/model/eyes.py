@@ -7,8 +7,8 @@ from typing import NamedTuple
 from tests.model import merging
 from tests.model.libvirt import lagging
 from tests.model.world import Disk, World
-from vmbackup.reconcile.record import Image, Record
-from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+from vmbackup.protocol.record import Image, Record
+from vmbackup.protocol.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
 
 IMAGE = {"B": Image.BASE, "O": Image.OVERLAY, "X": Image.OTHER, "Y": Image.OTHER}
 POWER = {

@@ -6,8 +6,8 @@ from tests.model.environment import BOOT_FAILS
 from tests.model.merging import locked
 from tests.model.user import others
 from tests.model.world import Disk, Setting, Step, World, clean, content, needed
-from vmbackup.reconcile.record import Copy, Snapshot
-from vmbackup.reconcile.terms import Do
+from vmbackup.protocol.record import Copy, Snapshot
+from vmbackup.protocol.terms import Do
 
 SWITCHING = (Do.FREEZE, Do.SUSPEND, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.model.world import ENOUGH, Disk, Kind, Step, World, content, named, on, put, put_all
-from vmbackup.reconcile.record import Image
-from vmbackup.reconcile.terms import Action, Do
+from vmbackup.protocol.record import Image
+from vmbackup.protocol.terms import Action, Do
 
 LETTER = {Image.BASE: "B", Image.OVERLAY: "O"}
 SNAPSHOT_WAITS_FOR_QEMU = (1, 2)  # its steps during which libvirtd unlinks its overlays if QEMU dies (V2)

@@ -12,11 +12,15 @@ from unittest.mock import patch
 from tests.model import merging
 from tests.model.agent import Agent
 from tests.model.world import Setting, Step, World, put
-from vmbackup.reconcile import clock, machine, rules_off, rules_on, situation
-from vmbackup.reconcile.clock import may_be_in_flight
-from vmbackup.reconcile.record import Freeze, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.situation import Case, Rule, Situation
-from vmbackup.reconcile.terms import Action, Do, Intent, Mirror, Observation, Power
+from vmbackup.protocol import decide as machine
+from vmbackup.protocol import guest_off as rules_off
+from vmbackup.protocol import guest_on as rules_on
+from vmbackup.protocol import situation
+from vmbackup.protocol.record import Freeze, Guard, Image, Record, Snapshot
+from vmbackup.protocol.situation import Case, Rule, Situation
+from vmbackup.protocol.terms import Action, Do, Intent, Mirror, Observation, Power
+from vmbackup.reconcile.state import clock
+from vmbackup.reconcile.state.clock import may_be_in_flight
 
 Patch = tuple[Any, str, Any]  # module, name, what stands there instead
 

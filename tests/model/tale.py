@@ -7,7 +7,7 @@ from itertools import groupby
 from textwrap import wrap
 
 from tests.model.world import Disk, Setting, World, needed
-from vmbackup.reconcile.terms import Action
+from vmbackup.protocol.terms import Action
 
 AGENT = "agent: "  # does something at once; or it decides, asks libvirt, and is told the outcome
 DECIDES, ASKS, TOLD = "agent decides: ", "agent asks libvirt: ", "agent is told: "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from tests.model.merging import NONE, may_start
 from tests.model.world import Disk, Kind, Setting, Step, World, named, on, put, put_all
-from vmbackup.reconcile.record import Copy, Guard
+from vmbackup.protocol.record import Copy, Guard
 
 
 def user_faults(world: World, setting: Setting) -> Iterator[Step]:

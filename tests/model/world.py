@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from vmbackup.reconcile.record import Record
-from vmbackup.reconcile.terms import Action
+from vmbackup.protocol.record import Record
+from vmbackup.protocol.terms import Action
 
 T = TypeVar("T")
 Versions = tuple[int | None, ...]

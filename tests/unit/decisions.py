@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from vmbackup.reconcile.machine import decide
-from vmbackup.reconcile.record import Copy, DiskRecord, Guard, Image, Record, Settled, Snapshot
-from vmbackup.reconcile.terms import DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+from vmbackup.protocol.decide import decide
+from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Settled, Snapshot
+from vmbackup.protocol.terms import DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
 
 IMAGES = {"B": Image.BASE, "O": Image.OVERLAY, "X": Image.OTHER, None: None}
 LOCKED, EMPTY, DATA = OverlayFile(True, False), OverlayFile(False, True), OverlayFile(False, False)

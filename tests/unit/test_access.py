@@ -11,8 +11,8 @@ import pytest
 from kubernetes.client import ApiClient, Configuration
 from kubernetes.config import incluster_config
 
+from vmbackup.cluster.client import Cluster, authorization, load_client
 from vmbackup.errors import TransientError
-from vmbackup.report.cluster import Cluster, authorization, load_client
 
 
 class Greeter(BaseHTTPRequestHandler):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import DiskRecord, Record
+from vmbackup.protocol import advice
+from vmbackup.protocol.record import DiskRecord, Record
 
 DISK = DiskRecord("vda", base="/images/web.raw", overlay="/images/web.vmb-1.qcow2")
 TOLD = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.unit.decisions import Fields, committing, fresh, pivoting, taken
-from vmbackup.reconcile.record import Freeze, Guard, Record
-from vmbackup.reconcile.transition import of_this_boot
+from vmbackup.protocol.record import Freeze, Guard, Record
+from vmbackup.protocol.transition import of_this_boot
 
 THEN, NOW = 90_000.0, 40.0  # this boot is younger than what an earlier one has written down
 

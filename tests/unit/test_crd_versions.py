@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.crds import CRDS, RELEASED, Crd, load, taken_away
+from tests.support.crds import CRDS, RELEASED, Crd, load, taken_away
 
 NEW = load(CRDS)
 

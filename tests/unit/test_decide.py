@@ -30,9 +30,9 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
-from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Image, Settled, Snapshot
-from vmbackup.reconcile.terms import Do, Mirror, Observation, OverlayFile, Power
+from vmbackup.protocol import advice
+from vmbackup.protocol.record import Copy, Freeze, Guard, Image, Settled, Snapshot
+from vmbackup.protocol.terms import Do, Mirror, Observation, OverlayFile, Power
 
 NOTHING_SEEN = Observation(Power.OFF, (disk_seen(None, None, None, base_changed=True),))
 

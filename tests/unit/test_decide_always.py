@@ -6,9 +6,9 @@ from dataclasses import replace
 from itertools import product
 
 from tests.unit.decisions import DATA, EMPTY, LOCKED, ON_BASE, ON_OVERLAY, Fields, on, record
-from vmbackup.reconcile.machine import decide
-from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.terms import Do, Intent, Mirror, Observation, Power
+from vmbackup.protocol.decide import decide
+from vmbackup.protocol.record import Copy, Guard, Image, Record, Snapshot
+from vmbackup.protocol.terms import Do, Intent, Mirror, Observation, Power
 
 ENDS = ((False, False), (True, False), (False, True))
 

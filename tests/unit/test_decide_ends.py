@@ -33,10 +33,10 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
-from vmbackup.reconcile import advice
-from vmbackup.reconcile.machine import needs_truth
-from vmbackup.reconcile.record import Copy, Guard, Image, Record, Snapshot
-from vmbackup.reconcile.terms import DiskSeen, Do, Mirror, Observation, Power
+from vmbackup.protocol import advice
+from vmbackup.protocol.decide import needs_truth
+from vmbackup.protocol.record import Copy, Guard, Image, Record, Snapshot
+from vmbackup.protocol.terms import DiskSeen, Do, Mirror, Observation, Power
 
 FAILED_TWICE = {"commit_running": False, "failures": 2}
 

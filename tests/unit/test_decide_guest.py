@@ -28,9 +28,9 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
-from vmbackup.reconcile import advice
-from vmbackup.reconcile.record import Copy, Freeze, Guard, Snapshot
-from vmbackup.reconcile.terms import Do, Power
+from vmbackup.protocol import advice
+from vmbackup.protocol.record import Copy, Freeze, Guard, Snapshot
+from vmbackup.protocol.terms import Do, Power
 
 
 @rows(

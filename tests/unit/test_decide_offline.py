@@ -24,9 +24,9 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
-from vmbackup.reconcile.advice import migrated
-from vmbackup.reconcile.record import Copy, Image, Settled, Snapshot
-from vmbackup.reconcile.terms import Do, Observation, OverlayFile, Power
+from vmbackup.protocol.advice import migrated
+from vmbackup.protocol.record import Copy, Image, Settled, Snapshot
+from vmbackup.protocol.terms import Do, Observation, OverlayFile, Power
 
 OFFLINE = {"offline": True}
 MARKED = OverlayFile(locked=False, empty=False, merged=True)

@@ -26,9 +26,9 @@ from tests.unit.decisions import (
     taken,
 )
 from vmbackup.api.spec import StallPolicy
-from vmbackup.reconcile.record import Copy, DiskRecord, Freeze, Guard, Record, Throttle
-from vmbackup.reconcile.terms import Action, Do, Mirror, Observation, Power
-from vmbackup.reconcile.transition import answered, begun, of_this_boot, recorded, resumed_after_crash
+from vmbackup.protocol.record import Copy, DiskRecord, Freeze, Guard, Record, Throttle
+from vmbackup.protocol.terms import Action, Do, Mirror, Observation, Power
+from vmbackup.protocol.transition import answered, begun, of_this_boot, recorded, resumed_after_crash
 
 HOLD: Fields = {"stall_policy": StallPolicy.HOLD}
 THROTTLE: Fields = {"stall_policy": StallPolicy.THROTTLE}

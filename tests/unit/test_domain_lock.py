@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmbackup.errors import PermanentError
-from vmbackup.reconcile.domain_lock import domain_lock
+from vmbackup.reconcile.state.domain_lock import domain_lock
 
 
 def never() -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vmbackup.node.duty import Seen
+from vmbackup.agent.duty import Seen
 
 ENDED = "2026-01-01T00:00:00Z"
 NEW = {"observedGeneration": -1, "conditions": [{"type": "Ready", "status": "Unknown", "reason": "Pending"}]}

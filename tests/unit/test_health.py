@@ -15,9 +15,9 @@ import pytest
 
 from sandbox.certificates import Authority
 from vmbackup.errors import PermanentError
-from vmbackup.report.health import HealthServer
-from vmbackup.report.metrics import Metrics
-from vmbackup.report.server import Certificate
+from vmbackup.telemetry.health import HealthServer
+from vmbackup.telemetry.metrics import Metrics
+from vmbackup.telemetry.server import Certificate
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.storage import run, sha256sum
+from tests.support.storage import run, sha256sum
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.imaging import CopyControl, image
@@ -22,13 +22,13 @@ from vmbackup.imaging import merge as merging
 from vmbackup.imaging.image import images_below, info, overlay_file
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import merge
+from vmbackup.imaging.sizes import allocated_bytes, length
+from vmbackup.protocol.record import DiskRecord
+from vmbackup.protocol.terms import OverlayFile
 from vmbackup.reconcile.observe import Observer
-from vmbackup.reconcile.record import DiskRecord
-from vmbackup.reconcile.terms import OverlayFile
 from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, SourceImage
-from vmbackup.stores.directory import DirectoryStore
-from vmbackup.stores.files import allocated_bytes, length
-from vmbackup.stores.manifest import Manifest
+from vmbackup.stores.directory.manifest import Manifest
+from vmbackup.stores.directory.store import DirectoryStore
 
 MIB = 1 << 20
 KEY = BackupKey("tenant", "web", "6f0b1f9e")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage import run, sha256sum
+from tests.support.storage import run, sha256sum
 from vmbackup.errors import PermanentError
 from vmbackup.imaging import Cancelled, CopyControl
 from vmbackup.imaging.copy import can_clone, clone, clone_or_copy, copy_file, data_extents, digest_file
 from vmbackup.imaging.digest import CHUNK
 
-pytest_plugins = ("tests.fixtures_storage",)
+pytest_plugins = ("tests.support.fixtures_storage",)
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage import run
+from tests.support.storage import run
 from vmbackup.errors import PermanentError, TransientError
 from vmbackup.imaging import CopyControl, image
 from vmbackup.imaging.errors import classified, errors_of

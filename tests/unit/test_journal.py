@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage import mounted
+from tests.support.storage import mounted
 from vmbackup.errors import PermanentError
-from vmbackup.reconcile.journal import Journal, forget, record_of, records, set_aside
-from vmbackup.reconcile.record import Copy, DiskRecord, Guard, Record, Snapshot
+from vmbackup.protocol.record import Copy, DiskRecord, Guard, Record, Snapshot
+from vmbackup.reconcile.state.journal import Journal, forget, record_of, records, set_aside
 
 UID = "0f4a3e5c"
 RECORD = Record(UID, "default", "web", disks=(DiskRecord("vda", base="/images/web.raw"),))

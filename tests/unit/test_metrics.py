@@ -17,8 +17,8 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report, RetryReason
-from vmbackup.report.health import Check, HealthServer
-from vmbackup.report.metrics import Metrics
+from vmbackup.telemetry.health import Check, HealthServer
+from vmbackup.telemetry.metrics import Metrics
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
 

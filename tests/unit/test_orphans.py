@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmbackup.reconcile.orphans import Look, OurOverlay, foreign_overlays, our_overlays
+from vmbackup.reconcile.leftovers.orphans import Look, OurOverlay, foreign_overlays, our_overlays
 
 BASE, OURS, OTHER = "/images/web.raw", "/images/web.vmb-01234567-vda.qcow2", "/images/web.snap1"
 

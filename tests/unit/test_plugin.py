@@ -23,7 +23,7 @@ from kubectl_vmbackup.policy import judge
 from plugins.build import ARCHIVE, build
 from vmbackup.api.spec import FINALIZER
 from vmbackup.api.status import Outcome, Phase, Reason, Report
-from vmbackup.report.status import render
+from vmbackup.cluster.status import render
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
 LONG_AGO = "2026-05-01T10:00:00Z"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.manifests import DROP, INVALID_RULES, VALID_RULES, policy, rule
+from tests.support.manifests import DROP, INVALID_RULES, VALID_RULES, policy, rule
 from vmbackup.api.policy import Asked, Operation, allowed, parse_rules, unknown_domain
 from vmbackup.errors import RefusedError
 

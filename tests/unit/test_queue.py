@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from vmbackup.node.queue import Queue, Ticket
+from vmbackup.agent.runtime.queue import Queue, Ticket
 
 
 def ticket(name: str, domain: str = "", *, begun: bool = False, since: str = "1") -> Ticket:

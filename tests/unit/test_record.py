@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmbackup.reconcile.record import Record, Snapshot
+from vmbackup.protocol.record import Record, Snapshot
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vmbackup.errors import RefusedError
-from vmbackup.reconcile import room
-from vmbackup.reconcile.record import DiskRecord, Record
+from vmbackup.protocol.record import DiskRecord, Record
+from vmbackup.reconcile.admission import overlay_space as room
 from vmbackup.stores.base import Writes
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import manifests
+from tests.support import manifests
 from vmbackup.commands.request import Request, read
 from vmbackup.errors import RefusedError
 

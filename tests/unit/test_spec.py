@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.manifests import (
+from tests.support.manifests import (
     INVALID_BACKUPS,
     INVALID_STORES,
     LIVE_PAUSE,

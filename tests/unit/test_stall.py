@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.unit.decisions import committing, on_overlay, seen
-from vmbackup.reconcile.record import Throttle
-from vmbackup.reconcile.stall import is_ours, lowered, next_limit, same, step_seconds, with_overdue
-from vmbackup.reconcile.terms import Mirror
+from vmbackup.protocol.convergence import is_ours, lowered, next_limit, same, step_seconds, with_overdue
+from vmbackup.protocol.record import Throttle
+from vmbackup.protocol.terms import Mirror
 
 MI = 1 << 20
 

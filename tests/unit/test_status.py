@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.moments import CODES, MOMENTS, ON_OVERLAY, RUNNING, Moment
+from tests.support.moments import CODES, MOMENTS, ON_OVERLAY, RUNNING, Moment
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
-from vmbackup.report.status import condition, is_finished, is_significant, render, with_generation
+from vmbackup.cluster.status import condition, is_finished, is_significant, render, with_generation
 
 NOW = 1_750_000_000.0
 

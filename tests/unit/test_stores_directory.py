@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage import run, sha256sum
+from tests.support.storage import run, sha256sum
 from vmbackup.api.spec import StoreSpec
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import Cancelled, CopyControl
 from vmbackup.imaging.image import info
-from vmbackup.stores import open_store
 from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, Published, SourceImage, Store, TakenDisk
+from vmbackup.stores.registry import open_store
 
-pytest_plugins = ("tests.fixtures_storage",)
+pytest_plugins = ("tests.support.fixtures_storage",)
 
 MIB = 1 << 20
 KEY = BackupKey("default", "web-01.nightly", "6f0b1f9e-8c1c")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from vmbackup.hypervisor.mark import URI, Mark, MarkedDisk
-from vmbackup.reconcile.record import Call, Freeze, Guard, Record, Snapshot
-from vmbackup.reconcile.stranded import Standing, standing
+from vmbackup.protocol.record import Call, Freeze, Guard, Record, Snapshot
+from vmbackup.reconcile.leftovers.held_guests import Standing, standing
 
 MARK = Mark("uid-1", frozen=True, disks=(MarkedDisk("vda", "/a & b.qcow2", pivoting=True), MarkedDisk("vdb", "/c")))
 

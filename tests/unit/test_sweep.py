@@ -12,20 +12,20 @@ from typing import Any, cast
 
 import pytest
 
+from vmbackup.agent.context import Premises
+from vmbackup.agent.leftovers import OrphanPolicy, Orphans
+from vmbackup.agent.runtime import existing_files as presence
+from vmbackup.agent.runtime.existing_files import Presence
+from vmbackup.agent.runtime.queue import Queue
+from vmbackup.agent.runtime.threads import Threads
+from vmbackup.agent.sweep import Sweep
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import Guest
-from vmbackup.node import presence
-from vmbackup.node.orphans import OrphanPolicy, Orphans
-from vmbackup.node.premises import Premises
-from vmbackup.node.presence import Presence
-from vmbackup.node.queue import Queue
-from vmbackup.node.sweep import Sweep
-from vmbackup.node.threads import Threads
-from vmbackup.reconcile.backup import Node
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.orphans import Look, look_at
-from vmbackup.reconcile.record import DiskRecord, Record, Snapshot
-from vmbackup.report.metrics import Metrics
+from vmbackup.protocol.record import DiskRecord, Record, Snapshot
+from vmbackup.reconcile.leftovers.orphans import Look, look_at
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state.journal import Journal
+from vmbackup.telemetry.metrics import Metrics
 
 SPEC = {"nodeName": "a", "domain": "web", "storeRef": {"name": "s"}}
 

@@ -20,9 +20,9 @@ from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, R
 from vmbackup.commands import flags
 from vmbackup.commands.amounts import size, span
 from vmbackup.commands.top import Look, read, render, troubles
-from vmbackup.report.health import HealthServer
-from vmbackup.report.metrics import Metrics
-from vmbackup.report.server import Certificate
+from vmbackup.telemetry.health import HealthServer
+from vmbackup.telemetry.metrics import Metrics
+from vmbackup.telemetry.server import Certificate
 
 VMBACKUP = Path(sys.executable).with_name("vmbackup")
 NOW = time.time()

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from vmbackup.api.status import DiskReport, DiskState, Phase, Reason, Report
-from vmbackup.report.health import HealthServer
-from vmbackup.report.metrics import Metrics
+from vmbackup.telemetry.health import HealthServer
+from vmbackup.telemetry.metrics import Metrics
 
 VMBACKUP = Path(sys.executable).with_name("vmbackup")
 SECONDS = 30  # for anything to be shown on a loaded machine

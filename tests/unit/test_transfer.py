@@ -11,26 +11,26 @@ from typing import Any, cast
 
 import pytest
 
-from tests.domains import wait_until
-from tests.storage import run, sha256sum
+from tests.support.domains import wait_until
+from tests.support.storage import run, sha256sum
 from vmbackup.api.spec import BackupSpec, CopySpec
 from vmbackup.api.status import Reason
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.locks import is_locked
 from vmbackup.imaging.merge import merge
-from vmbackup.reconcile import transfer
-from vmbackup.reconcile.copying import BESIDE_A_COPY, Copying
-from vmbackup.reconcile.merging import Merging
-from vmbackup.reconcile.narrate import Progress, narrate
+from vmbackup.protocol.record import Copy, DiskRecord, Record, Snapshot
+from vmbackup.protocol.terms import Action, Do
 from vmbackup.reconcile.observe import Observer
-from vmbackup.reconcile.record import Copy, DiskRecord, Record, Snapshot
-from vmbackup.reconcile.terms import Action, Do
-from vmbackup.reconcile.transfer import Transfer, at_work
-from vmbackup.reconcile.wish import Wish
-from vmbackup.report.metrics import Metrics
-from vmbackup.stores import directory
-from vmbackup.stores.directory import DirectoryStore
+from vmbackup.reconcile.steps import background as transfer
+from vmbackup.reconcile.steps.background import Transfer, at_work
+from vmbackup.reconcile.steps.copying import BESIDE_A_COPY, Copying
+from vmbackup.reconcile.steps.offline_merge import Merging
+from vmbackup.reconcile.telling.listener import Wish
+from vmbackup.reconcile.telling.summary import Progress, narrate
+from vmbackup.stores.directory import store as directory
+from vmbackup.stores.directory.store import DirectoryStore
+from vmbackup.telemetry.metrics import Metrics
 
 
 @pytest.fixture

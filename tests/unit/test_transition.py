@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.unit.decisions import TO_BASE, TO_OVERLAY, pivoting
-from vmbackup.reconcile.record import Image
-from vmbackup.reconcile.terms import Action, Do
-from vmbackup.reconcile.transition import compared
+from vmbackup.protocol.record import Image
+from vmbackup.protocol.terms import Action, Do
+from vmbackup.protocol.transition import compared
 
 
 def compare(images: tuple[tuple[str, Image], ...]) -> Action:

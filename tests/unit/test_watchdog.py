@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vmbackup.node import watchdog
-from vmbackup.node.watchdog import Watchdog
+from vmbackup.agent.runtime import watchdog
+from vmbackup.agent.runtime.watchdog import Watchdog
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile import journal
-from vmbackup.reconcile.plan import Planner
-from vmbackup.reconcile.survey import DiskSurvey, DomainSurvey, Verdict, survey
+from vmbackup.reconcile.admission.plan import Planner
+from vmbackup.reconcile.admission.survey import DiskSurvey, DomainSurvey, Verdict, survey
+from vmbackup.reconcile.state import journal
 
 ALL_CAN_BE, SOME_REFUSED = 0, 1  # exit codes
 

@@ -18,15 +18,16 @@ from vmbackup.commands.request import Request, read
 from vmbackup.commands.screen import LineConsole, Screen
 from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.backup import Backup, Node
+from vmbackup.protocol.record import Record, Snapshot
+from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import forget
-from vmbackup.reconcile.record import Record, Snapshot
+from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import guarded
-from vmbackup.reconcile.wish import Wish
-from vmbackup.report.metrics import Metrics
-from vmbackup.stores import open_store
+from vmbackup.reconcile.state.journal import forget
+from vmbackup.reconcile.telling.listener import Wish
 from vmbackup.stores.base import BackupKey
+from vmbackup.stores.registry import open_store
+from vmbackup.telemetry.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 

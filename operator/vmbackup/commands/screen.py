@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from vmbackup.api.status import GUEST_AWAY, Phase, Reason, Report
-from vmbackup.aside import Aside
+from vmbackup.output import Aside
 
 _LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
 _WAITS = (

@@ -6,54 +6,33 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report
-from vmbackup.backoff import Backoff
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
-from vmbackup.reconcile import journal as journals
-from vmbackup.reconcile.acts import Acts
-from vmbackup.reconcile.clock import boot_id, boottime
-from vmbackup.reconcile.copying import Copying, delete_stored
-from vmbackup.reconcile.domain_lock import DIRECTORY, domain_lock
+from vmbackup.protocol.record import Copy, Freeze, Record, Snapshot
+from vmbackup.protocol.terms import CANCELLED
+from vmbackup.protocol.transition import of_this_boot, resumed_after_crash, without_switches
+from vmbackup.reconcile.admission.plan import Planner, key_of
 from vmbackup.reconcile.driver import Driver, Ending
-from vmbackup.reconcile.journal import Journal
-from vmbackup.reconcile.merging import Merging
-from vmbackup.reconcile.narrate import Progress, narrate
-from vmbackup.reconcile.narration import Narration
+from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.observe import Observer
-from vmbackup.reconcile.plan import Planner, key_of
-from vmbackup.reconcile.record import Copy, Freeze, Record, Snapshot
-from vmbackup.reconcile.terms import CANCELLED
-from vmbackup.reconcile.transition import of_this_boot, resumed_after_crash, without_switches
-from vmbackup.reconcile.wish import Reporter, Wish, spec_of
-from vmbackup.report.log import LogReporter
-from vmbackup.report.metrics import Metrics
+from vmbackup.reconcile.state import journal as journals
+from vmbackup.reconcile.state.clock import boot_id, boottime
+from vmbackup.reconcile.state.domain_lock import domain_lock
+from vmbackup.reconcile.state.journal import Journal
+from vmbackup.reconcile.steps.actions import Acts
+from vmbackup.reconcile.steps.copying import Copying, delete_stored
+from vmbackup.reconcile.steps.offline_merge import Merging
+from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.listener import Reporter, Wish, spec_of
+from vmbackup.reconcile.telling.log import LogReporter
+from vmbackup.reconcile.telling.summary import Progress, narrate
 from vmbackup.stores.base import BackupKey, Store
 
 _WAIT = 1.0  # seconds between attempts to get the domain, or its lock
-
-
-@dataclass(frozen=True)
-class Node:
-    """What all backups of a node share. `reporter_of` finds who is told of another backup than the one that runs."""
-
-    hypervisor: Hypervisor
-    state_dir: Path
-    metrics: Metrics
-    overlay_dir: Path | None = None
-    image_roots: tuple[Path, ...] = ()
-    backoff: Backoff = field(default_factory=Backoff)
-    lock_dir: Path = DIRECTORY
-    reporter_of: Callable[[Record], Reporter | None] = field(default=lambda _record: None)
-
-    def records(self) -> list[Record]:
-        """The records of all backups that have a journal here."""
-        return list(journals.records(self.state_dir))
 
 
 class Backup:

@@ -11,16 +11,16 @@ from enum import StrEnum
 from vmbackup.api.spec import Quiesce, SwitchPolicy
 from vmbackup.errors import PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.acts import Acts
-from vmbackup.reconcile.calls import forget_call
-from vmbackup.reconcile.clock import boottime
-from vmbackup.reconcile.machine import decide
-from vmbackup.reconcile.narration import Narration
+from vmbackup.protocol.convergence import with_overdue
+from vmbackup.protocol.decide import decide
+from vmbackup.protocol.record import Copy, Guard, Record, Snapshot
+from vmbackup.protocol.terms import Action, Do, Intent, Power
 from vmbackup.reconcile.observe import Observer, View
-from vmbackup.reconcile.record import Copy, Guard, Record, Snapshot
-from vmbackup.reconcile.stall import with_overdue
-from vmbackup.reconcile.terms import Action, Do, Intent, Power
-from vmbackup.reconcile.wish import Wish
+from vmbackup.reconcile.state.clock import boottime
+from vmbackup.reconcile.steps.actions import Acts
+from vmbackup.reconcile.steps.calls import forget_call
+from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.listener import Wish
 
 _log = logging.getLogger(__name__)
 

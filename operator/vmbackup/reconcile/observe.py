@@ -15,11 +15,11 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
 from vmbackup.imaging.image import overlay_file
 from vmbackup.imaging.merge import is_unwritten
-from vmbackup.reconcile import room
-from vmbackup.reconcile.clock import boot_id, boottime, may_be_in_flight
-from vmbackup.reconcile.machine import needs_truth
-from vmbackup.reconcile.record import Copy, DiskRecord, Image, Record, Snapshot
-from vmbackup.reconcile.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+from vmbackup.protocol.decide import needs_truth
+from vmbackup.protocol.record import Copy, DiskRecord, Image, Record, Snapshot
+from vmbackup.protocol.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
+from vmbackup.reconcile.admission import overlay_space as room
+from vmbackup.reconcile.state.clock import boot_id, boottime, may_be_in_flight
 
 Answer = TypeVar("Answer")
 

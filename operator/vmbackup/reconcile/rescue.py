@@ -18,11 +18,12 @@ from functools import partial
 from threading import Event, Thread
 
 from vmbackup.errors import PermanentError, VMBackupError
-from vmbackup.reconcile.backup import Node, let_rest
+from vmbackup.protocol.record import Record
+from vmbackup.reconcile.backup import let_rest
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import record_of
-from vmbackup.reconcile.narration import tell_suspended
-from vmbackup.reconcile.record import Record
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.telling.announcer import tell_suspended
 
 _log = logging.getLogger(__name__)
 

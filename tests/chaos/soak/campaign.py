@@ -17,9 +17,9 @@ from tests.chaos.soak.scene import NotNowError, Undo
 from tests.chaos.soak.tally import Tally
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.record import Guard, Record
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.journal import record_of
-from vmbackup.reconcile.record import Guard, Record
+from vmbackup.reconcile.state.journal import record_of
 
 HOME_SECONDS = 180.0  # at most, after the last fault: barriers of 31 s, attempts, a boot
 SUSPENDED_SECONDS = 5.0

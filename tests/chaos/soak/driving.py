@@ -17,16 +17,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.backups import Told, make_node
-from tests.kill_points import SNAPSHOT, Boot, When, watch_all
+from tests.support.backups import Told, make_node
+from tests.support.kill_points import SNAPSHOT, Boot, When, watch_all
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.wish import Wish
-from vmbackup.stores import open_store
+from vmbackup.reconcile.telling.listener import Wish
 from vmbackup.stores.base import BackupKey
+from vmbackup.stores.registry import open_store
 
 _HELD_SECONDS = 30.0  # at most: whoever holds it may have died
 

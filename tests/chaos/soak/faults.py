@@ -23,9 +23,9 @@ from tests.chaos.soak.hands import (
 )
 from tests.chaos.soak.host import fill
 from tests.chaos.soak.scene import NotNowError, Scene, Undo, virsh
-from tests.storage import run
+from tests.support.storage import run
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.record import Freeze, Guard
+from vmbackup.protocol.record import Freeze, Guard
 
 _SHUTDOWN_SECONDS = 20.0
 _JUMP_SECONDS = 10 * 365 * 86400.0

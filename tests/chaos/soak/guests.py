@@ -18,11 +18,11 @@ from sandbox import oracle
 from sandbox.guest import make_disk
 from sandbox.libvirtd import DiskSpec, domain_xml
 from sandbox.oracle import ProofError
-from tests.agent_channel import Channel, ProxiedGuest
 from tests.chaos.soak.choices import REFLINKS
 from tests.chaos.soak.host import Host
-from tests.domains import qemu_img, what_is_wrong_with
-from tests.storage import run
+from tests.support.agent_channel import Channel, ProxiedGuest
+from tests.support.domains import qemu_img, what_is_wrong_with
+from tests.support.storage import run
 from vmbackup.hypervisor.guest import Guest, GuestState
 
 KINDS = ("plain", "chain", "tight", "linux", "cut")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.chaos.soak.choices import Fault
 from tests.chaos.soak.scene import PATIENCE, NotNowError, Scene, Undo, virsh
-from tests.domains import naming
+from tests.support.domains import naming
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 

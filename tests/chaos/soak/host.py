@@ -14,12 +14,12 @@ from typing import Self, TypeVar
 
 from sandbox.libvirtd import CRASHED, Libvirtd
 from tests.chaos.power import booted_now, cut_off
-from tests.kill_points import Boot
-from tests.storage import XFS_BYTES, make_xfs, mounted, run
+from tests.support.kill_points import Boot
+from tests.support.storage import XFS_BYTES, make_xfs, mounted, run
 from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
-from vmbackup.reconcile.clock import boottime
+from vmbackup.reconcile.state.clock import boottime
 
 Answer = TypeVar("Answer")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from sandbox.oracle import ProofError
 from tests.chaos.soak.guests import Subject
-from tests.storage import sha256sum
+from tests.support.storage import sha256sum
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.journal import records
-from vmbackup.reconcile.record import Freeze, Guard
+from vmbackup.protocol.record import Freeze, Guard
+from vmbackup.reconcile.state.journal import records
 
 _RUN_SECONDS = 10.0  # libvirt may show an event of QEMU late on a busy machine
 _WRITE_SECONDS = 60.0  # a Linux boots meanwhile

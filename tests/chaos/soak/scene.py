@@ -9,7 +9,7 @@ from typing import Protocol
 from tests.chaos.soak.driving import Driving
 from tests.chaos.soak.guests import Subject
 from tests.chaos.soak.host import Host
-from vmbackup.reconcile.record import Record
+from vmbackup.protocol.record import Record
 
 Undo = Callable[[], object]
 PATIENCE = 3.0

@@ -1,0 +1,24 @@
+"""What all VMBackups of a node share, as the agent sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmbackup.agent.policies import Policies
+from vmbackup.agent.runtime.queue import Queue
+from vmbackup.agent.runtime.threads import Threads
+from vmbackup.cluster.client import Cluster
+from vmbackup.cluster.events import Events
+from vmbackup.reconcile.node import Node
+
+
+@dataclass(frozen=True)
+class Premises:
+    """The hypervisor and its backups, the API server, its policies, the queue, and threads for what blocks."""
+
+    node: Node
+    cluster: Cluster
+    events: Events
+    policies: Policies
+    queue: Queue
+    threads: Threads

@@ -1,0 +1,65 @@
+"""What had begun is carried on while the API server is away: a guest does not wait on its overlay for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from vmbackup.agent.context import Premises
+from vmbackup.api.spec import StoreSpec
+from vmbackup.protocol.record import Record
+from vmbackup.reconcile.admission.plan import key_of
+from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.telling.listener import Wish, spec_of
+from vmbackup.reconcile.telling.log import LogReporter
+from vmbackup.stores.registry import open_store
+
+_log = logging.getLogger(__name__)
+
+
+class Alone:
+    """Runs backups as their journals say that they were asked for. Belongs to the event loop.
+
+    Each is taken over by its keeper once the API server answers: that one tells its VMBackup what became of it.
+    """
+
+    def __init__(self, premises: Premises) -> None:
+        self._premises = premises
+        self._backups: list[Backup] = []
+        self._runs: list[asyncio.Task[None]] = []
+        self._stopped = False
+
+    def carry_on(self, records: Iterable[Record]) -> None:
+        """Start them."""
+        for record in records:
+            backup = self._backup(record)
+            self._backups.append(backup)
+            self._runs.append(asyncio.create_task(self._run(record, backup)))
+
+    def stop(self) -> None:
+        """Let each come to a safe point."""
+        self._stopped = True
+        for backup in self._backups:
+            backup.wake()
+
+    async def ended(self) -> None:
+        """Return once all have."""
+        await asyncio.gather(*self._runs)
+
+    def _backup(self, record: Record) -> Backup:
+        spec = spec_of(record)
+        return Backup(
+            self._premises.node,
+            key_of(record),
+            wish=lambda: Wish(spec, retry=record.handled_retry, stop=self._stopped),
+            open_store=lambda: open_store(StoreSpec.parse(record.store)),
+            reporter=LogReporter(record.full_name),
+        )
+
+    async def _run(self, record: Record, backup: Backup) -> None:
+        _log.warning("%s had begun: it is carried on without the API server", record.full_name)
+        try:
+            await self._premises.threads.run(backup.run, f"alone-{record.name}")
+        except Exception:
+            _log.exception("%s cannot be carried on without the API server", record.full_name)

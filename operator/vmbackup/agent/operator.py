@@ -1,0 +1,245 @@
+"""`vmbackup agent`: the wiring of kopf. What it does with a VMBackup is in node/.
+
+The traps of kopf 1.45 that this goes around (measured; tests/cluster/test_agent_kopf.py has one test for each):
+
+- A daemon that returns is never started again: so ours ends only when kopf asks it to, or when its VMBackup is gone.
+- The daemon of a VMBackup that is gone without its finalizer is never asked to: so the keeper looks for that itself.
+- A daemon starts before its finalizer is stored: so the keeper waits until the API server shows it.
+- Of a VMBackup that is being deleted kopf removes the finalizer at once where no daemon runs, as after a restart, and
+  else asks by a write to the object, each second or minute, whether the daemon has ended. So the watching handler,
+  which kopf awaits before all this, returns only when the VMBackup may go.
+- Handlers of changes keep a copy of the spec in an annotation: so there are none.
+- A ClusterKopfPeering that somebody made pauses all operators: so this one stands alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kopf
+from kubernetes.client import ApiClient
+
+from vmbackup.agent.context import Premises
+from vmbackup.agent.duty import Seen
+from vmbackup.agent.leftovers import OrphanPolicy, Orphans
+from vmbackup.agent.policies import Policies
+from vmbackup.agent.registry import Fleet
+from vmbackup.agent.runtime import memory
+from vmbackup.agent.runtime.queue import Queue
+from vmbackup.agent.runtime.threads import Threads
+from vmbackup.agent.runtime.watchdog import RESTART_MENDS, Watchdog
+from vmbackup.agent.sweep import Sweep
+from vmbackup.api.spec import FINALIZER, GROUP, VERSION
+from vmbackup.backoff import Backoff
+from vmbackup.cluster.client import BACKUPS, Cluster, authorization, load_client
+from vmbackup.cluster.events import Events
+from vmbackup.errors import RefusedError, VMBackupError
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.rescue import guarded, let_guests_run
+from vmbackup.telemetry.health import HealthServer
+from vmbackup.telemetry.metrics import Metrics
+from vmbackup.telemetry.server import Certificate
+
+_log = logging.getLogger(__name__)
+
+_STOP_SECONDS = 20.0  # for backups to come to a safe point; manifests/ give 60 for all
+_FLUSH_SECONDS = 3.0
+_RESCUE_SECONDS = 60.0  # an unanswered call takes 31 s to be safe; a libvirtd that is away holds nobody up for ever
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """The flags of `vmbackup agent`. `commit_backoff`, `relist_interval`: seconds; `orphan_policy`: an OrphanPolicy."""
+
+    node_name: str
+    libvirt_uri: str
+    libvirt_config_dir: Path | None
+    kubeconfig: str | None
+    metrics_host: str
+    metrics_port: int
+    metrics_tls_cert: Path | None
+    metrics_tls_key: Path | None
+    state_dir: Path
+    overlay_dir: Path | None
+    image_roots: tuple[Path, ...] | None
+    max_concurrent_backups: int
+    commit_backoff: float
+    relist_interval: float
+    orphan_policy: str
+
+
+def run(settings: AgentSettings) -> int:
+    """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError if there is no way to the API server."""
+    memory.one_heap()
+    for noisy in ("kopf.objects", "kopf.activities"):  # a line for each event and handler
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    client = load_client(settings.kubeconfig)
+    hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
+    agent = _Agent(settings, client, hypervisor)
+    try:
+        with (
+            guarded(agent.node),
+            HealthServer(
+                agent.metrics.registry,
+                agent.watchdog.checks,
+                host=settings.metrics_host,
+                port=settings.metrics_port,
+                tls=_certificate(settings),
+                restart_mends=RESTART_MENDS,
+            ) as health,
+        ):
+            _say_what_it_does(settings, hypervisor, health.port)
+            try:
+                kopf.run(registry=agent.registry, clusterwide=True)
+            finally:
+                agent.end()
+    finally:
+        hypervisor.close()
+    return 0
+
+
+def _certificate(settings: AgentSettings) -> Certificate | None:
+    certificate, key = settings.metrics_tls_cert, settings.metrics_tls_key
+    if certificate and key:
+        return Certificate(certificate, key)
+    if certificate or key:
+        raise RefusedError("give --metrics-tls-cert and --metrics-tls-key, both or none")
+    return None
+
+
+def _say_what_it_does(settings: AgentSettings, hypervisor: Hypervisor, port: int) -> None:
+    _log.info(
+        "runs the VMBackups with spec.nodeName %s on %s, %d at a time; journals in %s, overlays %s; "
+        "/metrics and /healthz on port %d of %s",
+        settings.node_name,
+        settings.libvirt_uri,
+        settings.max_concurrent_backups,
+        settings.state_dir,
+        f"in {settings.overlay_dir}" if settings.overlay_dir else "beside the images",
+        port,
+        settings.metrics_host or "every address",
+    )
+    if not hypervisor.config_dir.is_dir():
+        _log.warning(
+            "%s is not there: without libvirt's configuration nothing proves that it is durable on disk, and a power "
+            "cut during a backup may boot a stale image; mount it, or give --libvirt-config-dir",
+            hypervisor.config_dir,
+        )
+
+
+class _Agent:
+    """The handlers, and what they need."""
+
+    def __init__(self, settings: AgentSettings, client: ApiClient, hypervisor: Hypervisor) -> None:
+        self._settings = settings
+        self._client = client
+        self.metrics = Metrics()
+        cluster = Cluster(client)
+        self._events = Events(cluster, node=settings.node_name)
+        self.node = node = Node(
+            hypervisor,
+            settings.state_dir,
+            self.metrics,
+            overlay_dir=settings.overlay_dir,
+            image_roots=settings.image_roots or (),
+            backoff=Backoff(first=settings.commit_backoff),
+            reporter_of=lambda record: self._fleet.reporter_of(record),
+        )
+        self._threads = Threads()
+        policies = Policies(cluster, self._events, self.metrics, settings.node_name)
+        queue = Queue(settings.max_concurrent_backups)
+        premises = Premises(node, cluster, self._events, policies, queue, self._threads)
+        self._fleet = Fleet(premises)
+        orphans = Orphans(premises, settings.node_name, OrphanPolicy(settings.orphan_policy))
+        self._sweep = Sweep(premises, self._fleet, orphans, settings.node_name, settings.relist_interval)
+        self.watchdog = Watchdog(hypervisor, self._sweep.neglected)
+        self._background: list[asyncio.Task[None]] = []
+        self.registry = self._register()
+
+    def end(self) -> None:
+        """Let running backups come to a safe point; another agent carries on. Commits go on in QEMU meanwhile."""
+        if not self._threads.join(_STOP_SECONDS):
+            _log.warning("some backups did not come to a safe point within %.0f s", _STOP_SECONDS)
+        self._fleet.flush(_FLUSH_SECONDS)
+        self._events.flush(_FLUSH_SECONDS)
+        self._events.close()
+
+    def _register(self) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
+        resource: Any = (GROUP, VERSION, BACKUPS)
+        kopf.on.startup(registry=registry)(self._start)
+        kopf.on.cleanup(registry=registry)(self._stop)
+        kopf.on.login(registry=registry)(self._login)
+        kopf.on.event(*resource, registry=registry)(self._seen)
+        kopf.daemon(*resource, registry=registry, when=self._wanted, backoff=5.0)(self._keep)
+        return registry
+
+    async def _start(self, settings: kopf.OperatorSettings, **_: Any) -> None:
+        settings.watching.field_selectors[GROUP, BACKUPS] = f"spec.nodeName={self._settings.node_name}"
+        settings.watching.inactivity_timeout = 70.0  # bookmarks come each minute
+        settings.watching.connect_timeout = 10.0
+        settings.networking.request_timeout = 30.0
+        settings.peering.standalone = True
+        settings.posting.enabled = False  # our events come from report/
+        settings.scanning.disabled = True  # our resources are there: the sweep has listed them
+        settings.persistence.finalizer = FINALIZER
+        settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
+        settings.background.cancellation_polling = 0.5
+        settings.background.instant_exit_timeout = 2.0
+        self._background = [asyncio.create_task(self.watchdog.beat())]
+        try:
+            with suppress(TimeoutError):  # guests come first, whether or not the API server answers
+                rescue = self._threads.run(partial(let_guests_run, self.node), "rescue")
+                await asyncio.wait_for(rescue, _RESCUE_SECONDS)
+            await self._sweep.begin()
+        except asyncio.CancelledError:  # told to end already: kopf calls no _stop then
+            await self._stop()
+            raise
+        memory.give_back()
+        self._background.append(asyncio.create_task(self._sweep.watch()))
+
+    async def _stop(self, **_: Any) -> None:
+        for task in self._background:
+            task.cancel()
+        self._fleet.stop()
+        self._sweep.stop()
+
+    def _login(self, **_: Any) -> kopf.ConnectionInfo:
+        """The same access as the client's; asked again when the API server says 401."""
+        client: Any = self._client
+        access: Any = client.configuration
+        scheme, _space, token = authorization(self._client).rpartition(" ")
+        return kopf.ConnectionInfo(
+            server=access.host,
+            ca_path=access.ssl_ca_cert,
+            insecure=not access.verify_ssl,
+            username=access.username or None,
+            password=access.password or None,
+            scheme=scheme or None,
+            token=token or None,
+            certificate_path=access.cert_file,
+            private_key_path=access.key_file,
+        )
+
+    async def _seen(self, event: kopf.RawEvent, **_: Any) -> None:
+        body, gone = event["object"], event["type"] == "DELETED"
+        self._fleet.see(body, gone=gone)
+        seen = Seen(body)
+        if gone:
+            with suppress(VMBackupError, OSError):  # the next sweep sees it too
+                await self._sweep.forget(seen.uid)
+        elif seen.terminating and (seen.held or seen.awaits_its_end):
+            await self._fleet.let_go(body)
+
+    def _wanted(self, body: kopf.Body, **_: Any) -> bool:
+        return self._fleet.wants(body)
+
+    async def _keep(self, body: kopf.Body, stopped: Any, **_: Any) -> None:
+        await self._fleet.keep(dict(body), stopped)

@@ -1,0 +1,160 @@
+"""Our own look at what there is, at the start and then again and again: no watch is trusted for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from vmbackup.agent.context import Premises
+from vmbackup.agent.duty import Body, Seen
+from vmbackup.agent.leftovers import Orphans
+from vmbackup.agent.offline import Alone
+from vmbackup.agent.registry import Fleet
+from vmbackup.agent.runtime import memory
+from vmbackup.agent.runtime.existing_files import Presence
+from vmbackup.api.status import Reason
+from vmbackup.cluster.status import condition
+from vmbackup.errors import VMBackupError
+from vmbackup.protocol.record import Record, Snapshot
+from vmbackup.reconcile.state import journal as journals
+
+_log = logging.getLogger(__name__)
+
+_LIST_AGAIN = 2.0  # seconds
+
+
+class Sweep:
+    """Compares the VMBackups of this node with its journals and its domains.
+
+    A journal whose VMBackup is gone is removed if its chain is home; else the chain is brought home now, or stays
+    recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left alone.
+    """
+
+    def __init__(self, premises: Premises, fleet: Fleet, orphans: Orphans, node_name: str, interval: float) -> None:
+        self._premises = premises
+        self._fleet = fleet
+        self._orphans = orphans
+        self._node_name = node_name
+        self._interval = interval
+        self._presence = Presence(premises.threads)
+        self._unattended: set[str] = set()
+        self._neglected: set[str] = set()
+
+    async def begin(self) -> None:
+        """Before anything runs: what had begun keeps its domain, and metrics are what they were.
+
+        Waits for the API server; what had begun is carried on meanwhile.
+        """
+        records = await self._records()
+        for record in records:
+            if not record.spec:  # of `vmbackup run`
+                continue
+            if record.begun and not record.finished:
+                self._premises.queue.reserve(record.domain_uuid, record.uid)
+        await self._orphans.begin()  # guests come first
+        await self._tell_overlays([record for record in records if record.spec])
+        bodies = await self._list()
+        if bodies is None:
+            bodies = await self._list_at_last(records)
+        self._tell_ends(bodies, records)
+
+    async def watch(self) -> None:
+        """Look again and again. Runs until it is cancelled."""
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                _log.exception("could not compare VMBackups with journals, will look again")
+            await self._premises.threads.call(memory.give_back)
+            await asyncio.sleep(self._interval)
+
+    async def look(self) -> None:
+        """Look once."""
+        await self._premises.threads.call(self._premises.policies.look)
+        kept = self._fleet.uids
+        await self._orphans.see()
+        records = await self._records()  # first: whoever has a journal now and is not listed next is gone
+        bodies = await self._list()
+        if bodies is None:
+            return
+        unattended = self._fleet.unattended(bodies)
+        self._neglected = unattended & self._unattended
+        self._unattended = unattended
+        uids = {Seen(body).uid for body in bodies}
+        self._fleet.vanished(kept - uids)
+        gone = [each for each in records if each.spec and each.uid not in uids and not self._fleet.attends(each.uid)]
+        for record in gone:
+            if record.done:
+                await self._premises.threads.call(journals.forget, self._premises.node.state_dir, record.uid)
+        await self._orphans.look(records, [each for each in gone if not each.done], map(Seen, bodies))
+
+    def neglected(self) -> str:
+        """What is wrong with the watch: VMBackups that nobody had heard of at the last two looks. From any thread."""
+        count = len(self._neglected)
+        return f"{count} unfinished VMBackups were not noticed: the watch has died" if count else ""
+
+    async def forget(self, uid: str) -> None:
+        """A VMBackup is gone: so is its journal, if nothing is left to do for its chain."""
+        record = await self._premises.threads.call(journals.record_of, self._premises.node.state_dir, uid)
+        if record is not None and record.done:
+            await self._premises.threads.call(journals.forget, self._premises.node.state_dir, uid)
+
+    def stop(self) -> None:
+        """This process is to end."""
+        self._orphans.stop()
+
+    async def _records(self) -> list[Record]:
+        return await self._premises.threads.call(self._premises.node.records)
+
+    async def _list(self) -> list[Body] | None:
+        try:
+            bodies: Sequence[Body] = await self._premises.threads.call(
+                self._premises.cluster.backups_of, self._node_name
+            )
+        except VMBackupError as error:
+            _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
+            return None
+        return [body for body in bodies if not Seen(body).departed]
+
+    async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
+        alone = Alone(self._premises)
+        alone.carry_on(record for record in records if record.begun and record.store and not record.finished)
+        try:
+            while (bodies := await self._list()) is None:
+                await asyncio.sleep(_LIST_AGAIN)
+        finally:
+            alone.stop()
+        await alone.ended()
+        return bodies
+
+    # -- metrics that alerts depend on
+
+    async def _tell_overlays(self, records: Iterable[Record]) -> None:
+        taken = [(record, disk) for record in records if record.snapshot is not Snapshot.NONE for disk in record.disks]
+        there = await self._presence.of(disk.overlay for _, disk in taken)
+        for record, disk in taken:
+            if disk.overlay in there:
+                since = record.snapshot_time or record.started or time.time()
+                self._premises.node.metrics.overlay(record.domain, disk.target, Path(disk.overlay), since)
+
+    def _tell_ends(self, bodies: Iterable[Body], records: Iterable[Record]) -> None:
+        domains = {record.uid: record.domain for record in records}
+        for body in bodies:
+            seen, metrics = Seen(body), self._premises.node.metrics
+            taken, ended = seen.status.get("snapshotTime"), seen.status.get("completionTime")
+            ready, reason = (condition(seen.status, "Ready").get(field) for field in ("status", "reason"))
+            domain = domains.get(seen.uid) or str(body["spec"]["domain"])
+            if ready == "True" and taken and ended:
+                metrics.succeeded(domain, _seconds(str(taken)), _seconds(str(ended)))
+            elif reason in (Reason.CANCELLED, Reason.DELETED):
+                continue  # somebody wanted that
+            elif ready == "False" and ended and seen.over and seen.status.get("domainUUID"):
+                metrics.failed(domain, _seconds(str(ended)))
+
+
+def _seconds(timestamp: str) -> float:
+    return datetime.fromisoformat(timestamp).timestamp()

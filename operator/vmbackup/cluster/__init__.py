@@ -1,0 +1,1 @@
+"""The API server: client, status, events. All that a controller without libvirt needs."""

@@ -1,0 +1,211 @@
+"""What a human is told where the agent cannot go on alone: which disk, which file, and what to do next. Pure."""
+
+from __future__ import annotations
+
+from vmbackup.protocol.record import DiskRecord, Record
+
+_COLD_RESTART = "shut the guest down and start it again (a reboot from inside is not enough)"
+# With the <backingStore> of another image QEMU would leave out what lies between; with its type it would not read it.
+_EDIT = "virsh edit: its <source>, its format as type of the <driver>, and no <backingStore>"
+
+
+def overlay_gone(disk: DiskRecord) -> str:
+    """The guest is off, P=O, and there is no such file."""
+    return (
+        f"disk {disk.target}: the overlay {disk.overlay} is gone, and with it what the guest wrote last: put it back; "
+        "else restore a backup"
+    )
+
+
+def images_differ(disk: DiskRecord) -> str:
+    """Live, off in the middle of a pivot: the guest may have written to either."""
+    return (
+        f"disk {disk.target}: {disk.overlay} and {disk.base} differ after a power cut, and the guest may have "
+        f"written to either: inspect copies of both, set the newer one in the domain's definition ({_EDIT}), and "
+        "move the other away"
+    )
+
+
+def overlay_left_off(disk: DiskRecord) -> str:
+    """The guest is off, P=B, and O is there."""
+    return (
+        f"disk {disk.target}: the guest is off and would start on {disk.base}, but {disk.overlay} may hold newer data: "
+        "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one "
+        f"({_EDIT}), or move the overlay away"
+    )
+
+
+def gone_from_here(disk: DiskRecord) -> str:
+    """Neither running nor defined here, and O is there: migrated, or undefined by hand, or transient and stopped."""
+    return (
+        f"disk {disk.target}: the domain is gone from this host, and {disk.overlay} holds what its guest wrote last: "
+        "leave it where it is. If the domain was migrated, the agent of that host brings it home, and nothing is to be "
+        f"done here; else define it again with {disk.overlay} as its image (format qcow2, no <backingStore>), and "
+        "start it"
+    )
+
+
+def overlay_left_on(disk: DiskRecord) -> str:
+    """The guest is on, L=B, and O is there with content."""
+    return (
+        f"disk {disk.target}: the guest writes {disk.base}, but {disk.overlay} holds data that may be missing there: "
+        "compare them, save what you need, and move the overlay away"
+    )
+
+
+def written_elsewhere(disk: DiskRecord, written: str) -> str:
+    """T≠L. `written`: what QEMU writes."""
+    return f"disk {disk.target}: QEMU writes {written}, libvirt names another image: {_COLD_RESTART}"
+
+
+def written_to_foreign_image(disk: DiskRecord) -> str:
+    """T≠L, and T is neither B nor O: somebody else's image, which the definition does not name."""
+    return (
+        f"disk {disk.target}: QEMU writes neither {disk.base} nor an image that libvirt names: the next start would "
+        "go back in time. Find it (virsh qemu-monitor-command DOMAIN --hmp 'info block'), let the domain's "
+        f"definition name it ({_EDIT}), and only then shut the guest down and start it again"
+    )
+
+
+def overlay_in_use(disk: DiskRecord) -> str:
+    """L=B, and O is locked."""
+    return (
+        f"disk {disk.target}: libvirt names {disk.base}, but {disk.overlay} is in use: end whoever reads it (lsof "
+        f"names it); if that is the guest's own QEMU, {_COLD_RESTART}"
+    )
+
+
+def job_unknown(disk: DiskRecord) -> str:
+    """A `<mirror>` without a job, and L=O=T."""
+    return (
+        f"disk {disk.target}: libvirt believes in a commit of {disk.overlay} of which QEMU knows nothing: "
+        f"{_COLD_RESTART}"
+    )
+
+
+def foreign_image(disk: DiskRecord) -> str:
+    """L is neither B nor O, and O is there."""
+    return (
+        f"disk {disk.target}: the guest uses another image than {disk.base} and {disk.overlay}, which may be below it: "
+        "end what put it there (mostly a snapshot: virsh blockcommit, virsh snapshot-delete), and this goes on"
+    )
+
+
+def base_changed(disk: DiskRecord) -> str:
+    """B is not the file any more that it was when O was put on it."""
+    return (
+        f"disk {disk.target}: {disk.base} was replaced, removed or truncated, and {disk.overlay} only fits the "
+        "original: nothing is merged. Put the original back under this name. If it is gone, do not stop the running "
+        "guest, since QEMU may still have the file open: copy the disk to a new image (virsh blockcopy --pivot)"
+    )
+
+
+def lost_by_libvirt(disk: DiskRecord) -> str:
+    """Off, and yet O is open: libvirt 9.0 that is killed while it saves a job may not know the guest any more.
+
+    It has then written a mirror without the kind of its job, which it cannot read at its next start.
+    """
+    return (
+        f"disk {disk.target}: libvirt says that the guest is off, but a process has {disk.overlay} open (lsof). If "
+        "that is its QEMU, which libvirt has lost, the guest runs on: shut it down from within, or end that process"
+    )
+
+
+def foreign_definition(disk: DiskRecord) -> str:
+    """P is neither B nor O, and O is there."""
+    return (
+        f"disk {disk.target}: the domain's definition names another image than {disk.base}, perhaps on top of "
+        f"{disk.overlay}: let it name {disk.base} ({_EDIT})"
+    )
+
+
+def foreign_job(disk: DiskRecord) -> str:
+    """Somebody else's block job."""
+    return (
+        f"disk {disk.target}: another block job is running on {disk.overlay or 'it'}: wait for its end, or end it "
+        f"(virsh blockjob)"
+    )
+
+
+def foreign_commit(disk: DiskRecord) -> str:
+    """Somebody else's commit writes to the base that is being copied."""
+    return (
+        f"disk {disk.target}: somebody else's commit of {disk.overlay} (virsh blockcommit) writes to {disk.base}, "
+        "which is not of the moment of the snapshot any more: create a new VMBackup"
+    )
+
+
+def start(*, saved: bool) -> str:
+    """Off on O, and nothing else is wrong. `saved`: there is a saved state, which needs O."""
+    return "start the guest: it is off on its overlay" + (", on which its saved state goes on" if saved else "")
+
+
+def migrated(record: Record) -> str:
+    """Off on O here, since it runs elsewhere."""
+    return (
+        f"domain {record.domain} was migrated to another host while it was on its overlay: the agent there brings it "
+        "home; here undefine it (virsh undefine), or start it again only after it has ended there"
+    )
+
+
+def not_here(record: Record) -> str:
+    """It went away before anything was begun."""
+    return (
+        f"domain {record.domain} is gone from this host, mostly by a migration: create a new VMBackup with the "
+        "spec.nodeName of the host where it runs"
+    )
+
+
+def migrating(record: Record) -> str:
+    """A job of the whole domain that is somebody else's."""
+    return (
+        f"domain {record.domain} is being migrated, saved or backed up by somebody else: wait for its end, or end it "
+        f"(virsh domjobinfo {record.domain})"
+    )
+
+
+def stays_frozen(domain: str) -> str:
+    """A lost backup left its guest frozen, and this one has given up thawing it."""
+    return (
+        f"domain {domain} was frozen by a backup whose journal is lost, and its guest agent does not answer: thaw it "
+        f"by hand (virsh domfsthaw {domain}), or shut it down and start it, then create a new VMBackup"
+    )
+
+
+def image_changed(disk: DiskRecord) -> str:
+    """Before the snapshot: L or P is not B any more."""
+    return (
+        f"disk {disk.target}: the guest uses another image than {disk.base}, or will at its next start: let the "
+        "running guest and the domain's definition agree (virsh domblklist, --inactive too), then create a new VMBackup"
+    )
+
+
+def no_room(disks: list[DiskRecord]) -> str:
+    """The guest was paused by an I/O error while these were on their overlay."""
+    overlays = ", ".join(f"{disk.target}: {disk.overlay}" for disk in disks)
+    return (
+        f"the guest was paused by an I/O error, mostly since its overlay has no room ({overlays}): it is brought "
+        "home and resumed; free space there, or give --overlay-dir, and create a new VMBackup"
+    )
+
+
+def commit_begun(disk: DiskRecord) -> str:
+    """B is not the moment of the snapshot any more."""
+    return (
+        f"disk {disk.target}: the commit of {disk.overlay} into {disk.base} had begun before the copy was complete: "
+        "create a new VMBackup"
+    )
+
+
+def disks_apart(disks: list[DiskRecord]) -> str:
+    """R6. `disks`: those that are on base already."""
+    names = ", ".join(f"{disk.target} ({disk.base})" for disk in disks)
+    return f"some disks left the moment of the snapshot before their copy was complete: {names}; create a new VMBackup"
+
+
+def commit_failed(disk: DiskRecord, why: str) -> str:
+    """An attempt to bring a disk home has failed."""
+    return (
+        f"{disk.overlay} could not be merged into {disk.base}: {why}; see whether the file system of {disk.base} is "
+        "full, or another process reads it (lsof)"
+    )

@@ -1,0 +1,251 @@
+"""The situation that the rules look at, and what they share: settling P, READY, quarantine, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vmbackup.api.spec import StallPolicy
+from vmbackup.protocol import advice
+from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
+from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+
+
+@dataclass(frozen=True)
+class Case:
+    """One disk: its record and what is seen of it."""
+
+    record: DiskRecord
+    seen: DiskSeen
+
+    @property
+    def target(self) -> str:
+        """The disk's target."""
+        return self.seen.target
+
+    @property
+    def on_overlay(self) -> bool:
+        """L=O."""
+        return self.seen.live is Image.OVERLAY
+
+    @property
+    def overlay(self) -> OverlayFile | None:
+        """O, if there is such a file."""
+        return self.seen.overlay
+
+    @property
+    def empty(self) -> bool:
+        """O holds nothing."""
+        return self.overlay is not None and self.overlay.empty
+
+    @property
+    def done_with(self) -> bool:
+        """Base, where P or L names it, holds all of O: it was pivoted, or merged while the guest was off."""
+        return self.record.pivot_intended or (self.overlay is not None and self.overlay.merged)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that a rule may look at."""
+
+    intent: Intent
+    record: Record
+    seen: Observation
+    disks: tuple[Case, ...]
+
+    @property
+    def on_overlay(self) -> tuple[Case, ...]:
+        """The disks with L=O."""
+        return tuple(disk for disk in self.disks if disk.on_overlay)
+
+    @property
+    def undefined(self) -> bool:
+        """The domain has no definition here: undefined, or migrated away with its definition, or transient."""
+        return bool(self.disks) and all(disk.seen.persistent is None for disk in self.disks)
+
+    @property
+    def paused(self) -> bool:
+        """The guest cannot write."""
+        return self.seen.power in (Power.PAUSED, Power.IO_ERROR)
+
+    @property
+    def suspended_by_us(self) -> bool:
+        """The guest is paused, and it is ours to resume."""
+        return self.seen.power is Power.PAUSED and self.record.guard is Guard.OURS
+
+    @property
+    def snapshot_due(self) -> bool:
+        """This backup still wants its snapshot, and nothing is in its way."""
+        return (
+            not self.on_overlay
+            and self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED)
+            and self.record.copy is Copy.OPEN
+            and not self.intent.unwanted
+            and not self.intent.leaving
+        )
+
+    @property
+    def pivot_due(self) -> bool:
+        """A disk is about to be pivoted."""
+        if self.intent.leaving:
+            return False
+        return any(disk.record.pivot_intended and self.may_pivot(disk) for disk in self.on_overlay)
+
+    @property
+    def may_pause(self) -> bool:
+        """The guest may be suspended so that a commit converges."""
+        asked = self.intent.stall_policy is StallPolicy.PAUSE and self.intent.guarded
+        return asked and not self.intent.leaving and not self.seen.config_failing
+
+    @property
+    def pausing(self) -> bool:
+        """It is, or is about to be: until every commit that is under way has been pivoted, or the time is over."""
+        in_time = self.record.guard is Guard.OURS and self.seen.now < self.record.pause_until
+        return in_time and self.may_pause and any(self.under_way(disk) for disk in self.on_overlay)
+
+    def throttling(self, disk: Case) -> bool:
+        """The guest's writes to this disk may be slowed down so that its commit converges."""
+        asked = self.intent.stall_policy is StallPolicy.THROTTLE and not self.intent.leaving
+        return asked and disk.on_overlay and self.under_way(disk)
+
+    def under_way(self, disk: Case) -> bool:
+        """The job of an attempt to bring this disk home is running."""
+        return disk.seen.job and not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+
+    def may_pivot(self, disk: Case) -> bool:
+        """The job may be pivoted, P can be settled, and the next attempt is due."""
+        due = not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
+        return ready(disk) and due and not self.seen.config_failing and not disk.seen.base_changed
+
+    def exhausted(self, disk: Case) -> bool:
+        """No further attempt is made to bring this disk home."""
+        return self.record.gave_up or disk.record.failures > self.intent.backoff_limit
+
+
+Rule = Callable[[Situation], Action | None]
+OURS = (Image.BASE, Image.OVERLAY)
+
+
+def settle(situation: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
+    """R2: make P name these images, durably on disk. None if it is so.
+
+    A disk without P (a transient domain) or with an image that is not ours, by somebody else's doing, is left as it is.
+    """
+    pairs = [(disk, image) for disk, image in wanted if image and image in OURS and disk.seen.persistent in OURS]
+    images = tuple((disk.target, image) for disk, image in pairs)
+    if any(disk.seen.persistent is not image or not settled(disk, image) for disk, image in pairs):
+        return Action(Do.REDEFINE, images=images)
+    if not all(disk.record.settled is not None and disk.record.settled.durable for disk, _ in pairs):
+        return Action(Do.SYNC_CONFIG, images=images)
+    return None
+
+
+def settled(disk: Case, image: Image) -> bool:
+    """We have redefined P to name this image since the last switch of images; not necessarily durable yet."""
+    return disk.record.settled is not None and disk.record.settled.image is image
+
+
+def settle_live(situation: Situation) -> Action | None:
+    """Settle P on L, all disks."""
+    return settle(situation, ((disk, disk.seen.live) for disk in situation.disks))
+
+
+def settle_if_possible(situation: Situation) -> Action | None:
+    """Settle P on L, unless that has failed again and again: the guest does not wait for it."""
+    return None if situation.seen.config_failing else settle_live(situation)
+
+
+def ready(disk: Case) -> bool:
+    """The job may be pivoted. R5: a job without `<mirror>` (libvirtd died starting it) may be tried at its end."""
+    if disk.seen.mirror is Mirror.NONE:
+        return disk.seen.job and disk.seen.job_at_end
+    return disk.seen.mirror is Mirror.READY and disk.seen.job
+
+
+def consistent(disk: Case) -> bool:
+    """L=P=T, no overlay is left behind, and libvirt does not believe in a job that is gone."""
+    return (
+        disk.seen.live is disk.seen.truth
+        and disk.seen.persistent in (None, Image.OTHER, disk.seen.live)
+        and (disk.on_overlay or disk.overlay is None)
+        and (disk.seen.job or disk.seen.mirror is Mirror.NONE)
+        and not disk.seen.base_changed
+    )
+
+
+def quarantine(situation: Situation, reason: str) -> Action:
+    """Never with the guest suspended or frozen by us. Say each reason once; then let a deleted VMBackup go, or wait."""
+    if situation.suspended_by_us:
+        return settle_if_possible(situation) or Action(Do.RESUME)
+    if situation.record.guard is not Guard.NONE:  # whoever pauses the guest from now on is not us
+        return Action(Do.CLEAR_GUARD)
+    if action := thaw_guest(situation) or unthrottle(situation):
+        return action
+    if situation.record.quarantined != reason:  # what a human is to do next, where he has begun to help
+        return Action(Do.QUARANTINE, reason=reason)
+    return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
+
+
+def spare_changed_base(s: Situation) -> Action | None:
+    """Base is another file than the one below O: no copy of it is the snapshot, and O is merged into no other."""
+    for disk in s.disks:
+        if disk.seen.base_changed and (disk.on_overlay or disk.overlay is not None):
+            return quarantine(s, advice.base_changed(disk.record))
+    return None
+
+
+def thaw_guest(s: Situation) -> Action | None:
+    """Frozen by us: thaw. An agent that does not answer is asked again later, and blocks nothing."""
+    due = s.record.frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after
+    return Action(Do.THAW) if due else None
+
+
+def unthrottle(s: Situation) -> Action | None:
+    """The end of an attempt, however it ended: the guest writes as fast as before."""
+    if s.suspended_by_us:
+        return None
+    for disk in s.disks:
+        if disk.record.throttle is not None and not s.throttling(disk):
+            return Action(Do.UNTHROTTLE, disk.target)
+    return None
+
+
+def let_go(situation: Situation) -> Action | None:
+    """Deleted, and home is impossible for now: record the orphan on the node, then release the finalizer."""
+    if not situation.intent.deleted:
+        return None
+    return thaw_pending(situation) or (Action(Do.RELEASE) if situation.record.orphan else Action(Do.RECORD_ORPHAN))
+
+
+def thaw_pending(s: Situation) -> Action | None:
+    """Frozen by us still: the guest agent is asked again before the end."""
+    if s.seen.power is Power.OFF or not s.record.frozen:
+        return None
+    until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
+    return Action(Do.WAIT, reason="the guest agent has not thawed the guest yet", until=until)
+
+
+def snapshot_wanted(s: Situation) -> bool:
+    """This backup has not taken its snapshot, and nobody has told it not to."""
+    waiting = (Snapshot.NONE, Snapshot.ADOPTED, Snapshot.INTENDED)
+    return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.unwanted
+
+
+def finish(s: Situation) -> Action | None:
+    """Every disk is home (or nothing was ever begun)."""
+    if s.record.guard is not Guard.NONE:
+        return Action(Do.CLEAR_GUARD)
+    if s.record.orphan:
+        return Action(Do.CLEAR_ORPHAN)
+    return end(s) or (Action(Do.RELEASE) if s.intent.deleted else None)
+
+
+def end(s: Situation) -> Action | None:
+    """The copy is decided and shipped, then the backup is finished."""
+    if s.intent.unwanted and s.record.copy in (Copy.OPEN, Copy.TAKEN):
+        return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
+    if s.record.copy is Copy.OPEN:
+        return Action(Do.FAIL_BACKUP, reason="no copy was made")
+    if s.record.copy is Copy.TAKEN:
+        return Action(Do.SHIP)
+    return thaw_pending(s) or (None if s.record.finished else Action(Do.FINISH))

@@ -1,0 +1,33 @@
+"""What all backups of one node share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmbackup.backoff import Backoff
+from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.protocol.record import Record
+from vmbackup.reconcile.state import journal as journals
+from vmbackup.reconcile.state.domain_lock import DIRECTORY
+from vmbackup.reconcile.telling.listener import Reporter
+from vmbackup.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Node:
+    """What all backups of a node share. `reporter_of` finds who is told of another backup than the one that runs."""
+
+    hypervisor: Hypervisor
+    state_dir: Path
+    metrics: Metrics
+    overlay_dir: Path | None = None
+    image_roots: tuple[Path, ...] = ()
+    backoff: Backoff = field(default_factory=Backoff)
+    lock_dir: Path = DIRECTORY
+    reporter_of: Callable[[Record], Reporter | None] = field(default=lambda _record: None)
+
+    def records(self) -> list[Record]:
+        """The records of all backups that have a journal here."""
+        return list(journals.records(self.state_dir))

@@ -1,0 +1,1 @@
+"""What outlives a process: journals, locks, and time that no clock jump disturbs."""

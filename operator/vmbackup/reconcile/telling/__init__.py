@@ -1,0 +1,1 @@
+"""What people and metrics hear of a backup."""

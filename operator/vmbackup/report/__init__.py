@@ -1,1 +1,0 @@
-"""Status and events to the API server, and Prometheus metrics."""

@@ -1,0 +1,41 @@
+"""The README of a backup's folder: how to restore it with this project gone."""
+
+from __future__ import annotations
+
+import shlex
+
+from vmbackup.stores.directory.manifest import Manifest, StoredDisk
+
+FILE_NAME = "README.txt"
+
+
+def readme(manifest: Manifest) -> str:
+    """How to restore by hand, in the words of this very backup."""
+    disks = "\n".join(f"  {disk.file} is the disk {disk.target}, format {disk.format}" for disk in manifest.disks)
+    nvram = f"; {manifest.nvram} is its UEFI variable store" if manifest.nvram else ""
+    copies = "\n".join(f"   {_copy(disk)}" for disk in manifest.disks)
+    merged = "\n   qemu-img makes one image of a disk and its backing files: remove the <backingStore> of such a disk."
+    variables = f"\n   Copy {manifest.nvram} to the path of <nvram> in {manifest.domain_xml}." if manifest.nvram else ""
+    domain = shlex.quote(manifest.domain)
+    return f"""\
+Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_time:%Y-%m-%d %H:%M:%S} UTC.
+{disks}
+  {manifest.domain_xml} is its libvirt definition{nvram}. It may hold passwords.
+
+To restore:
+1. Check the files: sha256sum each one and compare with "digest" in manifest.json.
+2. Shut down a running domain of this name first. Its disks must not be on a `*.vmb-*.qcow2` file:
+   virsh domblklist --inactive {domain}
+3. Copy each disk to where it shall be, such as:
+{copies}{merged if any(disk.backing for disk in manifest.disks) else ""}{variables}
+4. Copy {manifest.domain_xml}, let each <source file='...'> name the copy of its disk, then:
+   virsh define {manifest.domain_xml}
+5. virsh start {domain}
+"""
+
+
+def _copy(disk: StoredDisk) -> str:
+    target = f"/var/lib/libvirt/images/{disk.file}"
+    if disk.backing:
+        return f"qemu-img convert -O {disk.format} {disk.file} {target}"
+    return f"cp --sparse=always {disk.file} {target}"

@@ -1,0 +1,1 @@
+"""Prometheus metrics, gauges of current state, health, and the server that shows them."""

@@ -1,0 +1,147 @@
+"""What must be true of a guest whose backup was killed, and has ended: tests/kill_points.py does the killing."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from tests.support.domains import Domain, qemu_img, wait_until, what_is_wrong_with
+from tests.support.kill_points import Deed, Driving, Moment, Task, When, records_in
+from tests.support.storage import sha256sum
+from vmbackup.api.status import Outcome, Report
+from vmbackup.errors import TransientError
+from vmbackup.hypervisor import chain
+from vmbackup.hypervisor.guest import GuestState
+from vmbackup.reconcile.state.journal import records
+
+SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the first suspension is written
+CHANCES = 3  # for a driver to come by a moment
+SUSPENDED_SECONDS = 5.0  # at most, after somebody is there to end it
+SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
+
+
+def task_of(
+    guest: Domain, spec: Mapping[str, Any], moment: Moment | None = None, uid: str = "", deed: Deed = Deed.KILL
+) -> Task:
+    return Task(
+        uri=guest.libvirtd.uri,
+        config_dir=guest.libvirtd.config_dir,
+        directory=guest.directory,
+        domain=guest.name,
+        targets=tuple(guest.bases),
+        uid=uid or str(uuid.uuid4()),
+        spec=spec,
+        moment=moment,
+        deed=deed,
+    )
+
+
+def moments_of(guest: Domain, spec: Mapping[str, Any]) -> list[Moment]:
+    """Every moment of a backup in which nothing goes wrong."""
+    task = task_of(guest, spec)
+    report, moments, _ = Driving(task).end()
+    assert report.outcome is Outcome.SUCCEEDED, report
+    assert not list(what_is_wrong(guest, task, report))
+    return moments
+
+
+def dies(task_at_its_moment: Callable[[], Task]) -> tuple[Task, str]:
+    """Let a driver die at the moment of its task. Returns the task, and what happened if it was not killed there.
+
+    What a backup comes by depends a little on how fast others are, so it gets several chances, each with a new task.
+    """
+    for chance in count(1):
+        task = task_at_its_moment()
+        driving = Driving(task)
+        if driving.killed():
+            break
+        missed = f"it never came by {task.moment}: {driving}"
+        print(missed)
+        if chance == CHANCES:
+            return task, missed
+    return task, ""
+
+
+def longest_suspension(guest: Domain, driving: Driving, tend: Callable[[], object] = lambda: None) -> float:
+    """How long the guest stands still at one stretch, in seconds, until the driver has ended.
+
+    `tend` is called again and again meanwhile. A libvirtd that is away delays all until it is back.
+    """
+    longest, since, started = 0.0, time.monotonic(), time.monotonic()
+    while not driving.ended(0.25):
+        tend()
+        now = time.monotonic()
+        assert now - started < 120, f"{driving.task.moment}: no end, the guest is {guest.guest.state()}"
+        try:
+            suspended = guest.guest.state()[0] is GuestState.PAUSED
+        except TransientError:
+            since = now
+            continue
+        longest = max(longest, now - since if suspended else 0)
+        since = since if suspended else now
+    return longest
+
+
+def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
+    """All that is not as it must be once a backup has ended with its chain home."""
+    if not runs(guest):
+        why = guest.libvirtd.virsh("domstate", "--reason", guest.name).strip()
+        guards = [record.guard for record in records(task.state_dir)]
+        yield f"the guest does not run: {why}; guards in the journals: {guards}"
+    if left := [path.name for path in guest.directory.glob("*.vmb-*")]:
+        yield f"overlays are left: {left}"
+    on_disk = (guest.libvirtd.config_dir / f"{guest.name}.xml").read_text()
+    sources = {disk.target: disk.source for disk in chain.disks(on_disk)}
+    for target, base in guest.bases.items():
+        named = guest.live(target).source, guest.persistent(target).source, sources[target]
+        if set(named) != {base}:
+            yield f"{target}: live XML, persistent XML and the one on disk name {named}"
+        count, acknowledged = records_in(content(Path(base))), task.diary.acknowledged
+        if count not in (acknowledged, acknowledged + 1):  # one whose acknowledgement was lost may be there
+            yield f"{target}: of {acknowledged} records it holds {count}"
+        if wrong := what_is_wrong_with(Path(base), leaks=True):
+            yield wrong
+    if report.outcome is Outcome.SUCCEEDED:
+        yield from what_is_wrong_with_the_copy(task, Path(report.location))
+
+
+def runs(guest: Domain) -> bool:
+    """Whether the guest runs; libvirt may show an event of QEMU late on a busy machine."""
+    try:
+        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", seconds=5)
+    except TimeoutError:
+        return False
+    return True
+
+
+def what_is_wrong_with_the_copy(task: Task, folder: Path) -> Iterator[str]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    expected = task.diary.snapshots(task.uid)
+    counts: Counter[int] = Counter()
+    for disk in manifest["disks"]:
+        copy = folder / disk["file"]
+        if sha256sum(copy) != disk["digest"]:
+            yield f"{copy.name} has another digest"
+        if wrong := what_is_wrong_with(copy, leaks=True):
+            yield wrong
+        counts[records_in(content(copy))] += 1
+    if len(counts) > 1 or not counts.keys() <= expected:
+        yield f"the copies hold {sorted(counts.elements())} records; at the snapshot there were {sorted(expected)}"
+
+
+def content(image: Path) -> bytes:
+    """What a guest sees on this disk. Its guest may be running: it has flushed what it wrote."""
+    if image.suffix == ".raw":
+        return image.read_bytes()
+    raw = image.with_name(f"{image.name}.{uuid.uuid4()}.raw")
+    qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", str(image), str(raw))
+    try:
+        return raw.read_bytes()
+    finally:
+        raw.unlink()
