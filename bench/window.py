@@ -16,13 +16,13 @@ from rich.table import Table
 from sandbox.guest import Guest, make_disk
 from sandbox.libvirtd import Libvirtd
 from tests.support import storage
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, StoreSpec
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
+from vmbackup.reconcile.request import Request
 from vmbackup.stores.registry import open_store
 from vmbackup.telemetry.metrics import Metrics
 
@@ -48,15 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rounds(libvirtd: Libvirtd, guest: Guest, directory: Path, rounds: int) -> list[_Watch]:
     hypervisor = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
-    wish = Wish(BackupSpec.parse({"nodeName": "bench", "domain": guest.name, "storeRef": {"name": "store"}}))
+    request = Request(BackupSpec.parse({"nodeName": "bench", "domain": guest.name, "storeRef": {"name": "store"}}))
     store = open_store(StoreSpec.parse({"directory": {"path": str(directory / "store")}}))
     watches: list[_Watch] = []
     for _ in range(rounds):
         watch = _Watch()
         metrics = _SuspensionMetrics(watch)
         node = Node(hypervisor, directory / "state", metrics, lock_dir=directory / "locks")
-        key = BackupKey("bench", "window", str(uuid.uuid4()))
-        Backup(node, key, wish=lambda: wish, open_store=lambda: store, reporter=watch).run()
+        key = BackupId("bench", "window", str(uuid.uuid4()))
+        Backup(node, key, request=lambda: request, open_store=lambda: store, reporter=watch).run()
         if watch.outcome is not Outcome.SUCCEEDED:
             raise RuntimeError(f"the backup did not succeed: {watch.last}")
         watches.append(watch)

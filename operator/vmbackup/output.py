@@ -15,7 +15,7 @@ _FAREWELL_SECONDS = 5.0
 _MOST = 10_000  # that wait at a time; a reader that is so far behind reads no more
 
 
-class Aside:
+class BackgroundOutput:
     """Does one thing after the other, in a thread of its own."""
 
     def __init__(self, name: str) -> None:
@@ -46,7 +46,7 @@ class StderrLog(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._aside = Aside("log")
+        self._aside = BackgroundOutput("log")
         atexit.register(self._aside.end, _FAREWELL_SECONDS)
 
     def emit(self, record: logging.LogRecord) -> None:

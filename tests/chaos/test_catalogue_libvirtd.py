@@ -23,12 +23,12 @@ from tests.chaos.windows import (
 )
 from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import naming, wait_until
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
-from vmbackup.stores.base import BackupKey
 
 STANDSTILL_SECONDS = 60
 
@@ -158,7 +158,7 @@ def wide_backup(
 
     def start(domain: str, **spec: object) -> RunningBackup:
         minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
-        key = BackupKey("tests", domain, str(uuid.uuid4()))
+        key = BackupId("tests", domain, str(uuid.uuid4()))
         return RunningBackup(replace(node, hypervisor=wide), key, minimal | spec, tmp_path / "store")
 
     yield start

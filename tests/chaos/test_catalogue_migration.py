@@ -17,6 +17,7 @@ from tests.chaos.proof import Witness, make_guest
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.support.backups import BackupFactory, RunningBackup, make_node
 from tests.support.domains import wait_until
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.imaging.locks import is_locked
@@ -24,7 +25,6 @@ from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in
 from vmbackup.reconcile.node import Node
-from vmbackup.stores.base import BackupKey
 
 UNDEFINED, STILL_DEFINED = ("--undefinesource",), ()
 CRAWLING, AT_FULL_SPEED = "1", "10000"  # MiB/s, of the guest's memory
@@ -217,7 +217,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the
     (look,) = [look for look in look_at(node_elsewhere.hypervisor.guests()) if look.guest.name == there.name]
     assert sorted(overlay.path for overlay in our_overlays(look)) == [str(overlay) for overlay in overlays]
     following = RunningBackup(
-        node_elsewhere, BackupKey("tests", "next", str(uuid.uuid4())), spec, tmp_path / "store-elsewhere"
+        node_elsewhere, BackupId("tests", "next", str(uuid.uuid4())), spec, tmp_path / "store-elsewhere"
     )
     assert following.end().outcome is Outcome.SUCCEEDED, following.report
     assert "AdoptedOverlayHome" in following.told.reasons

@@ -20,6 +20,7 @@ from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.storage import mounted, run
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor import chain
@@ -27,7 +28,6 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state import clock
-from vmbackup.stores.base import BackupKey
 from vmbackup.stores.directory.store import DirectoryStore
 
 
@@ -257,7 +257,7 @@ def test_a_suspended_guest_is_resumed_by_the_next_run_though_the_state_directory
     guest: Domain, node: Node, overlays: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)  # for the call that nobody has answered
-    key = BackupKey("tests", "backup", "0d3f5a7c-5d56-4b0a-9a43-6a4e3b1f0c11")
+    key = BackupId("tests", "backup", "0d3f5a7c-5d56-4b0a-9a43-6a4e3b1f0c11")
     (guest.directory / f"state-{key.uid[:8]}").symlink_to(state)
     task = Task(
         guest.libvirtd.uri,

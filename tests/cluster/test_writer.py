@@ -17,11 +17,12 @@ import pytest
 
 from sandbox.kube import KubeApi
 from tests.support.manifests import backup, store
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.cluster.events import Events, NodeRef
 from vmbackup.cluster.status import condition, with_generation
-from vmbackup.cluster.status_writer import BackupRef, StatusWriter
+from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import PermanentError, RefusedError, TransientError
 
 NAMESPACE = "writer"
@@ -78,7 +79,7 @@ def outage(kube: KubeApi) -> Iterator[Callable[[], None]]:
 
 
 def writer_of(cluster: Cluster, body: dict[str, Any], interval: float = 60.0) -> StatusWriter:
-    return StatusWriter(cluster, BackupRef.of(body), generation=1, previous=body["status"], interval=interval)
+    return StatusWriter(cluster, BackupId.of(body), generation=1, previous=body["status"], interval=interval)
 
 
 def status_of(cluster: Cluster, body: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def test_it_tells_since_when_the_oldest_status_waits_and_when_it_has_arrived(
     cluster: CountingCluster, body: dict[str, Any], outage: Callable[[], None]
 ) -> None:
     late: list[float | None] = []
-    writer = StatusWriter(cluster, BackupRef.of(body), generation=1, previous=body["status"], late=late.append)
+    writer = StatusWriter(cluster, BackupId.of(body), generation=1, previous=body["status"], late=late.append)
     begun = time.time()
     writer.write(COPYING)
     writer.write(replace(COPYING, phase=Phase.COMMITTING))
@@ -319,8 +320,8 @@ def test_a_user_without_rights_is_told_what_to_check(kube: KubeApi, body: dict[s
 
 def test_events_are_what_kubectl_describe_shows(kube: KubeApi, cluster: CountingCluster, body: dict[str, Any]) -> None:
     events = Events(cluster, node="node-a")
-    events.normal(BackupRef.of(body), "Snapshotting", "Took the snapshot of vda and vdb in 40 ms.")
-    events.warning(BackupRef.of(body), "CommitRetrying", "Commit of vda failed. " + "x" * 2000)
+    events.normal(BackupId.of(body), "Snapshotting", "Took the snapshot of vda and vdb in 40 ms.")
+    events.warning(BackupId.of(body), "CommitRetrying", "Commit of vda failed. " + "x" * 2000)
     assert events.flush(10)
     events.close()
     shown = kube.kubectl("describe", "vmb", body["metadata"]["name"], "-n", NAMESPACE)
@@ -347,7 +348,7 @@ def test_events_wait_for_a_server_that_is_away_and_arrive_in_order_with_their_ow
     events = Events(cluster, node="node-a")
     begun = time.time()
     for number in range(20):
-        events.normal(BackupRef.of(body), f"Step{number}", "Copying vda.")
+        events.normal(BackupId.of(body), f"Step{number}", "Copying vda.")
     assert time.time() - begun < 1
     assert not events.flush(0.5)
     outage()
@@ -370,7 +371,7 @@ def test_of_too_many_events_the_oldest_are_dropped_and_counted(
 ) -> None:
     events = Events(cluster, node="node-a", limit=5)
     for number in range(8):
-        events.normal(BackupRef.of(body), f"Step{number}", "Copying vda.")
+        events.normal(BackupId.of(body), f"Step{number}", "Copying vda.")
     outage()
     assert events.flush(20)
     events.close()
@@ -384,11 +385,11 @@ def test_an_event_that_is_refused_is_logged_and_holds_nothing_up(
     kube: KubeApi, cluster: CountingCluster, body: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     events = Events(cluster, node="node-a")
-    events.normal(BackupRef("no-such-namespace", "web", "1"), "Copying", "Copying vda.")
-    events.normal(BackupRef.of(body), "Pivoted", "Home.")
+    events.normal(BackupId("no-such-namespace", "web", "1"), "Copying", "Copying vda.")
+    events.normal(BackupId.of(body), "Pivoted", "Home.")
     assert events.flush(10)
     events.close()
-    events.normal(BackupRef.of(body), "TooLate", "Closed.")
+    events.normal(BackupId.of(body), "TooLate", "Closed.")
     assert "event Copying about web" in caplog.text
     assert [e["reason"] for e in events_in(kube) if e["regarding"]["name"] == body["metadata"]["name"]] == ["Pivoted"]
 
@@ -424,7 +425,7 @@ def test_the_backups_of_a_node_are_listed_in_all_namespaces(kube: KubeApi, clust
 
 
 def test_only_the_very_object_is_deleted(kube: KubeApi, cluster: CountingCluster, body: dict[str, Any]) -> None:
-    ref = BackupRef.of(body)
+    ref = BackupId.of(body)
     cluster.delete_backup(ref.namespace, ref.name, "00000000-0000-0000-0000-000000000000")
     assert cluster.backup(NAMESPACE, ref.name)
     cluster.delete_backup(ref.namespace, ref.name, ref.uid)

@@ -21,7 +21,7 @@ from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.telling.listener import Wish
+from vmbackup.reconcile.request import Request
 from vmbackup.stores.registry import open_store
 
 
@@ -427,8 +427,10 @@ def test_deleting_a_failed_backup_removes_what_its_store_has_kept_because_it_was
     kept.mkdir()
 
     minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    wish = Wish(BackupSpec.parse(minimal), deleted=True)
+    request = Request(BackupSpec.parse(minimal), deleted=True)
     store = StoreSpec(DirectoryStoreSpec(str(failed.store)))
-    deleted = Backup(failed.node, failed.key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
+    deleted = Backup(
+        failed.node, failed.key, request=lambda: request, open_store=lambda: open_store(store), reporter=Told()
+    )
     assert deleted.run() is Ending.RELEASED
     assert not kept.exists()

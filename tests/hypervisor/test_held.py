@@ -25,6 +25,7 @@ from tests.support.backups import BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.support.kill_points import Driving, Moment, When
 from tests.support.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.hypervisor import guest as guests_of_libvirt
 from vmbackup.hypervisor.connection import Hypervisor
@@ -34,7 +35,6 @@ from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run
 from vmbackup.reconcile.state.clock import boot_id, boottime
 from vmbackup.reconcile.state.journal import Journal, record_of
-from vmbackup.stores.base import BackupKey
 from vmbackup.telemetry.metrics import Metrics
 
 SNAPSHOT_UNDER_WAY = Moment(When.DURING, "taking the snapshot")
@@ -61,7 +61,7 @@ def runs(guest: Domain) -> bool:
 def another(node: Node, guest: Domain) -> RunningBackup:
     """Another backup of the same guest."""
     spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    return RunningBackup(node, BackupKey("tests", "another", str(uuid.uuid4())), spec, guest.directory / "store")
+    return RunningBackup(node, BackupId("tests", "another", str(uuid.uuid4())), spec, guest.directory / "store")
 
 
 def is_home(guest: Domain) -> bool:

@@ -10,11 +10,11 @@ import pytest
 
 from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, qemu_img
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
-from vmbackup.stores.base import BackupKey
 
 MALLORY = 12345
 
@@ -127,7 +127,7 @@ def test_a_link_that_waits_where_the_overlay_will_be_is_refused(
     planted = Path(guest.overlay(uid8=uid[:8]))
     planted.symlink_to(secret)
     spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    report = RunningBackup(node, BackupKey("tests", "planted", uid), spec, tmp_path / "store").end()
+    report = RunningBackup(node, BackupId("tests", "planted", uid), spec, tmp_path / "store").end()
     assert (report.outcome, report.reason) == (Outcome.REFUSED, "OverlayExists")
     assert guest.live().source == guest.persistent().source == guest.bases["vda"]
     assert secret.read_bytes().startswith(b"root:")

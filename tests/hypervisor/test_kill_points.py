@@ -32,6 +32,7 @@ from tests.support.survival import (
     task_of,
     what_is_wrong,
 )
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome
 from vmbackup.errors import TransientError
@@ -39,10 +40,9 @@ from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state import clock
 from vmbackup.reconcile.state.journal import record_of
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
 from vmbackup.stores.registry import open_store
 
 WAITING, QUICK = 12, 5  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
@@ -217,10 +217,10 @@ def test_of_a_driver_killed_while_it_froze_a_guest_nothing_is_let_go_before_libv
 def deleted_with_data(task: Task, node: Node) -> Backup:
     """The backup of a task whose VMBackup is deleted, with deletionPolicy Delete."""
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    wish = Wish(BackupSpec.parse(minimal), deleted=True, delete_data=True)
+    request = Request(BackupSpec.parse(minimal), deleted=True, delete_data=True)
     store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
-    key, there = BackupKey("tests", "backup", task.uid), replace(node, state_dir=task.state_dir)
-    return Backup(there, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=Told())
+    key, there = BackupId("tests", "backup", task.uid), replace(node, state_dir=task.state_dir)
+    return Backup(there, key, request=lambda: request, open_store=lambda: open_store(store), reporter=Told())
 
 
 @pytest.mark.timeout(300)

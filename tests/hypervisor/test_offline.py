@@ -14,6 +14,7 @@ import pytest
 from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, qemu_img, wait_until, what_is_wrong_with
 from tests.support.storage import mounted, run, sha256sum
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
@@ -21,7 +22,6 @@ from vmbackup.protocol.record import Copy
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.stores.base import BackupKey
 
 OFFLINE = {"offline": True}
 
@@ -123,7 +123,7 @@ def test_a_full_file_system_of_the_base_leaves_the_overlay_in_charge_until_there
         spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
         spec |= {"copy": {"bandwidth": SLOW}, "commit": OFFLINE | {"backoffLimit": 1}}
         guest.write("vda", 0x11, length="16M")
-        key = BackupKey("tests", "backup", str(uuid.uuid4()))
+        key = BackupId("tests", "backup", str(uuid.uuid4()))
         running = RunningBackup(replace(node, overlay_dir=overlays), key, spec, tmp_path / "store")
         running.wait_for_copying()
         guest.write("vda", 0x22, "8M", "24M")

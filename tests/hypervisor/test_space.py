@@ -14,13 +14,13 @@ from sandbox.libvirtd import Libvirtd
 from tests.support.backups import SLOW, RunningBackup
 from tests.support.domains import Domain, DomainFactory
 from tests.support.storage import mounted
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.admission.plan import Planner
 from vmbackup.reconcile.admission.survey import survey
 from vmbackup.reconcile.node import Node
-from vmbackup.stores.base import BackupKey
 
 MIB = 1 << 20
 STEP = 2  # MiB that the guest writes at once
@@ -35,7 +35,7 @@ def overlays(tmp_path: Path) -> Iterator[Path]:
 
 def start(node: Node, overlays: Path, guest: Domain, store: Path, **spec: Any) -> RunningBackup:
     minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    key = BackupKey("tests", "backup", str(uuid.uuid4()))
+    key = BackupId("tests", "backup", str(uuid.uuid4()))
     return RunningBackup(replace(node, overlay_dir=overlays), key, minimal | spec, store)
 
 

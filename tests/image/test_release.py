@@ -56,7 +56,7 @@ def test_what_it_installs_is_what_kustomize_makes_with_the_image_of_this_version
 
 def test_the_wheel_installs_the_program_and_the_sources_build_it_again(dist: Path, tmp_path: Path):
     wheel = dist / f"vmbackup-{VERSION}-py3-none-any.whl"
-    assert "vmbackup/agent.py" in zipfile.ZipFile(wheel).namelist()
+    assert "vmbackup/agent/operator.py" in zipfile.ZipFile(wheel).namelist()
     shutil.unpack_archive(dist / f"vmbackup-{VERSION}.tar.gz", tmp_path, filter="data")
     sources = tmp_path / f"vmbackup-{VERSION}"
     again = ["-m", "hatchling", "build", "-t", "wheel", "--directory", str(tmp_path)]

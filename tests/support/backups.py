@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.support.domains import wait_until
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Phase, Report
 from vmbackup.backoff import Backoff
@@ -19,8 +20,7 @@ from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
+from vmbackup.reconcile.request import Request
 from vmbackup.stores.registry import open_store
 from vmbackup.telemetry.metrics import Metrics
 
@@ -56,16 +56,16 @@ class Told:
 class RunningBackup:
     """A backup in a thread of its own."""
 
-    def __init__(self, node: Node, key: BackupKey, spec: dict[str, Any], store: Path, *, retry: str = "") -> None:
+    def __init__(self, node: Node, key: BackupId, spec: dict[str, Any], store: Path, *, retry: str = "") -> None:
         self.node, self.key, self.store = node, key, store
         self.told = Told()
         self._spec = spec
-        self._wish = Wish(BackupSpec.parse(spec), retry=retry)
+        self._request = Request(BackupSpec.parse(spec), retry=retry)
         self._ending: list[Ending] = []
         self._backup = Backup(
             node,
             key,
-            wish=lambda: self._wish,
+            request=lambda: self._request,
             open_store=lambda: open_store(StoreSpec(DirectoryStoreSpec(str(store)))),
             reporter=self.told,
         )
@@ -87,8 +87,8 @@ class RunningBackup:
             raise error
 
     def ask(self, **changes: Any) -> None:
-        """Change the wish: deleted, retry, stop."""
-        self._wish = replace(self._wish, **changes)
+        """Change the request: deleted, retry, stop."""
+        self._request = replace(self._request, **changes)
         self._backup.wake()
 
     def edit(self, group: str, **fields: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.backups import BackupFactory, RunningBackup, make_node
+from vmbackup.api.identity import BackupId
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.node import Node
-from vmbackup.stores.base import BackupKey
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def backup(node: Node, tmp_path: Path) -> Iterator[BackupFactory]:
         domain: str, *, again: RunningBackup | None = None, retry: str = "", store: Path | None = None, **spec: Any
     ) -> RunningBackup:
         name = f"backup-{len(started) + 1}"
-        key = again.key if again else BackupKey("tests", name, str(uuid.uuid4()))
+        key = again.key if again else BackupId("tests", name, str(uuid.uuid4()))
         minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
         started.append(RunningBackup(node, key, minimal | spec, store or tmp_path / "store", retry=retry))
         return started[-1]

@@ -32,6 +32,7 @@ import libvirt_qemu
 from tests.support.backups import Told, make_node
 from tests.support.domains import wait_until
 from vmbackup import cli
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
 from vmbackup.errors import VMBackupError
@@ -41,11 +42,10 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.state import clock
 from vmbackup.reconcile.state.journal import Journal, record_of
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
 from vmbackup.stores.registry import open_store
 
 SLOT = 512  # bytes of a record of the guest
@@ -270,12 +270,12 @@ def _drive(task: Task, line: Connection) -> None:
     _wait_for_ready()
     told = Told()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    wish = Wish(BackupSpec.parse(minimal | dict(task.spec)))
+    request = Request(BackupSpec.parse(minimal | dict(task.spec)))
     node = make_node(hypervisor, task.state_dir, task.directory / "locks")
     store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
-    key = BackupKey("tests", "backup", task.uid)
+    key = BackupId("tests", "backup", task.uid)
     with guarded(node) if task.guarded else nullcontext():
-        Backup(node, key, wish=lambda: wish, open_store=lambda: open_store(store), reporter=told).run()
+        Backup(node, key, request=lambda: request, open_store=lambda: open_store(store), reporter=told).run()
     line.send((told.timeline[-1][1], watch.moments, told.reasons))
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support.storage import run, sha256sum
+from vmbackup.api.identity import BackupId
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.imaging import CopyControl, image
@@ -26,12 +27,12 @@ from vmbackup.imaging.sizes import allocated_bytes, length
 from vmbackup.protocol.record import DiskRecord
 from vmbackup.protocol.terms import OverlayFile
 from vmbackup.reconcile.observe import Observer
-from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, SourceImage
+from vmbackup.stores.base import DiskSource, GuestFacts, SourceImage
 from vmbackup.stores.directory.manifest import Manifest
 from vmbackup.stores.directory.store import DirectoryStore
 
 MIB = 1 << 20
-KEY = BackupKey("tenant", "web", "6f0b1f9e")
+KEY = BackupId("tenant", "web", "6f0b1f9e")
 FACTS = GuestFacts("web", "11111111-2222", "<domain/>", None, 1_790_000_000.0)
 CONTROL = CopyControl()
 MALLORY = 12345

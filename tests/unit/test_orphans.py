@@ -53,7 +53,7 @@ def test_somebody_elses_overlay_is_one_that_the_definition_does_not_know() -> No
     ("live", "persistent"),
     [
         (xml(OTHER, BASE), xml(OTHER, BASE)),  # over a template, perhaps: it may be meant to stay
-        (xml(BASE), xml(OTHER)),  # another image from the next start on: the user's wish
+        (xml(BASE), xml(OTHER)),  # another image from the next start on: the user's request
         (xml(OURS, BASE), xml(BASE)),  # ours
         (xml(OTHER, BASE), None),  # transient: nothing to compare with
         (None, xml(OTHER)),

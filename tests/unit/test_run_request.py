@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from tests.support import manifests
-from vmbackup.commands.request import Request, read
+from vmbackup.commands.backup_file import BackupFile, read
 from vmbackup.errors import RefusedError
 
 STORE = manifests.store("local", directory={"path": "/srv/store"})
 UID = "5a9c4a3e-3d55-4c39-bd2c-5d9c6b1b51a1"
 
 
-def request_of(tmp_path: Path, *documents: Any, **options: Any) -> Request:
+def request_of(tmp_path: Path, *documents: Any, **options: Any) -> BackupFile:
     file = tmp_path / "request.yaml"
     file.write_text(yaml.safe_dump_all(documents))
     return read(str(file), store_file=options.get("store_file"), store_path=options.get("store_path"))

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.support.storage import run, sha256sum
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import StoreSpec
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import Cancelled, CopyControl
 from vmbackup.imaging.image import info
-from vmbackup.stores.base import BackupKey, DiskSource, GuestFacts, Published, SourceImage, Store, TakenDisk
+from vmbackup.stores.base import DiskSource, GuestFacts, Published, SourceImage, Store, TakenDisk
 from vmbackup.stores.registry import open_store
 
 pytest_plugins = ("tests.support.fixtures_storage",)
 
 MIB = 1 << 20
-KEY = BackupKey("default", "web-01.nightly", "6f0b1f9e-8c1c")
+KEY = BackupId("default", "web-01.nightly", "6f0b1f9e-8c1c")
 FOLDER = "default/web-01.nightly.6f0b1f9e-8c1c"
 FACTS = GuestFacts("web-01", "11111111-2222", "<domain><password>x</password></domain>", None, 1_790_000_000.0)
 CONTROL = CopyControl()
@@ -337,7 +338,7 @@ class TestCheck:
             replace(KEY, uid=""),
         ],
     )
-    def test_names_that_are_not_fit_for_a_path(self, key: BackupKey, store: Store, guest: Guest, root: Path) -> None:
+    def test_names_that_are_not_fit_for_a_path(self, key: BackupId, store: Store, guest: Guest, root: Path) -> None:
         with pytest.raises(RefusedError) as error:
             store.check(key, guest.disks)
         assert error.value.reason == "BadName"

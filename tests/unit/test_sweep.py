@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.leftovers import OrphanPolicy, Orphans
 from vmbackup.agent.runtime import existing_files as presence
 from vmbackup.agent.runtime.existing_files import Presence
@@ -59,10 +59,10 @@ def sweep_of(state_dir: Path, lock_dir: Path) -> tuple[Sweep, Metrics]:
     events = SimpleNamespace(warning=lambda *_: None)
     cluster = SimpleNamespace(backups_of=lambda _node: [])
     policies = SimpleNamespace(look=lambda: None)
-    premises = Premises(node, cast(Any, cluster), cast(Any, events), cast(Any, policies), Queue(1), Threads())
+    context = Context(node, cast(Any, cluster), cast(Any, events), cast(Any, policies), Queue(1), Threads())
     fleet = SimpleNamespace(uids=set(), unattended=lambda _: set(), vanished=lambda _: None, attends=lambda _: False)
-    orphans = Orphans(premises, "a", OrphanPolicy.REPORT)
-    return Sweep(premises, cast(Any, fleet), orphans, "a", 300.0), metrics
+    orphans = Orphans(context, "a", OrphanPolicy.REPORT)
+    return Sweep(context, cast(Any, fleet), orphans, "a", 300.0), metrics
 
 
 def test_a_mount_that_is_dead_keeps_neither_the_event_loop_nor_the_start_of_an_agent_waiting(

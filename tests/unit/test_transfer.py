@@ -22,12 +22,12 @@ from vmbackup.imaging.merge import merge
 from vmbackup.protocol.record import Copy, DiskRecord, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.reconcile.observe import Observer
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.steps import background as transfer
 from vmbackup.reconcile.steps.background import Transfer, at_work
 from vmbackup.reconcile.steps.copying import BESIDE_A_COPY, Copying
 from vmbackup.reconcile.steps.offline_merge import Merging
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.reconcile.telling.summary import Progress, narrate
+from vmbackup.reconcile.telling.summary import Progress, summarize
 from vmbackup.stores.directory import store as directory
 from vmbackup.stores.directory.store import DirectoryStore
 from vmbackup.telemetry.metrics import Metrics
@@ -104,8 +104,8 @@ def test_a_merged_overlay_of_which_nobody_knows_any_more_is_not_held(disk: DiskR
 
 @pytest.fixture
 def copying() -> Iterator[Copying]:
-    wish = Wish(BackupSpec.parse({"nodeName": "a", "domain": "web", "storeRef": {"name": "s"}}))
-    copying = Copying(lambda: wish, lambda: None, Metrics())
+    request = Request(BackupSpec.parse({"nodeName": "a", "domain": "web", "storeRef": {"name": "s"}}))
+    copying = Copying(lambda: request, lambda: None, Metrics())
     yield copying
     copying.cancel()
 
@@ -113,7 +113,7 @@ def copying() -> Iterator[Copying]:
 @pytest.fixture
 def slow_copying() -> Iterator[Copying]:
     spec = BackupSpec("a", "web", "s", copy=CopySpec(bandwidth=1024))  # slower than anybody may ask for
-    copying = Copying(lambda: Wish(spec), lambda: None, Metrics())
+    copying = Copying(lambda: Request(spec), lambda: None, Metrics())
     yield copying
     copying.cancel()
 
@@ -150,7 +150,7 @@ def test_after_a_copy_that_hangs_in_its_store_none_begins_before_that_one_has_en
     before = notes.read_bytes()
     assert copying.copy(record, lambda: store) is None
     assert copying.stuck
-    told = narrate(replace(record, snapshot=Snapshot.DONE), None, None, Progress({}, {}, stuck=copying.stuck))
+    told = summarize(replace(record, snapshot=Snapshot.DONE), None, None, Progress({}, {}, stuck=copying.stuck))
     assert (told.reason, "hangs in the store" in told.message) == (Reason.COPYING, True)
     assert [thread.name for thread in threading.enumerate()].count("copy-6f0b1f9e") == 1
 

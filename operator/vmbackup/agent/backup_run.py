@@ -8,9 +8,10 @@ from contextlib import suppress
 
 import msgspec
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Seen
 from vmbackup.agent.runtime.queue import Ticket
+from vmbackup.api.identity import BackupId
 from vmbackup.api.policy import unknown_domain
 from vmbackup.api.spec import StoreSpec
 from vmbackup.api.status import Phase, Reason, Report
@@ -19,8 +20,9 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
-from vmbackup.reconcile.telling.listener import Reporter, Wish
-from vmbackup.stores.base import BackupKey, Store
+from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.telling.listener import Reporter
+from vmbackup.stores.base import Store
 from vmbackup.stores.registry import open_store
 
 _log = logging.getLogger(__name__)
@@ -29,15 +31,15 @@ _log = logging.getLogger(__name__)
 class Turn:
     """Runs a VMBackup, one time after the other. Belongs to the event loop, except where a method says otherwise.
 
-    `seen` and `wish` are asked anew all the time, `wish` by the threads of the backup.
+    `seen` and `request` are asked anew all the time, `request` by the threads of the backup.
     """
 
     def __init__(
-        self, premises: Premises, seen: Callable[[], Seen], wish: Callable[[], Wish], reporter: Reporter
+        self, context: Context, seen: Callable[[], Seen], request: Callable[[], Request], reporter: Reporter
     ) -> None:
-        self._premises = premises
+        self._context = context
         self._seen = seen
-        self._wish = wish
+        self._request = request
         self._reporter = reporter
         self._backup: Backup | None = None
         self._ticket: Ticket | None = None
@@ -46,46 +48,46 @@ class Turn:
 
     async def run(self, record: Record | None) -> Ending:
         """Run it from wherever its record stands, once it may. Raises VMBackupError if it cannot even begin."""
-        premises, seen = self._premises, self._seen()
+        context, seen = self._context, self._seen()
         try:
             if not await self._admitted(seen, record):
                 return Ending.INTERRUPTED
             await self._find_store(record)
             self._backup = Backup(
-                premises.node,
-                BackupKey(seen.metadata["namespace"], seen.metadata["name"], seen.uid),
-                wish=self._wish,
+                context.node,
+                BackupId(seen.metadata["namespace"], seen.metadata["name"], seen.uid),
+                request=self._request,
                 open_store=self.open_store,
                 reporter=self._reporter,
                 spec=seen.spec,
                 store=None if self._store is None else msgspec.to_builtins(self._store),
                 admit=self._admit,
             )
-            return await premises.threads.run(self._backup.run, f"backup-{seen.name}")
+            return await context.threads.run(self._backup.run, f"backup-{seen.name}")
         finally:
             self._backup = self._forbidden = None
             if self._ticket is not None:
-                premises.queue.leave(self._ticket)
+                context.queue.leave(self._ticket)
                 self._ticket = None
-            premises.queue.unreserve(seen.uid)
+            context.queue.unreserve(seen.uid)
 
     def wake(self) -> None:
-        """The wish has changed: whoever runs looks at once, and who needs no turn any more waits no longer."""
+        """The request has changed: whoever runs looks at once, and who needs no turn any more waits no longer."""
         if self._backup is not None:
             self._backup.wake()
         ticket = self._ticket
-        if ticket is not None and (self._wish().stop or (self._dropped and not ticket.begun)):
-            self._premises.queue.abandon(ticket)
+        if ticket is not None and (self._request().stop or (self._dropped and not ticket.begun)):
+            self._context.queue.abandon(ticket)
 
     def park(self) -> None:
         """It waits for its guest or a human: others may run meanwhile."""
         if self._ticket is not None:
-            self._premises.queue.park(self._ticket)
+            self._context.queue.park(self._ticket)
 
     def open_store(self) -> Store:
         """Its store. Blocks, and is called by the threads of the backup."""
         if self._store is None:
-            self._store = self._premises.cluster.store(self._wish().spec.store)
+            self._store = self._context.cluster.store(self._request().spec.store)
         return open_store(self._store)
 
     async def _admitted(self, seen: Seen, record: Record | None) -> bool:
@@ -98,7 +100,7 @@ class Turn:
         domain = record.domain_uuid if record is not None else ""
         if not has_begun:
             try:
-                domain = await self._premises.threads.call(self._looked_up)
+                domain = await self._context.threads.call(self._looked_up)
             except RefusedError as error:  # the backup says so; whom it would have to wait for is not told either
                 self._forbidden = error
                 return True
@@ -109,12 +111,12 @@ class Turn:
         self._ticket = Ticket(seen.uid, seen.name, domain, has_begun, since)
         self.wake()
         tell = self._log_waiting if has_begun else self._show_queued
-        return await self._premises.queue.enter(self._ticket, tell) or self._wish().cancelled
+        return await self._context.queue.enter(self._ticket, tell) or self._request().cancelled
 
     @property
     def _dropped(self) -> bool:
         """What has not begun never will."""
-        return self._wish().deleted or self._wish().cancelled
+        return self._request().deleted or self._request().cancelled
 
     def _show_queued(self, why: str) -> None:
         self._show_pending(Reason.QUEUED, f"waiting: {why}")
@@ -131,7 +133,7 @@ class Turn:
         """The UUID of its domain; '' if it cannot be had: then the backup itself will say why. Raises as `_admit`."""
         guest = None
         try:
-            guest = self._premises.node.hypervisor.guest(self._wish().spec.domain)
+            guest = self._context.node.hypervisor.guest(self._request().spec.domain)
         except RefusedError:
             self._admit(None)
         except VMBackupError:
@@ -144,20 +146,20 @@ class Turn:
         """Raise RefusedError where no policy allows a backup of this domain, or of one that is not there. Blocks."""
         if self._forbidden is not None:
             raise self._forbidden
-        spec = self._wish().spec
+        spec = self._request().spec
         domain, uuid = unknown_domain(spec.domain) if guest is None else (guest.name, guest.uuid)
         namespace = self._seen().metadata["namespace"]
-        self._premises.policies.check(namespace, spec.domain, spec.store, domain=domain, domain_uuid=uuid)
+        self._context.policies.check(namespace, spec.domain, spec.store, domain=domain, domain_uuid=uuid)
 
     async def _find_store(self, record: Record | None) -> None:
         """Look the store up beforehand: a backup that has begun must not fail because the API server is away."""
         try:
-            await self._premises.threads.call(self.open_store)
+            await self._context.threads.call(self.open_store)
         except TransientError:
             if record is not None and record.store:
                 with suppress(RefusedError):  # of a later version: the backup asks for it again
                     self._store = StoreSpec.parse(record.store)
-            elif not self._wish().deleted:
+            elif not self._request().deleted:
                 raise
         except VMBackupError:
             return  # the backup says so

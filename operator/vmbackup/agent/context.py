@@ -13,7 +13,7 @@ from vmbackup.reconcile.node import Node
 
 
 @dataclass(frozen=True)
-class Premises:
+class Context:
     """The hypervisor and its backups, the API server, its policies, the queue, and threads for what blocks."""
 
     node: Node

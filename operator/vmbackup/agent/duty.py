@@ -71,7 +71,7 @@ class Seen:
         return self.held_by_others and not self.over
 
     @property
-    def departed(self) -> bool:
+    def released_by_us(self) -> bool:
         """It was deleted and we hold it no more, nor can again: gone, to us, however long others still hold it."""
         return self.terminating and not self.held
 

@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Seen
 from vmbackup.agent.runtime.existing_files import Presence
 from vmbackup.agent.runtime.queue import Ticket
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec
 from vmbackup.cluster.events import NodeRef, Subject
 from vmbackup.cluster.reporter import OrphanReporter
-from vmbackup.cluster.status_writer import BackupRef
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
@@ -28,14 +28,14 @@ from vmbackup.reconcile.leftovers.orphans import (
     OurOverlay,
     foreign_overlays,
     is_marked,
-    is_orphanage,
+    is_orphan_record,
     look_at,
     nobody_works_on,
     our_overlays,
     take_in,
 )
+from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
-from vmbackup.reconcile.telling.listener import Wish, spec_of
 from vmbackup.stores.base import Store
 from vmbackup.stores.registry import open_store
 
@@ -67,11 +67,11 @@ class Orphans:
     on. Where another process works on the domain, it is left to that.
     """
 
-    def __init__(self, premises: Premises, node_name: str, policy: OrphanPolicy) -> None:
-        self._premises = premises
+    def __init__(self, context: Context, node_name: str, policy: OrphanPolicy) -> None:
+        self._context = context
         self._node = NodeRef(node_name)
         self._policy = policy
-        self._presence = Presence(premises.threads)
+        self._presence = Presence(context.threads)
         self._strays: dict[str, asyncio.Task[None]] = {}
         self._overlays: set[str] = set()
         self._told: set[str] = set()
@@ -90,11 +90,11 @@ class Orphans:
     async def see(self) -> None:
         """See all domains. Before journals are read: whatever has no journal then, never will have one."""
         try:
-            self._seen = await self._premises.threads.call(self._look)
+            self._seen = await self._context.threads.call(self._look)
         except VMBackupError as error:  # what was seen last counts on
             _log.warning("the domains cannot be looked at: %s", error)
             return
-        self._premises.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
+        self._context.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
 
     async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[Seen]) -> None:
         """Tell, count and bring home what is left over.
@@ -122,14 +122,14 @@ class Orphans:
         if record.uid in self._strays or self._stopped:
             return
         if self._policy is OrphanPolicy.REPORT and not holds(record):
-            self._premises.queue.unreserve(record.uid)  # the next backup of its domain adopts what it left
+            self._context.queue.unreserve(record.uid)  # the next backup of its domain adopts what it left
         else:
             self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
 
     # -- what is found
 
     def _look(self) -> list[Look]:
-        return list(look_at(self._premises.node.hypervisor.guests()))
+        return list(look_at(self._context.node.hypervisor.guests()))
 
     async def _interrupted(self, records: Iterable[Record], there: Collection[str]) -> list[_Orphan]:
         """The overlays of runs of `vmbackup run` that were interrupted, and that nobody has carried on yet."""
@@ -152,7 +152,7 @@ class Orphans:
                 seen = listed.get(overlay.uid8)
                 if overlay.path in known or (seen is not None and not seen.over):
                     continue
-                subject = self._node if seen is None else BackupRef.of(seen.body)
+                subject = self._node if seen is None else BackupId.of(seen.body)
                 whose = f"a backup with the uid {overlay.uid8}…, of which no journal is here"
                 story = f"left on the domain {look.guest.name} by {whose}: {self._fate(look, overlay)}"
                 mine.append(_Orphan(overlay.path, subject, story, look.guest if look.live else None))
@@ -169,7 +169,7 @@ class Orphans:
 
     async def _is_free(self, domain_uuid: str) -> bool:
         """Whether nobody works on this domain: what somebody works on is no orphan."""
-        return await self._premises.threads.call(nobody_works_on, self._premises.node, domain_uuid)
+        return await self._context.threads.call(nobody_works_on, self._context.node, domain_uuid)
 
     async def _let_go(self) -> None:
         """Let go of guests that stand still since a backup was lost, whatever the policy."""
@@ -181,7 +181,7 @@ class Orphans:
         """Give what no journal knows a record again, and bring it home."""
         spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
         try:
-            record = await self._premises.threads.call(take_in, self._premises.node, guest, overlays, spec)
+            record = await self._context.threads.call(take_in, self._context.node, guest, overlays, spec)
         except VMBackupError as error:
             _log.warning("domain %s: what a lost backup left cannot be taken care of: %s", guest.name, error)
             return
@@ -191,50 +191,52 @@ class Orphans:
     # -- the way home
 
     async def _bring_home(self, record: Record) -> None:
-        premises = self._premises
-        name = record.name if is_orphanage(record) else record.full_name
-        reporter = OrphanReporter(name, premises.events, _subject(record, self._node))
+        context = self._context
+        name = record.name if is_orphan_record(record) else record.full_name
+        reporter = OrphanReporter(name, context.events, _subject(record, self._node))
         ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
         spec, retry = spec_of(record), f"sweep-{time.time():.0f}"
         halfway = self._policy is OrphanPolicy.REPORT
         backup = Backup(
-            premises.node,
+            context.node,
             key_of(record),
-            wish=lambda: Wish(spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._rests(record))),
+            request=lambda: Request(
+                spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._rests(record))
+            ),
             open_store=lambda: self._store(spec),
             reporter=reporter,
         )
         try:
-            await premises.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
-            premises.queue.park(ticket)
+            await context.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
+            context.queue.park(ticket)
             _log.info("%s is gone, its journal is not: bringing the chain %s", name, "to rest" if halfway else "home")
-            await premises.threads.run(backup.run, f"stray-{record.name}")
-            if halfway and is_orphanage(record):
-                await premises.threads.call(journals.forget, premises.node.state_dir, record.uid)
+            await context.threads.run(backup.run, f"stray-{record.name}")
+            if halfway and is_orphan_record(record):
+                await context.threads.call(journals.forget, context.node.state_dir, record.uid)
             else:
                 await self._tell_home(record, reporter)
         except Exception:
             _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
         finally:
-            premises.queue.leave(ticket)
-            premises.queue.unreserve(record.uid)
+            context.queue.leave(ticket)
+            context.queue.unreserve(record.uid)
             self._strays.pop(record.uid, None)
             await self._count()
 
     def _rests(self, record: Record) -> bool:
         """Whether the guest does not stand still for this one any more. Called by its thread."""
-        now = journals.record_of(self._premises.node.state_dir, record.uid)
+        now = journals.record_of(self._context.node.state_dir, record.uid)
         return now is None or not holds(now)
 
     async def _tell_home(self, record: Record, reporter: OrphanReporter) -> None:
         """An orphan that was recorded tells itself that it is home."""
-        left = await self._premises.threads.call(journals.record_of, self._premises.node.state_dir, record.uid)
+        left = await self._context.threads.call(journals.record_of, self._context.node.state_dir, record.uid)
         if left is None and record.disks and not record.orphan:
             overlays = ", ".join(disk.overlay for disk in record.disks)
             reporter.event("OrphanHome", f"the overlay that was left is home: {overlays}")
 
     def _store(self, spec: BackupSpec) -> Store:
-        return open_store(self._premises.cluster.store(spec.store))
+        return open_store(self._context.cluster.store(spec.store))
 
     # -- telling
 
@@ -256,10 +258,10 @@ class Orphans:
         told.add(path)
         if path not in self._told:
             _log.warning("%s: %s: %s", reason, path, story)
-            self._premises.events.warning(subject, reason, f"{path}: {story}")
+            self._context.events.warning(subject, reason, f"{path}: {story}")
 
     async def _count(self) -> None:
-        self._premises.node.metrics.orphans(len(await self._presence.of(self._overlays)))
+        self._context.node.metrics.orphans(len(await self._presence.of(self._overlays)))
 
 
 def _forgotten(
@@ -287,4 +289,4 @@ def _left(record: Record, there: Collection[str]) -> list[str]:
 
 
 def _subject(record: Record, node: NodeRef) -> Subject:
-    return node if is_orphanage(record) else BackupRef(record.namespace, record.name, record.uid)
+    return node if is_orphan_record(record) else BackupId(record.namespace, record.name, record.uid)

@@ -12,20 +12,21 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from vmbackup.agent.backup_run import Turn
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Seen
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, DeletionPolicy
 from vmbackup.api.status import GUEST_AWAY, Outcome, Phase, Reason, Report
 from vmbackup.backoff import Backoff
 from vmbackup.cluster.reporter import ClusterReporter
 from vmbackup.cluster.status import condition, is_finished, with_generation
-from vmbackup.cluster.status_writer import BackupRef, StatusWriter
+from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.driver import Ending
+from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.domain_lock import is_locked
-from vmbackup.reconcile.telling.listener import Wish, spec_of
 
 Result = TypeVar("Result")
 
@@ -55,30 +56,30 @@ class Keeper:
     `keep` does what is due as long as it is let; `let_go` returns once a deleted VMBackup may vanish.
     """
 
-    def __init__(self, premises: Premises, seen: Seen) -> None:
-        self._premises = premises
+    def __init__(self, context: Context, seen: Seen) -> None:
+        self._context = context
         self._seen = seen
         self._loop = asyncio.get_running_loop()
-        self._ref = BackupRef.of(seen.body)
+        self._ref = BackupId.of(seen.body)
         self._writer = StatusWriter(
-            premises.cluster,
+            context.cluster,
             self._ref,
             generation=seen.generation,
             previous=seen.status or None,
-            late=partial(premises.node.metrics.unreported, seen.uid),
+            late=partial(context.node.metrics.unreported, seen.uid),
         )
         self.reporter = ClusterReporter(
-            self._ref, self._writer, premises.events, generation=lambda: self._seen.generation, heard=self._heard
+            self._ref, self._writer, context.events, generation=lambda: self._seen.generation, heard=self._heard
         )
         # The retry with which it ended; None: it has not, or the node knows better than its status.
-        ended = seen.over and not premises.queue.reserved(seen.uid)
+        ended = seen.over and not context.queue.reserved(seen.uid)
         self._handled = seen.handled_retry if ended else None
         self._spec: BackupSpec | None = None
         self._gone = self._stopped = self._unfinished = False
-        self._doomed: bool | None = None  # deleted; and then, whether its stored data goes too
-        self._dooming: asyncio.Task[None] | None = None
-        self._wish: Wish | None = None
-        self._turn = Turn(premises, lambda: self._seen, self._current_wish, self.reporter)
+        self._deleting: bool | None = None  # deleted; and then, whether its stored data goes too
+        self._deletion_task: asyncio.Task[None] | None = None
+        self._request: Request | None = None
+        self._turn = Turn(context, lambda: self._seen, self._current_request, self.reporter)
         self._released = asyncio.Event()
         self._changed = asyncio.Event()
         self._at_work = asyncio.Lock()
@@ -112,8 +113,8 @@ class Keeper:
         self._gone = self._gone or gone
         with suppress(RefusedError):  # of a first one, _run says so; the API server lets nobody make a good one bad
             self._spec = BackupSpec.parse(seen.spec)
-        if (seen.terminating or self._gone) and self._dooming is None:
-            self._dooming = self._loop.create_task(self._doom())
+        if (seen.terminating or self._gone) and self._deletion_task is None:
+            self._deletion_task = self._loop.create_task(self._resolve_deletion())
         self._wake()
 
     def vanish(self) -> None:
@@ -174,34 +175,34 @@ class Keeper:
     # -- what is asked for
 
     def _wake(self) -> None:
-        """The wish as it is now; whoever waits or runs looks at once."""
+        """The request as it is now; whoever waits or runs looks at once."""
         if self._spec is not None:
             policy = self._spec.deletion_policy
-            self._wish = Wish(
+            self._request = Request(
                 self._spec,
-                deleted=self._doomed is not None,
+                deleted=self._deleting is not None,
                 cancelled=self._seen.cancelled,
-                delete_data=bool(self._doomed) and policy is DeletionPolicy.DELETE,
+                delete_data=bool(self._deleting) and policy is DeletionPolicy.DELETE,
                 retry=self._seen.retry,
                 stop=self._stopped,
             )
             self._turn.wake()
         self._changed.set()
 
-    def _current_wish(self) -> Wish:
+    def _current_request(self) -> Request:
         """Asked by the threads of the backup."""
-        if self._wish is None:
+        if self._request is None:
             raise AssertionError("a backup without a spec is never run")
-        return self._wish
+        return self._request
 
-    async def _doom(self) -> None:
+    async def _resolve_deletion(self) -> None:
         """It is deleted. Where its data is to go too, the namespace decides: it keeps the data if it goes itself."""
         data = self._spec is not None and self._spec.deletion_policy is DeletionPolicy.DELETE
         failures = 0
         while data:
             try:
-                data = not await self._premises.threads.call(
-                    self._premises.cluster.namespace_terminating, self._ref.namespace
+                data = not await self._context.threads.call(
+                    self._context.cluster.namespace_terminating, self._ref.namespace
                 )
                 if not data:
                     self.reporter.event("DataRetained", "the whole namespace is being deleted: the stored data stays")
@@ -213,15 +214,13 @@ class Keeper:
             except VMBackupError as error:
                 data = False
                 self.reporter.event("DataRetained", f"the stored data stays: {error}", warning=True)
-        self._doomed = data
+        self._deleting = data
         self._wake()
 
     async def _look(self) -> None:
         """While it is being deleted, its events wait: see for ourselves what is asked for, and whether it is there."""
         try:
-            found = await self._premises.threads.call(
-                self._premises.cluster.backup, self._ref.namespace, self._ref.name
-            )
+            found = await self._context.threads.call(self._context.cluster.backup, self._ref.namespace, self._ref.name)
         except VMBackupError:
             return
         if found is not None and found["metadata"]["uid"] == self._ref.uid:
@@ -233,7 +232,7 @@ class Keeper:
         """Seconds until something is due without any change; None: never."""
         if self._failures:
             return _PAUSES.after(self._failures)
-        if self._doomed is not None:
+        if self._deleting is not None:
             return _PAUSES.first
         expires = self._seen.expires
         return None if expires is None else max(_PAUSES.first, expires - time.time())
@@ -261,7 +260,7 @@ class Keeper:
 
     async def _act(self) -> None:
         seen = self._seen
-        if self._doomed is not None:
+        if self._deleting is not None:
             await self._release()
         elif not seen.held or seen.terminating or self._gone:
             return  # no snapshot before the finalizer is stored; and how it is deleted is about to be known
@@ -272,7 +271,7 @@ class Keeper:
         elif seen.expires is not None and seen.expires <= time.time():
             _log.info("%s: ttlSecondsAfterFinished has passed: deleting it", self.name)
             ref = self._ref
-            await self._call(self._premises.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
+            await self._call(self._context.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
 
     async def _run(self) -> None:
         """Run it from wherever it stands."""
@@ -291,7 +290,7 @@ class Keeper:
             await self._part()
         elif ending is Ending.FINISHED:
             self._handled = str(self._writer.latest.get("lastHandledRetry") or "")
-        elif not self._stopped and self._doomed is None:
+        elif not self._stopped and self._deleting is None:
             raise TransientError(
                 "another process has run it: its VMBackup will say how that ended", reason="RunElsewhere"
             )
@@ -300,7 +299,7 @@ class Keeper:
     async def _release(self) -> None:
         """It was deleted: bring the chain home, or record the orphan, and delete the data if that is asked for."""
         record = await self._record()
-        if record is None and await self._call(is_locked, self._ref.uid, self._premises.node.lock_dir):
+        if record is None and await self._call(is_locked, self._ref.uid, self._context.node.lock_dir):
             return  # another process runs it: the chain is that one's to bring home
         if record is None or self._spec is None:
             await self._delete_data()
@@ -325,7 +324,7 @@ class Keeper:
 
     async def _delete_data(self) -> None:
         location = str(self._seen.status.get("location") or "")
-        if self._wish is not None and self._wish.delete_data and location:
+        if self._request is not None and self._request.delete_data and location:
             store = await self._call(self._turn.open_store)
             await self._call(store.delete, location, self._ref.uid)
 
@@ -335,7 +334,7 @@ class Keeper:
         status = with_generation(seen.status, seen.generation)
         if seen.retry:
             status["lastHandledRetry"] = seen.retry
-        answer = await self._call(self._premises.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
+        answer = await self._call(self._context.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
         self._handled = seen.retry
         if answer is not None:
             self.see(Seen(answer))
@@ -346,7 +345,7 @@ class Keeper:
             BackupSpec.parse(self._seen.spec)
         except RefusedError as error:
             self.reporter.event(error.reason, str(error), warning=True)
-            self._premises.node.metrics.finished(Outcome.REFUSED)
+            self._context.node.metrics.finished(Outcome.REFUSED)
             self._handled = self._seen.retry
             self.reporter.report(
                 Report(
@@ -372,11 +371,11 @@ class Keeper:
 
     async def _record(self) -> Record | None:
         """What its journal says. Where the spec cannot be read and it has begun, it is carried on by that."""
-        record = await self._call(journals.record_of, self._premises.node.state_dir, self._ref.uid)
+        record = await self._call(journals.record_of, self._context.node.state_dir, self._ref.uid)
         if self._spec is None and record is not None and not record.done:
             self._spec = spec_of(record)
             self._wake()
         return record
 
     async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        return await self._premises.threads.call(function, *arguments)
+        return await self._context.threads.call(function, *arguments)

@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.api.spec import StoreSpec
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.telling.listener import Wish, spec_of
+from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.telling.log import LogReporter
 from vmbackup.stores.registry import open_store
 
@@ -24,8 +24,8 @@ class Alone:
     Each is taken over by its keeper once the API server answers: that one tells its VMBackup what became of it.
     """
 
-    def __init__(self, premises: Premises) -> None:
-        self._premises = premises
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._backups: list[Backup] = []
         self._runs: list[asyncio.Task[None]] = []
         self._stopped = False
@@ -50,9 +50,9 @@ class Alone:
     def _backup(self, record: Record) -> Backup:
         spec = spec_of(record)
         return Backup(
-            self._premises.node,
+            self._context.node,
             key_of(record),
-            wish=lambda: Wish(spec, retry=record.handled_retry, stop=self._stopped),
+            request=lambda: Request(spec, retry=record.handled_retry, stop=self._stopped),
             open_store=lambda: open_store(StoreSpec.parse(record.store)),
             reporter=LogReporter(record.full_name),
         )
@@ -60,6 +60,6 @@ class Alone:
     async def _run(self, record: Record, backup: Backup) -> None:
         _log.warning("%s had begun: it is carried on without the API server", record.full_name)
         try:
-            await self._premises.threads.run(backup.run, f"alone-{record.name}")
+            await self._context.threads.run(backup.run, f"alone-{record.name}")
         except Exception:
             _log.exception("%s cannot be carried on without the API server", record.full_name)

@@ -25,7 +25,7 @@ from typing import Any
 import kopf
 from kubernetes.client import ApiClient
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Seen
 from vmbackup.agent.leftovers import OrphanPolicy, Orphans
 from vmbackup.agent.policies import Policies
@@ -155,10 +155,10 @@ class _Agent:
         self._threads = Threads()
         policies = Policies(cluster, self._events, self.metrics, settings.node_name)
         queue = Queue(settings.max_concurrent_backups)
-        premises = Premises(node, cluster, self._events, policies, queue, self._threads)
-        self._fleet = Fleet(premises)
-        orphans = Orphans(premises, settings.node_name, OrphanPolicy(settings.orphan_policy))
-        self._sweep = Sweep(premises, self._fleet, orphans, settings.node_name, settings.relist_interval)
+        context = Context(node, cluster, self._events, policies, queue, self._threads)
+        self._fleet = Fleet(context)
+        orphans = Orphans(context, settings.node_name, OrphanPolicy(settings.orphan_policy))
+        self._sweep = Sweep(context, self._fleet, orphans, settings.node_name, settings.relist_interval)
         self.watchdog = Watchdog(hypervisor, self._sweep.neglected)
         self._background: list[asyncio.Task[None]] = []
         self.registry = self._register()

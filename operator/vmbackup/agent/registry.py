@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Body, Seen
 from vmbackup.agent.lifecycle import Keeper, Stopped
+from vmbackup.api.identity import BackupId
 from vmbackup.cluster.reporter import ClusterReporter
-from vmbackup.cluster.status_writer import BackupRef, StatusWriter
+from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.telling.listener import Reporter
 
@@ -22,8 +23,8 @@ _AGAIN = 5.0  # seconds after something unexpected
 class Fleet:
     """Belongs to the event loop, except where a method says otherwise."""
 
-    def __init__(self, premises: Premises) -> None:
-        self._premises = premises
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._keepers: dict[str, Keeper] = {}
         self._stopping = False
 
@@ -37,7 +38,7 @@ class Fleet:
         """Whether this VMBackup needs its keeper, and its finalizer."""
         seen = Seen(body)
         keeper = self._keepers.get(seen.uid)
-        known = keeper.wanted if keeper else self._premises.queue.reserved(seen.uid)
+        known = keeper.wanted if keeper else self._context.queue.reserved(seen.uid)
         return seen.wanted or known
 
     async def keep(self, body: Body, stopped: Stopped) -> None:
@@ -96,20 +97,20 @@ class Fleet:
         keeper = self._keepers.get(record.uid)
         if keeper is not None:
             return keeper.reporter
-        premises = self._premises
-        body = premises.cluster.backup(record.namespace, record.name)
+        context = self._context
+        body = context.cluster.backup(record.namespace, record.name)
         if body is None or body["metadata"]["uid"] != record.uid:
             return None
         seen = Seen(body)
-        ref = BackupRef.of(body)
-        writer = StatusWriter(premises.cluster, ref, generation=seen.generation, previous=seen.status or None)
-        return ClusterReporter(ref, writer, premises.events, generation=lambda: seen.generation)
+        ref = BackupId.of(body)
+        writer = StatusWriter(context.cluster, ref, generation=seen.generation, previous=seen.status or None)
+        return ClusterReporter(ref, writer, context.events, generation=lambda: seen.generation)
 
     def _keeper(self, body: Body) -> Keeper:
         seen = Seen(body)
         keeper = self._keepers.get(seen.uid)
         if keeper is None:
-            keeper = self._keepers[seen.uid] = Keeper(self._premises, seen)
+            keeper = self._keepers[seen.uid] = Keeper(self._context, seen)
             if self._stopping:
                 keeper.stop()
         return keeper

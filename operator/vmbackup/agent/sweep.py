@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from vmbackup.agent.context import Premises
+from vmbackup.agent.context import Context
 from vmbackup.agent.duty import Body, Seen
 from vmbackup.agent.leftovers import Orphans
 from vmbackup.agent.offline import Alone
@@ -34,13 +34,13 @@ class Sweep:
     recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left alone.
     """
 
-    def __init__(self, premises: Premises, fleet: Fleet, orphans: Orphans, node_name: str, interval: float) -> None:
-        self._premises = premises
+    def __init__(self, context: Context, fleet: Fleet, orphans: Orphans, node_name: str, interval: float) -> None:
+        self._context = context
         self._fleet = fleet
         self._orphans = orphans
         self._node_name = node_name
         self._interval = interval
-        self._presence = Presence(premises.threads)
+        self._presence = Presence(context.threads)
         self._unattended: set[str] = set()
         self._neglected: set[str] = set()
 
@@ -54,7 +54,7 @@ class Sweep:
             if not record.spec:  # of `vmbackup run`
                 continue
             if record.begun and not record.finished:
-                self._premises.queue.reserve(record.domain_uuid, record.uid)
+                self._context.queue.reserve(record.domain_uuid, record.uid)
         await self._orphans.begin()  # guests come first
         await self._tell_overlays([record for record in records if record.spec])
         bodies = await self._list()
@@ -69,12 +69,12 @@ class Sweep:
                 await self.look()
             except Exception:
                 _log.exception("could not compare VMBackups with journals, will look again")
-            await self._premises.threads.call(memory.give_back)
+            await self._context.threads.call(memory.give_back)
             await asyncio.sleep(self._interval)
 
     async def look(self) -> None:
         """Look once."""
-        await self._premises.threads.call(self._premises.policies.look)
+        await self._context.threads.call(self._context.policies.look)
         kept = self._fleet.uids
         await self._orphans.see()
         records = await self._records()  # first: whoever has a journal now and is not listed next is gone
@@ -89,7 +89,7 @@ class Sweep:
         gone = [each for each in records if each.spec and each.uid not in uids and not self._fleet.attends(each.uid)]
         for record in gone:
             if record.done:
-                await self._premises.threads.call(journals.forget, self._premises.node.state_dir, record.uid)
+                await self._context.threads.call(journals.forget, self._context.node.state_dir, record.uid)
         await self._orphans.look(records, [each for each in gone if not each.done], map(Seen, bodies))
 
     def neglected(self) -> str:
@@ -99,29 +99,27 @@ class Sweep:
 
     async def forget(self, uid: str) -> None:
         """A VMBackup is gone: so is its journal, if nothing is left to do for its chain."""
-        record = await self._premises.threads.call(journals.record_of, self._premises.node.state_dir, uid)
+        record = await self._context.threads.call(journals.record_of, self._context.node.state_dir, uid)
         if record is not None and record.done:
-            await self._premises.threads.call(journals.forget, self._premises.node.state_dir, uid)
+            await self._context.threads.call(journals.forget, self._context.node.state_dir, uid)
 
     def stop(self) -> None:
         """This process is to end."""
         self._orphans.stop()
 
     async def _records(self) -> list[Record]:
-        return await self._premises.threads.call(self._premises.node.records)
+        return await self._context.threads.call(self._context.node.records)
 
     async def _list(self) -> list[Body] | None:
         try:
-            bodies: Sequence[Body] = await self._premises.threads.call(
-                self._premises.cluster.backups_of, self._node_name
-            )
+            bodies: Sequence[Body] = await self._context.threads.call(self._context.cluster.backups_of, self._node_name)
         except VMBackupError as error:
             _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
             return None
-        return [body for body in bodies if not Seen(body).departed]
+        return [body for body in bodies if not Seen(body).released_by_us]
 
     async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
-        alone = Alone(self._premises)
+        alone = Alone(self._context)
         alone.carry_on(record for record in records if record.begun and record.store and not record.finished)
         try:
             while (bodies := await self._list()) is None:
@@ -139,12 +137,12 @@ class Sweep:
         for record, disk in taken:
             if disk.overlay in there:
                 since = record.snapshot_time or record.started or time.time()
-                self._premises.node.metrics.overlay(record.domain, disk.target, Path(disk.overlay), since)
+                self._context.node.metrics.overlay(record.domain, disk.target, Path(disk.overlay), since)
 
     def _tell_ends(self, bodies: Iterable[Body], records: Iterable[Record]) -> None:
         domains = {record.uid: record.domain for record in records}
         for body in bodies:
-            seen, metrics = Seen(body), self._premises.node.metrics
+            seen, metrics = Seen(body), self._context.node.metrics
             taken, ended = seen.status.get("snapshotTime"), seen.status.get("completionTime")
             ready, reason = (condition(seen.status, "Ready").get(field) for field in ("status", "reason"))
             domain = domains.get(seen.uid) or str(body["spec"]["domain"])

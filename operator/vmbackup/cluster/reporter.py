@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Phase, Report
 from vmbackup.cluster.events import Events, Subject
-from vmbackup.cluster.status_writer import BackupRef, StatusWriter
+from vmbackup.cluster.status_writer import StatusWriter
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class ClusterReporter:
 
     def __init__(
         self,
-        ref: BackupRef,
+        ref: BackupId,
         writer: StatusWriter,
         events: Events,
         *,

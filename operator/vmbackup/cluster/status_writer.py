@@ -6,10 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from vmbackup.api.spec import GROUP, VERSION
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Report
 from vmbackup.backoff import Backoff
 from vmbackup.cluster.client import Cluster
@@ -19,27 +18,6 @@ logger = logging.getLogger(__name__)
 
 _RETRIES = Backoff(first=0.5, longest=30.0)
 _HURRIED_RETRIES = Backoff(first=0.5, longest=1.0)
-
-
-@dataclass(frozen=True)
-class BackupRef:
-    """Which VMBackup is meant: this very object, not a later one of the same name."""
-
-    namespace: str
-    name: str
-    uid: str
-
-    @classmethod
-    def of(cls, body: Mapping[str, Any]) -> BackupRef:
-        """That of an object as the API server gives it."""
-        metadata = body["metadata"]
-        return cls(namespace=metadata["namespace"], name=metadata["name"], uid=metadata["uid"])
-
-    @property
-    def regarding(self) -> Mapping[str, str]:
-        """The object reference of it, for events."""
-        reference = {"namespace": self.namespace, "name": self.name, "uid": self.uid}
-        return {"apiVersion": f"{GROUP}/{VERSION}", "kind": "VMBackup", **reference}
 
 
 class StatusWriter:
@@ -55,7 +33,7 @@ class StatusWriter:
     def __init__(
         self,
         cluster: Cluster,
-        ref: BackupRef,
+        ref: BackupId,
         *,
         generation: int,
         previous: Mapping[str, Any] | None = None,

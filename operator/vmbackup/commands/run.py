@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import GUEST_AWAY, DiskState, Outcome, Phase, Reason, Report
-from vmbackup.commands.request import Request, read
+from vmbackup.commands.backup_file import BackupFile, read
 from vmbackup.commands.screen import LineConsole, Screen
 from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
@@ -22,10 +23,9 @@ from vmbackup.protocol.record import Record, Snapshot
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.state.journal import forget
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
 from vmbackup.stores.registry import open_store
 from vmbackup.telemetry.metrics import Metrics
 
@@ -55,46 +55,46 @@ class RunSettings:
 
 def run(settings: RunSettings) -> int:
     """Run the backup to its end, or until interrupted; the exit code. Raises VMBackupError where nothing was begun."""
-    request = read(settings.file, store_file=settings.store, store_path=settings.store_path)
+    file = read(settings.file, store_file=settings.store, store_path=settings.store_path)
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     try:
         roots = settings.image_roots or ()
         node = Node(hypervisor, settings.state_dir, Metrics(), overlay_dir=settings.overlay_dir, image_roots=roots)
         records = node.records()
-        earlier = taken_up(request, records, retry=settings.retry)
+        earlier = taken_up(file, records, retry=settings.retry)
         if not hypervisor.ping():
             return _broken(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri", earlier)
         if earlier is None:
-            _forget_done(request, records, settings.state_dir)
+            _forget_done(file, records, settings.state_dir)
         with guarded(node), Screen(LineConsole(highlight=False)) as screen:
-            return _Run(node, request, earlier, screen, retry=settings.retry).run()
+            return _Run(node, file, earlier, screen, retry=settings.retry).run()
     finally:
         hypervisor.close()
 
 
-def taken_up(request: Request, records: Sequence[Record], *, retry: bool) -> Record | None:
+def taken_up(file: BackupFile, records: Sequence[Record], *, retry: bool) -> Record | None:
     """The earlier run of this very backup that is carried on; None: this is a new one. Raises RefusedError."""
-    same = [record for record in records if (record.namespace, record.name) == (request.namespace, request.name)]
-    if request.uid:
-        same = [record for record in records if record.uid == request.uid]
-    wanted = [record for record in same if not record.finished or (retry and record.gave_up) or request.uid]
+    same = [record for record in records if (record.namespace, record.name) == (file.namespace, file.name)]
+    if file.uid:
+        same = [record for record in records if record.uid == file.uid]
+    wanted = [record for record in same if not record.finished or (retry and record.gave_up) or file.uid]
     if not wanted:
         if retry:
-            raise RefusedError(f"no backup {request} has given up here: leave out --retry, or correct --state-dir")
+            raise RefusedError(f"no backup {file} has given up here: leave out --retry, or correct --state-dir")
         return None
     record = max(wanted, key=lambda each: each.started or 0.0)
-    if record.domain and request.spec.domain not in (record.domain, record.domain_uuid):
+    if record.domain and file.spec.domain not in (record.domain, record.domain_uuid):
         raise RefusedError(
-            f"the unfinished backup {request} is one of the domain {record.domain}: finish that first, or give this "
+            f"the unfinished backup {file} is one of the domain {record.domain}: finish that first, or give this "
             "one another metadata.name"
         )
     return record
 
 
-def _forget_done(request: Request, records: Sequence[Record], state_dir: Path) -> None:
+def _forget_done(file: BackupFile, records: Sequence[Record], state_dir: Path) -> None:
     """Remove the journals of earlier runs of this name that left nothing to do. Those of an agent have their spec."""
     for record in records:
-        mine = (record.namespace, record.name) == (request.namespace, request.name) and not record.spec
+        mine = (record.namespace, record.name) == (file.namespace, file.name) and not record.spec
         if mine and record.done:
             forget(state_dir, record.uid)
 
@@ -102,11 +102,11 @@ def _forget_done(request: Request, records: Sequence[Record], state_dir: Path) -
 class _Run:
     """One run: hears what the backup tells, and asks it to stop on a signal, or where only a human can help."""
 
-    def __init__(self, node: Node, request: Request, earlier: Record | None, screen: Screen, *, retry: bool) -> None:
+    def __init__(self, node: Node, file: BackupFile, earlier: Record | None, screen: Screen, *, retry: bool) -> None:
         self._node = node
-        self._request = request
+        self._file = file
         self._screen = screen
-        self._key = BackupKey(request.namespace, request.name, _uid_of(request, earlier))
+        self._key = BackupId(file.namespace, file.name, _uid_of(file, earlier))
         handled = earlier.handled_retry if earlier else ""
         self._retry = time.strftime("%Y-%m-%dT%H:%M:%S") if retry else handled
         self._carries_on = earlier is not None and not earlier.finished
@@ -114,13 +114,13 @@ class _Run:
         self._signalled = self._stuck = False
         self._off_since: float | None = None
         self._backup = Backup(
-            node, self._key, wish=self._wish, open_store=lambda: open_store(request.store), reporter=self
+            node, self._key, request=self._request, open_store=lambda: open_store(file.store), reporter=self
         )
 
     def run(self) -> int:
         """Run it; the exit code."""
         begun = "Carrying on" if self._carries_on else "Backup"
-        self._screen.line(begun, f"{self._request} of the domain {self._request.spec.domain}, uid {self._key.uid}")
+        self._screen.line(begun, f"{self._file} of the domain {self._file.spec.domain}, uid {self._key.uid}")
         try:
             ending = asyncio.run(self._attended())
         except VMBackupError as error:
@@ -144,8 +144,8 @@ class _Run:
 
     # -- what the backup asks and tells, in its thread
 
-    def _wish(self) -> Wish:
-        return Wish(self._request.spec, retry=self._retry, stop=self._signalled or self._stuck)
+    def _request(self) -> Request:
+        return Request(self._file.spec, retry=self._retry, stop=self._signalled or self._stuck)
 
     def report(self, report: Report) -> None:
         """See Reporter."""
@@ -223,5 +223,5 @@ def _broken(why: str, record: Record | None, *, unknown: bool = False) -> int:
     return ON_OVERLAY if on_overlay else REFUSED
 
 
-def _uid_of(request: Request, earlier: Record | None) -> str:
-    return earlier.uid if earlier else request.uid or str(uuid4())
+def _uid_of(file: BackupFile, earlier: Record | None) -> str:
+    return earlier.uid if earlier else file.uid or str(uuid4())

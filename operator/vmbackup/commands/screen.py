@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from vmbackup.api.status import GUEST_AWAY, Phase, Reason, Report
-from vmbackup.output import Aside
+from vmbackup.output import BackgroundOutput
 
 _LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
 _WAITS = (
@@ -52,7 +52,7 @@ class Screen:
         self._task = self._bar.add_task(Phase.PENDING, total=None, bytes="")
         self._said = ""
         self._line_due = time.monotonic() + _LINE_EVERY
-        self._aside = Aside("screen")
+        self._aside = BackgroundOutput("screen")
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:

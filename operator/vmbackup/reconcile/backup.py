@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
@@ -19,6 +20,7 @@ from vmbackup.reconcile.admission.plan import Planner, key_of
 from vmbackup.reconcile.driver import Driver, Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.observe import Observer
+from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.clock import boot_id, boottime
 from vmbackup.reconcile.state.domain_lock import domain_lock
@@ -26,24 +28,24 @@ from vmbackup.reconcile.state.journal import Journal
 from vmbackup.reconcile.steps.actions import Acts
 from vmbackup.reconcile.steps.copying import Copying, delete_stored
 from vmbackup.reconcile.steps.offline_merge import Merging
-from vmbackup.reconcile.telling.announcer import Narration
-from vmbackup.reconcile.telling.listener import Reporter, Wish, spec_of
+from vmbackup.reconcile.telling.announcer import Announcer
+from vmbackup.reconcile.telling.listener import Reporter
 from vmbackup.reconcile.telling.log import LogReporter
-from vmbackup.reconcile.telling.summary import Progress, narrate
-from vmbackup.stores.base import BackupKey, Store
+from vmbackup.reconcile.telling.summary import Progress, summarize
+from vmbackup.stores.base import Store
 
 _WAIT = 1.0  # seconds between attempts to get the domain, or its lock
 
 
 class Backup:
-    """Runs one VMBackup, from its journal if there is one. `wish` is asked anew all the time."""
+    """Runs one VMBackup, from its journal if there is one. `request` is asked anew all the time."""
 
     def __init__(
         self,
         node: Node,
-        key: BackupKey,
+        key: BackupId,
         *,
-        wish: Callable[[], Wish],
+        request: Callable[[], Request],
         open_store: Callable[[], Store],
         reporter: Reporter,
         spec: Mapping[str, Any] | None = None,
@@ -59,7 +61,7 @@ class Backup:
         self._key = key
         self._spec = spec or {}
         self._store = store or {}
-        self._wish = wish
+        self._request = request
         self._open_store = open_store
         self._reporter = reporter
         self._admit = admit
@@ -68,7 +70,7 @@ class Backup:
         self._waited = False  # for another process that has this very backup
 
     def wake(self) -> None:
-        """Look at once: the wish has changed. From any thread."""
+        """Look at once: the request has changed. From any thread."""
         self._woken.set()
 
     def run(self) -> Ending:
@@ -92,7 +94,7 @@ class Backup:
             journal.close()
 
     def _drive(self, journal: Journal) -> Ending:
-        if self._wish().cancelled and _untouched(journal.record):
+        if self._request().cancelled and _untouched(journal.record):
             return self._waited_in_vain(journal)
         try:
             guest = self._guest(journal.record)
@@ -107,11 +109,11 @@ class Backup:
                 if not held:
                     return self._waited_in_vain(journal)
                 earlier = self._earlier(guest.uuid)
-                holders = [] if self._wish().stop else [record for record in earlier if record.holds_guest]
+                holders = [] if self._request().stop else [record for record in earlier if record.holds_guest]
                 if not holders:
                     return self._driver(journal, guest, earlier).run()
             for record in holders:  # its process has died, and a rescuer would wait for the end of this one
-                let_rest(self._node, record)
+                release_guest_of(self._node, record)
             if not self._queued(journal.record):
                 return self._waited_in_vain(journal)
 
@@ -130,7 +132,7 @@ class Backup:
                 key.name,
                 spec=self._spec,
                 store=self._store,
-                handled_retry=self._wish().retry,
+                handled_retry=self._request().retry,
                 started=time.time(),
                 boot_id=boot_id(),
             )
@@ -151,16 +153,16 @@ class Backup:
 
     def _open_again(self, record: Record) -> bool:
         """It ended with something left to do, and is asked for again, or deleted."""
-        wish = self._wish()
-        return record.left_behind and (wish.deleted or wish.retry != record.handled_retry)
+        request = self._request()
+        return record.left_behind and (request.deleted or request.retry != record.handled_retry)
 
     def _after_the_end(self, journal: Journal) -> Ending:
         """Nothing is left to do for the chain. The end may not have reached the API server before a run was killed."""
-        record, wish = journal.record, self._wish()
-        if not wish.deleted:
-            self._reporter.report(narrate(replace(record, handled_retry=wish.retry), None, None, Progress({}, {})))
+        record, request = journal.record, self._request()
+        if not request.deleted:
+            self._reporter.report(summarize(replace(record, handled_retry=request.retry), None, None, Progress({}, {})))
             return Ending.FINISHED
-        if wish.delete_data:
+        if request.delete_data:
             delete_stored(record, self._open_store)
         if record.copy is Copy.FAILED and record.snapshot is Snapshot.DONE:
             with suppress(VMBackupError):  # the store may have been away at the end, and then kept what was copied
@@ -172,7 +174,7 @@ class Backup:
         """The domain, waiting for libvirtd. None: told not to wait. Raises RefusedError if there is no such domain."""
         while True:
             try:
-                return self._node.hypervisor.guest(record.domain_uuid or self._wish().spec.domain)
+                return self._node.hypervisor.guest(record.domain_uuid or self._request().spec.domain)
             except RefusedError:
                 if not record.disks:
                     self._ask(record, None)  # who may not back it up is not told whether it is there
@@ -180,13 +182,13 @@ class Backup:
                 # a transient domain that stopped: its files are what there is
                 return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
             except TransientError as error:
-                self._reporter.report(replace(narrate(record, None, None, Progress({}, {})), message=str(error)))
+                self._reporter.report(replace(summarize(record, None, None, Progress({}, {})), message=str(error)))
                 if not self._pause(record):
                     return None
 
     def _ask(self, record: Record, guest: Guest | None) -> None:
         """Whether it may begin. One that has begun is never stopped: the guest comes first."""
-        if record.snapshot is Snapshot.NONE and not self._wish().deleted:
+        if record.snapshot is Snapshot.NONE and not self._request().deleted:
             self._admit(guest)
 
     def _already_run(self) -> bool:
@@ -205,20 +207,20 @@ class Backup:
 
     def _pause(self, record: Record) -> bool:
         """Wait a while; whether to go on waiting."""
-        wish = self._awaited()
-        return not (wish.stop or ((wish.deleted or wish.cancelled) and _untouched(record)))
+        request = self._awaited()
+        return not (request.stop or ((request.deleted or request.cancelled) and _untouched(record)))
 
-    def _awaited(self) -> Wish:
+    def _awaited(self) -> Request:
         self._woken.wait(_WAIT)
         self._woken.clear()
-        return self._wish()
+        return self._request()
 
     def _waited_in_vain(self, journal: Journal) -> Ending:
         """Told to stop, or deleted or cancelled before anything was begun."""
-        wish = self._wish()
-        if wish.stop:
+        request = self._request()
+        if request.stop:
             return Ending.INTERRUPTED
-        if wish.cancelled and not wish.deleted:
+        if request.cancelled and not request.deleted:
             return self._refused(journal, RefusedError(CANCELLED, reason=Reason.CANCELLED))
         self._node.metrics.finished(Outcome.DELETED)
         journal.remove()
@@ -229,7 +231,7 @@ class Backup:
             journal.record, freeze=Freeze.NONE, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason
         )
         journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
-        report = narrate(journal.record, None, None, Progress({}, {}))
+        report = summarize(journal.record, None, None, Progress({}, {}))
         self._reporter.report(report)
         self._reporter.event(report.reason, report.message, warning=True)
         self._node.metrics.finished(report.outcome or Outcome.REFUSED)
@@ -241,10 +243,10 @@ class Backup:
             record = replace(record, disks=())  # an earlier run's plan: the domain may have changed since
         record = with_call_of(with_commits_of(record, earlier), earlier, boot_id())
         self._write(journal, replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
-        copying = Copying(self._wish, self.wake, node.metrics)
-        wish = self._wish()
-        over = record.finished and (wish.deleted or wish.retry == record.handled_retry)
-        narration = Narration(self._reporter, node.metrics, copying, ended=over)
+        copying = Copying(self._request, self.wake, node.metrics)
+        request = self._request()
+        over = record.finished and (request.deleted or request.retry == record.handled_retry)
+        announcer = Announcer(self._reporter, node.metrics, copying, ended=over)
         observer = Observer(node.hypervisor, guest)
         acts = Acts(
             journal=journal,
@@ -256,15 +258,15 @@ class Backup:
             adopted_home=lambda: self._adopted_home(guest.uuid),
             copying=copying,
             merging=Merging(observer, self.wake),
-            narration=narration,
+            announcer=announcer,
             backoff=node.backoff,
         )
         return Driver(
             hypervisor=node.hypervisor,
             observer=observer,
             acts=acts,
-            narration=narration,
-            wish=self._wish,
+            announcer=announcer,
+            request=self._request,
             woken=self._woken,
             journal_error=self._journal_error,
         )
@@ -292,18 +294,18 @@ class Backup:
         if record.orphan:
             journal.remove()
         if reporter is not None:
-            reporter.report(narrate(home, None, None, Progress({}, {})))
+            reporter.report(summarize(home, None, None, Progress({}, {})))
             reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
 
 
-def let_rest(node: Node, record: Record) -> Ending:
+def release_guest_of(node: Node, record: Record) -> Ending:
     """Let a backup whose process has died come to rest: its guest runs, no more.
 
     INTERRUPTED where it did, or another process has it. Raises VMBackupError.
     """
-    wish = Wish(spec_of(record), retry=record.handled_retry, stop=True)
+    request = Request(spec_of(record), retry=record.handled_retry, stop=True)
     reporter = LogReporter(record.full_name)
-    backup = Backup(node, key_of(record), wish=lambda: wish, open_store=_no_store, reporter=reporter)
+    backup = Backup(node, key_of(record), request=lambda: request, open_store=_no_store, reporter=reporter)
     return backup.run()
 
 

@@ -16,11 +16,11 @@ from vmbackup.protocol.decide import decide
 from vmbackup.protocol.record import Copy, Guard, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do, Intent, Power
 from vmbackup.reconcile.observe import Observer, View
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.steps.actions import Acts
 from vmbackup.reconcile.steps.calls import forget_call
-from vmbackup.reconcile.telling.announcer import Narration
-from vmbackup.reconcile.telling.listener import Wish
+from vmbackup.reconcile.telling.announcer import Announcer
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Ending(StrEnum):
 
 
 class Driver:
-    """Drives one backup. `wish` is asked anew before each step; `wake` (any thread) lets it look at once."""
+    """Drives one backup. `request` is asked anew before each step; `wake` (any thread) lets it look at once."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class Driver:
         hypervisor: Hypervisor,
         observer: Observer,
         acts: Acts,
-        narration: Narration,
-        wish: Callable[[], Wish],
+        announcer: Announcer,
+        request: Callable[[], Request],
         woken: threading.Event,
         journal_error: PermanentError | None = None,
     ) -> None:
@@ -58,8 +58,8 @@ class Driver:
         self._hypervisor = hypervisor
         self._observer = observer
         self._acts = acts
-        self._narration = narration
-        self._wish = wish
+        self._announcer = announcer
+        self._request = request
         self._woken = woken
         self._generation = hypervisor.generation
         # A record that was begun comes from an earlier run: who knows what happened since.
@@ -73,7 +73,7 @@ class Driver:
         return self._acts.record
 
     def wake(self) -> None:
-        """Look at once: the wish or the domain has changed."""
+        """Look at once: the request or the domain has changed."""
         self._woken.set()
 
     def run(self) -> Ending:
@@ -82,12 +82,12 @@ class Driver:
         try:
             while True:
                 self._woken.clear()
-                wish = self._wish()
-                if wish.stop and self._may_stop():
+                request = self._request()
+                if request.stop and self._may_stop():
                     return Ending.INTERRUPTED
                 if self._journal_error is not None and self._may_stop():
                     raise self._journal_error
-                ending = self._step(wish)
+                ending = self._step(request)
                 if isinstance(ending, Ending):
                     return ending
                 if ending > 0:
@@ -105,21 +105,21 @@ class Driver:
         held = self._record.holds_guest and not (self._record.guard is not Guard.OURS and self._paused_by_another)
         return not held and not slowed
 
-    def _step(self, wish: Wish) -> Ending | float:
+    def _step(self, request: Request) -> Ending | float:
         """One round. Returns the seconds to wait before the next, or the ending."""
         try:
-            if wish.retry != self._record.handled_retry:
-                self._acts.write(taken_up_again(self._record, wish.retry))
-            if self._unplanned(wish) and not self._record.holds_guest and self._record.call is None:
-                return self._plan(wish)
-            view = self._observe(wish)
-            action = self._decide(wish, view)
+            if request.retry != self._record.handled_retry:
+                self._acts.write(taken_up_again(self._record, request.retry))
+            if self._unplanned(request) and not self._record.holds_guest and self._record.call is None:
+                return self._plan(request)
+            view = self._observe(request)
+            action = self._decide(request, view)
             waits = action.do is Do.WAIT and not view.seen.call_in_flight
             self._paused_by_another = waits and view.seen.power is not Power.RUNNING
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
             if self._journal_error is None and not self._hastens(action):
-                self._narration.tell(self._record, view.seen, action)
-            pause = self._perform(action, view, wish)
+                self._announcer.tell(self._record, view.seen, action)
+            pause = self._perform(action, view, request)
             self._hiccups = 0
             return pause
         except RefusedError as error:
@@ -127,7 +127,7 @@ class Driver:
             return 0.0
         except UnknownOutcomeError as error:
             self._doubt = True
-            self._narration.event("UnknownOutcome", str(error), warning=True)
+            self._announcer.event("UnknownOutcome", str(error), warning=True)
             return _POLL
         except TransientError as error:
             return self._hiccup(error)
@@ -158,7 +158,7 @@ class Driver:
             if isinstance(error, PermanentError) and self._untouched():
                 self._acts.refuse(error)
                 return 0.0
-            self._narration.event(error.reason, str(error), warning=True)
+            self._announcer.event(error.reason, str(error), warning=True)
         return pause
 
     def _untouched(self) -> bool:
@@ -171,7 +171,7 @@ class Driver:
             and not record.holds_guest
         )
 
-    def _observe(self, wish: Wish) -> View:
+    def _observe(self, request: Request) -> View:
         if self._hypervisor.generation != self._generation:
             self._generation = self._hypervisor.generation
             self._doubt = True
@@ -183,49 +183,49 @@ class Driver:
             view = self._observer.observe(self._record, doubt=True)
         if view.seen.disks and all(disk.written is not None and disk.written is disk.live for disk in view.seen.disks):
             self._doubt = False
-        return replace(view, seen=with_overdue(self._record, view.seen, wish.spec.commit.deadline_seconds))
+        return replace(view, seen=with_overdue(self._record, view.seen, request.spec.commit.deadline_seconds))
 
-    def _decide(self, wish: Wish, view: View) -> Action:
-        unplanned = self._unplanned(wish)
+    def _decide(self, request: Request, view: View) -> Action:
+        unplanned = self._unplanned(request)
         intent = Intent(
-            deleted=wish.deleted,
-            cancelled=wish.cancelled,
-            guarded=wish.spec.switch_policy is SwitchPolicy.GUARDED,
-            quiesce=wish.spec.snapshot.quiesce is not Quiesce.SKIP,
-            quiesce_required=wish.spec.snapshot.quiesce is Quiesce.REQUIRE,
-            backoff_limit=wish.spec.commit.backoff_limit,
-            offline=wish.spec.commit.offline,
-            stall_policy=wish.spec.commit.stall_policy,
-            stall_pause=wish.spec.commit.stall_pause_seconds,
-            leaving=wish.stop or unplanned or self._journal_error is not None,
+            deleted=request.deleted,
+            cancelled=request.cancelled,
+            guarded=request.spec.switch_policy is SwitchPolicy.GUARDED,
+            quiesce=request.spec.snapshot.quiesce is not Quiesce.SKIP,
+            quiesce_required=request.spec.snapshot.quiesce is Quiesce.REQUIRE,
+            backoff_limit=request.spec.commit.backoff_limit,
+            offline=request.spec.commit.offline,
+            stall_policy=request.spec.commit.stall_policy,
+            stall_pause=request.spec.commit.stall_pause_seconds,
+            leaving=request.stop or unplanned or self._journal_error is not None,
         )
         action = decide(intent, self._record, view.seen)
         waits = action.do is Do.WAIT and not view.seen.call_in_flight
-        return Action(Do.PLAN) if waits and unplanned and not wish.stop else action
+        return Action(Do.PLAN) if waits and unplanned and not request.stop else action
 
-    def _unplanned(self, wish: Wish) -> bool:
+    def _unplanned(self, request: Request) -> bool:
         """Nothing is known of its disks yet. But what an earlier run has frozen is thawed before that."""
-        return not self._record.disks and self._record.copy is Copy.OPEN and not (wish.deleted or wish.cancelled)
+        return not self._record.disks and self._record.copy is Copy.OPEN and not (request.deleted or request.cancelled)
 
-    def _perform(self, action: Action, view: View, wish: Wish) -> Ending | float:
+    def _perform(self, action: Action, view: View, request: Request) -> Ending | float:
         self._acts.make_way(action, view.seen)
         match action.do:
             case Do.WAIT:
-                if not wish.stop and not view.seen.call_in_flight:  # R4: nothing is sent, nor answered, meanwhile
-                    self._acts.tend(view, wish)
+                if not request.stop and not view.seen.call_in_flight:  # R4: nothing is sent, nor answered, meanwhile
+                    self._acts.tend(view, request)
                 return self._pause(action, view)
             case Do.RELEASE:
-                self._acts.release(wish)
+                self._acts.release(request)
                 return Ending.RELEASED
             case Do.DONE:
                 return Ending.FINISHED
             case Do.PLAN:
-                return self._plan(wish)
+                return self._plan(request)
             case _:
-                return self._acts.perform(action, view, wish)
+                return self._acts.perform(action, view, request)
 
-    def _plan(self, wish: Wish) -> float:
-        pause = self._acts.plan(wish)
+    def _plan(self, request: Request) -> float:
+        pause = self._acts.plan(request)
         self._doubt = self._doubt or self._record.snapshot is Snapshot.ADOPTED  # who knows how it was left
         return pause
 

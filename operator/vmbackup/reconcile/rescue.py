@@ -19,7 +19,7 @@ from threading import Event, Thread
 
 from vmbackup.errors import PermanentError, VMBackupError
 from vmbackup.protocol.record import Record
-from vmbackup.reconcile.backup import let_rest
+from vmbackup.reconcile.backup import release_guest_of
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import record_of
@@ -50,7 +50,7 @@ def _let_run(node: Node, record: Record) -> None:
     attempt = 0
     while _held(node, record):
         try:
-            if let_rest(node, record) is not Ending.INTERRUPTED:
+            if release_guest_of(node, record) is not Ending.INTERRUPTED:
                 return
         except VMBackupError as error:
             _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", record.full_name, error)

@@ -7,16 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from vmbackup.api.identity import BackupId
 from vmbackup.imaging import CopyControl
-
-
-@dataclass(frozen=True)
-class BackupKey:
-    """Which backup: the VMBackup it belongs to."""
-
-    namespace: str
-    name: str
-    uid: str
 
 
 @dataclass(frozen=True)
@@ -92,14 +84,14 @@ class Store(Protocol):
     All raise the errors of vmbackup.errors, and Cancelled where a control is given.
     """
 
-    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
+    def check(self, key: BackupId, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """What `take` of each disk would write, more rather than less, by target.
 
         Refuses (RefusedError, with a reason) what cannot go well: not writable, no room, stored already.
         """
         ...
 
-    def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:
+    def take(self, key: BackupId, source: DiskSource, control: CopyControl) -> TakenDisk:
         """Make one disk's frozen content independent of its chain, and durable, but not visible yet.
 
         Where the file system can clone it takes milliseconds and the digests stay empty; else it is a copy. A second
@@ -107,22 +99,22 @@ class Store(Protocol):
         """
         ...
 
-    def taken(self, key: BackupKey) -> tuple[TakenDisk, ...]:
+    def taken(self, key: BackupId) -> tuple[TakenDisk, ...]:
         """The disks that were taken and are not published yet, after a restart too."""
         ...
 
-    def publish(self, key: BackupKey, taken: Sequence[TakenDisk], facts: GuestFacts, control: CopyControl) -> Published:
+    def publish(self, key: BackupId, taken: Sequence[TakenDisk], facts: GuestFacts, control: CopyControl) -> Published:
         """Complete the backup (missing digests, domain XML, manifest) and make it visible in one step.
 
         A second publish, after a crash too, returns the same again.
         """
         ...
 
-    def published(self, key: BackupKey) -> str:
+    def published(self, key: BackupId) -> str:
         """Where the backup is, perhaps by a run that was killed before it could note that; '' if it is not there."""
         ...
 
-    def discard(self, key: BackupKey) -> None:
+    def discard(self, key: BackupId) -> None:
         """Forget what was taken and not published. May be repeated."""
         ...
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from tests.support.backups import Told, make_node
 from tests.support.kill_points import SNAPSHOT, Boot, When, watch_all
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.telling.listener import Wish
-from vmbackup.stores.base import BackupKey
+from vmbackup.reconcile.request import Request
 from vmbackup.stores.registry import open_store
 
 _HELD_SECONDS = 30.0  # at most: whoever holds it may have died
@@ -103,7 +103,7 @@ class Driving:
             self.moment = said
 
     def ask(self, **wishes: Any) -> None:
-        """Change its wish: deleted, delete_data, stop, retry, spec (a mapping)."""
+        """Change its request: deleted, delete_data, stop, retry, spec (a mapping)."""
         self._tell(wishes)
 
     def jump(self, seconds: float) -> None:
@@ -166,15 +166,15 @@ def _drive(task: Task, line: Connection) -> None:
     if task.boot is not None:
         task.boot.believe()
     minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    wishes = [_wish(Wish(BackupSpec.parse(minimal | dict(task.spec))), task.wishes)]
+    wishes = [_request(Request(BackupSpec.parse(minimal | dict(task.spec))), task.wishes)]
     go_on = threading.Event()
     _mark_moments(task, line, go_on)
     store = StoreSpec(DirectoryStoreSpec(str(task.store)))
     told = _Story(task)
     backup = Backup(
         make_node(Hypervisor(task.uri, config_dir=task.config_dir), task.state_dir, task.lock_dir),
-        BackupKey("soak", "backup", task.uid),
-        wish=lambda: wishes[-1],
+        BackupId("soak", "backup", task.uid),
+        request=lambda: wishes[-1],
         open_store=lambda: open_store(store),
         reporter=told,
     )
@@ -190,7 +190,7 @@ def _drive(task: Task, line: Connection) -> None:
             elif isinstance(said, float):
                 _jump(said)
             else:
-                wishes.append(_wish(wishes[-1], said))
+                wishes.append(_request(wishes[-1], said))
                 backup.wake()
 
     threading.Thread(target=listen, daemon=True).start()
@@ -211,9 +211,9 @@ def _jump(seconds: float) -> None:
     time.time = lambda: wall() + seconds
 
 
-def _wish(wish: Wish, changes: Mapping[str, Any]) -> Wish:
+def _request(request: Request, changes: Mapping[str, Any]) -> Request:
     spec = changes.get("spec")
-    return replace(wish, **{**changes, **({"spec": _edited(wish.spec, spec)} if spec else {})})
+    return replace(request, **{**changes, **({"spec": _edited(request.spec, spec)} if spec else {})})
 
 
 def _edited(spec: BackupSpec, bandwidths: Mapping[str, int | None]) -> BackupSpec:

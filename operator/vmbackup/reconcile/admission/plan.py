@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor import chain
@@ -19,9 +20,9 @@ from vmbackup.protocol import advice
 from vmbackup.protocol.record import DiskRecord, Freeze, Record, Snapshot
 from vmbackup.protocol.transition import planned_anew
 from vmbackup.reconcile.admission.overlay_space import with_room
-from vmbackup.reconcile.leftovers.held_guests import stranded, taken_back
+from vmbackup.reconcile.leftovers.held_guests import lost_hold, taken_back
 from vmbackup.reconcile.leftovers.overlays import left_on_overlay
-from vmbackup.stores.base import BackupKey, DiskSource, SourceImage, Store
+from vmbackup.stores.base import DiskSource, SourceImage, Store
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Planner:
         Raises RefusedError naming the field and the cure.
         """
         live, persistent, earlier = guest.live_xml(), guest.persistent_xml(), list(earlier)
-        mark = stranded(guest, live, [*earlier, record])
+        mark = lost_hold(guest, live, [*earlier, record])
         if mark and mark.frozen and record.freeze is Freeze.TRIED:  # to thaw it, in vain
             raise RefusedError(advice.stays_frozen(guest.name), reason="GuestFrozen")
         record = replace(planned_anew(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
@@ -220,9 +221,9 @@ def not_running(name: str) -> RefusedError:
     )
 
 
-def key_of(record: Record) -> BackupKey:
+def key_of(record: Record) -> BackupId:
     """Which backup of the store it is."""
-    return BackupKey(record.namespace, record.name, record.uid)
+    return BackupId(record.namespace, record.name, record.uid)
 
 
 def source_of(disk: DiskRecord) -> DiskSource:

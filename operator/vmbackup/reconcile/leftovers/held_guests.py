@@ -37,7 +37,7 @@ def holds(record: Record) -> bool:
     return record.holds_guest or record.call is not None
 
 
-def stranded(guest: Guest, live: str | None, records: Iterable[Record]) -> Mark | None:
+def lost_hold(guest: Guest, live: str | None, records: Iterable[Record]) -> Mark | None:
     """The mark of a guest that stands still, and whose backup is lost. `records`: of this domain."""
     mark = Mark.of(live) if live else None
     if mark is None or standing(mark, records) is not Standing.LOST:

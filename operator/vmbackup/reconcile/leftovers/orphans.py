@@ -13,7 +13,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark
 from vmbackup.protocol.record import Copy, Record, Snapshot
-from vmbackup.reconcile.leftovers.held_guests import Standing, standing, stranded, taken_back
+from vmbackup.reconcile.leftovers.held_guests import Standing, lost_hold, standing, taken_back
 from vmbackup.reconcile.leftovers.overlays import left_on_overlay
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.clock import boot_id
@@ -95,7 +95,7 @@ def foreign_overlays(look: Look) -> dict[str, str]:
     }
 
 
-def is_orphanage(record: Record) -> bool:
+def is_orphan_record(record: Record) -> bool:
     """Whether this is the record of overlays whose own is lost: it regards no VMBackup."""
     return record.uid.startswith(_UID)
 
@@ -116,7 +116,7 @@ def take_in(node: Node, guest: Guest, overlays: Iterable[str], spec: dict[str, A
         others = {disk.overlay for record in begun for disk in record.disks}
         wanted = set(overlays) | {disk.overlay for record in earlier for disk in record.disks}
         live, persistent = guest.live_xml(), guest.persistent_xml()
-        if mark := stranded(guest, live, records):
+        if mark := lost_hold(guest, live, records):
             wanted |= {disk.overlay for disk in mark.disks}
         left = [disk for disk in left_on_overlay(live, persistent, earlier) if disk.overlay in wanted - others]
         record = Record(

@@ -22,6 +22,7 @@ from vmbackup.protocol.transition import compared, failed, merged_offline, recor
 from vmbackup.reconcile.admission.overlay_space import patience
 from vmbackup.reconcile.admission.plan import Planner, key_of
 from vmbackup.reconcile.observe import Observer, View
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import Journal, sync_directory
 from vmbackup.reconcile.steps.calls import send
@@ -31,8 +32,7 @@ from vmbackup.reconcile.steps.guest_hold import Holding
 from vmbackup.reconcile.steps.offline_merge import Merging
 from vmbackup.reconcile.steps.quiescing import Quiescing
 from vmbackup.reconcile.steps.throttling import Throttling
-from vmbackup.reconcile.telling.announcer import Narration
-from vmbackup.reconcile.telling.listener import Wish
+from vmbackup.reconcile.telling.announcer import Announcer
 from vmbackup.stores.base import Store
 
 _SWITCH_ATTEMPTS = 3  # failures to suspend after which the attempt is over
@@ -56,7 +56,7 @@ class Acts:
         adopted_home: Callable[[], None],
         copying: Copying,
         merging: Merging,
-        narration: Narration,
+        announcer: Announcer,
         backoff: Backoff,
     ) -> None:
         self._journal = journal
@@ -68,13 +68,13 @@ class Acts:
         self._adopted_home = adopted_home
         self._copying = copying
         self._merging = merging
-        self._narration = narration
+        self._announcer = announcer
         self._backoff = backoff
         self._failed: dict[Do, int] = {}
-        self._holding = Holding(journal, guest, narration)
-        self._settling = Settling(journal, guest, observer, narration)
-        self._throttling = Throttling(journal, guest, narration)
-        self._quiescing = Quiescing(journal, observer, narration)
+        self._holding = Holding(journal, guest, announcer)
+        self._settling = Settling(journal, guest, observer, announcer)
+        self._throttling = Throttling(journal, guest, announcer)
+        self._quiescing = Quiescing(journal, observer, announcer)
 
     @property
     def record(self) -> Record:
@@ -87,25 +87,25 @@ class Acts:
 
     # -- begin and end
 
-    def plan(self, wish: Wish) -> float:
+    def plan(self, request: Request) -> float:
         """Choose the disks, or those that an earlier backup left on their overlay. Raises RefusedError."""
         if self.record.snapshot is Snapshot.ADOPTED:
             self._adopted_home()
-            self._narration.adopted_home(self.record)
-        self.write(self._planner.plan(self.record, wish.spec, self._guest, self._open_store, self._earlier()))
+            self._announcer.adopted_home(self.record)
+        self.write(self._planner.plan(self.record, request.spec, self._guest, self._open_store, self._earlier()))
         if self.record.snapshot is Snapshot.ADOPTED:
-            self._narration.recorded(self.record, Action(Do.ADOPT))
+            self._announcer.recorded(self.record, Action(Do.ADOPT))
         return 0.0
 
     def refuse(self, error: VMBackupError) -> None:
         """Nothing was begun, and nothing will be."""
         self._fail_backup(str(error), error.reason)
 
-    def release(self, wish: Wish) -> None:
+    def release(self, request: Request) -> None:
         """The VMBackup may go: so do the stored data if asked for, and the journal if nothing is left to do."""
-        if wish.delete_data:
+        if request.delete_data:
             delete_stored(self.record, self._open_store)
-        self._narration.forget(self.record)
+        self._announcer.forget(self.record)
         if not self.record.orphan:
             self._journal.remove()
 
@@ -117,7 +117,7 @@ class Acts:
         """This run is over: nothing of it goes on."""
         self._copying.cancel()
         self._merging.let_go()
-        self._narration.let_go(self.record)
+        self._announcer.let_go(self.record)
 
     def make_way(self, action: Action, seen: Observation) -> None:
         """End what goes on in the background and is in the way of this: a copy, or what keeps a guest from starting."""
@@ -125,30 +125,30 @@ class Acts:
         if not seen.call_in_flight:
             self._merging.make_way(action)
 
-    def tend(self, view: View, wish: Wish) -> None:
+    def tend(self, view: View, request: Request) -> None:
         """While waiting: let a changed bandwidth take effect."""
         ours = {disk.target: view.jobs[disk.target] for disk in view.seen.disks if disk.job}
         for target, job in ours.items():
-            wanted = wish.spec.commit.bandwidth or 0
+            wanted = request.spec.commit.bandwidth or 0
             if job.bandwidth != wanted:
                 limit = partial(self._guest.set_job_bandwidth, target, wanted or None)
                 send(self._journal, Action(Do.WAIT, target), limit)
-        self._narration.commit_progress(ours)
+        self._announcer.commit_progress(ours)
 
     # -- every other action
 
-    def perform(self, action: Action, view: View, wish: Wish) -> float:  # noqa: C901 — a table, one row an action
+    def perform(self, action: Action, view: View, request: Request) -> float:  # noqa: C901 — a table, one row an action
         """Carry out one action; returns the seconds to wait before the next look."""
-        spec, target = wish.spec, action.target
+        spec, target = request.spec, action.target
         match action.do:
             case Do.COPY:
-                return self._copy(wish)
+                return self._copy(request)
             case Do.SHIP:
-                return self._ship(wish)
+                return self._ship(request)
             case Do.COMPARE:
                 return self._compare(action)
             case Do.MERGE_OFFLINE:
-                return self._merge_offline(action, wish)
+                return self._merge_offline(action, request)
             case Do.SYNC_CONFIG:
                 return self._sync_config(action)
             case Do.REMOVE_OVERLAY:
@@ -158,31 +158,31 @@ class Acts:
             case Do.RECORD_FAILURE:
                 return self._commit_failed(action, action.reason, RetryReason.JOB_FAILED)
             case Do.FAIL_BACKUP:
-                return self._fail_backup(action.reason, _reason_of(action, view, wish))
+                return self._fail_backup(action.reason, _reason_of(action, view, request))
             case Do.REFUSE:
                 off = view.seen.power is Power.OFF
                 return self._fail_backup(action.reason, "DomainNotRunning" if off else "GuestNotReady")
             case Do.THROTTLE | Do.UNTHROTTLE:
                 return self._throttling.perform(action, view.jobs.get(target), spec.commit.deadline_seconds)
             case Do.FREEZE:
-                return self._call(action, wish, lambda: self._holding.freeze(spec.snapshot.freeze_timeout_seconds))
+                return self._call(action, request, lambda: self._holding.freeze(spec.snapshot.freeze_timeout_seconds))
             case Do.THAW:
-                return self._call(action, wish, lambda: self._holding.thaw(spec.snapshot.freeze_timeout_seconds))
+                return self._call(action, request, lambda: self._holding.thaw(spec.snapshot.freeze_timeout_seconds))
             case Do.SUSPEND:
-                return self._call(action, wish, self._holding.suspend)
+                return self._call(action, request, self._holding.suspend)
             case Do.RESUME:
-                return self._call(action, wish, self._holding.resume)
+                return self._call(action, request, self._holding.resume)
             case Do.SNAPSHOT:
-                return self._call(action, wish, self._snapshot)
+                return self._call(action, request, self._snapshot)
             case Do.REDEFINE:
-                return self._call(action, wish, lambda: self._settling.redefine(action))
+                return self._call(action, request, lambda: self._settling.redefine(action))
             case Do.COMMIT:
-                return self._call(action, wish, lambda: self._commit(target, spec))
+                return self._call(action, request, lambda: self._commit(target, spec))
             case Do.PIVOT:
-                return self._call(action, wish, lambda: self._holding.pivot(target))
+                return self._call(action, request, lambda: self._holding.pivot(target))
             case _:
                 self.write(recorded(self.record, action))
-                self._narration.recorded(self.record, action)
+                self._announcer.recorded(self.record, action)
                 return 0.0
 
     def _compare(self, action: Action) -> float:
@@ -194,7 +194,7 @@ class Acts:
     def _fail_backup(self, why: str, reason: str = "") -> float:
         failed = recorded(self.record, Action(Do.FAIL_BACKUP, reason=why))
         self.write(replace(failed, copy_reason=reason))
-        self._narration.backup_failed(self.record)
+        self._announcer.backup_failed(self.record)
         return 0.0
 
     def _finish(self, action: Action) -> float:
@@ -208,17 +208,17 @@ class Acts:
         try:
             self._open_store().discard(key_of(self.record))
         except VMBackupError as error:
-            self._narration.event("DiscardFailed", str(error), warning=True)
+            self._announcer.event("DiscardFailed", str(error), warning=True)
 
     # -- copying
 
-    def _copy(self, wish: Wish) -> float:
+    def _copy(self, request: Request) -> float:
         now = boottime()
-        left = wish.spec.copy.deadline_seconds - (now - (self.record.snapshot_at or now))
+        left = request.spec.copy.deadline_seconds - (now - (self.record.snapshot_at or now))
         if left <= 0:
             self._copying.cancel()
             return self._fail_backup(
-                f"the copy was not complete {wish.spec.copy.deadline_seconds} s after the snapshot "
+                f"the copy was not complete {request.spec.copy.deadline_seconds} s after the snapshot "
                 "(spec.copy.deadlineSeconds): raise it, or the bandwidth",
                 "CopyDeadlineExceeded",
             )
@@ -231,7 +231,7 @@ class Acts:
         self.write(record)
         return 0.0
 
-    def _ship(self, wish: Wish) -> float:
+    def _ship(self, request: Request) -> float:
         try:
             record = self._copying.ship(self.record, self._open_store)
         except VMBackupError as error:
@@ -246,13 +246,13 @@ class Acts:
 
     # -- the way home
 
-    def _merge_offline(self, action: Action, wish: Wish) -> float:
+    def _merge_offline(self, action: Action, request: Request) -> float:
         if not self._merging.target:
             attempts = self.record.disk(action.target).attempts + 1
             self.write(self.record.with_disk(action.target, commit_started=boottime(), attempts=attempts))
         target = self._merging.target or action.target
         try:
-            stamp = self._merging.merge(self.record.disk(target), wish.spec.commit.bandwidth)
+            stamp = self._merging.merge(self.record.disk(target), request.spec.commit.bandwidth)
         except VMBackupError as error:
             reason = RetryReason.BUSY if isinstance(error, TransientError) else RetryReason.JOB_FAILED
             return self._commit_failed(Action(action.do, target), str(error), reason)
@@ -266,7 +266,7 @@ class Acts:
             return self._config_failed(why)
         disk = self.record.disk(action.target)
         overlay = Path(disk.overlay)
-        merged = self._narration.merged(action.target, overlay)
+        merged = self._announcer.merged(action.target, overlay)
         with errors_of(overlay):
             overlay.unlink(missing_ok=True)
             sync_directory(overlay.parent)  # else a power cut could bring it back, to be taken for one that was left
@@ -281,38 +281,38 @@ class Acts:
                 merged_bytes=merged,
             )
         )
-        self._narration.disk_home(self.record, action.target)
+        self._announcer.disk_home(self.record, action.target)
         return 0.0
 
     def _commit_failed(self, action: Action, why: str, reason: RetryReason) -> float:
         why = advice.commit_failed(self.record.disk(action.target), why)
         pause = self._backoff.after(self.record.disk(action.target).failures + 1)
         self.write(failed(self.record, action, why, retry_at=boottime() + pause))
-        self._narration.commit_failed(action.target, why, reason, pause)
+        self._announcer.commit_failed(action.target, why, reason, pause)
         return 0.0
 
     # -- libvirt calls
 
-    def _call(self, action: Action, wish: Wish, call: Callable[[], object]) -> float:
+    def _call(self, action: Action, request: Request, call: Callable[[], object]) -> float:
         try:
             if (noted := self._noted(action)) is not self.record:
                 self.write(noted, durable=False)
         except OSError as error:
             why = f"the UEFI variables {self.record.nvram} cannot be kept ({error.strerror})"
-            return self._failed_call(action, wish, why)
-        self._narration.calling(self.record, action)
+            return self._failed_call(action, request, why)
+        self._announcer.calling(self.record, action)
         try:
             send(self._journal, action, call)
         except UnknownOutcomeError:
             if action.do in (Do.COMMIT, Do.PIVOT):
-                self._narration.retried(RetryReason.UNKNOWN)
+                self._announcer.retried(RetryReason.UNKNOWN)
             if action.do in (Do.FREEZE, Do.THAW):
-                return self._failed_call(action, wish, "the guest agent's answer was lost")
+                return self._failed_call(action, request, "the guest agent's answer was lost")
             raise
         except VMBackupError as error:
-            return self._failed_call(action, wish, str(error), error.reason)
+            return self._failed_call(action, request, str(error), error.reason)
         self._failed.pop(action.do, None)
-        self._narration.answered(self.record, action)
+        self._announcer.answered(self.record, action)
         return 0.0
 
     def _noted(self, action: Action) -> Record:
@@ -340,11 +340,11 @@ class Acts:
 
     # -- calls that failed
 
-    def _failed_call(self, action: Action, wish: Wish, why: str, reason: str = "") -> float:
+    def _failed_call(self, action: Action, request: Request, why: str, reason: str = "") -> float:
         count = self._failed[action.do] = self._failed.get(action.do, 0) + 1
         match action.do:
             case Do.FREEZE:
-                required = wish.spec.snapshot.quiesce is Quiesce.REQUIRE
+                required = request.spec.snapshot.quiesce is Quiesce.REQUIRE
                 self._quiescing.freeze_failed(why, reason, required=required)
                 if required:
                     return self._fail_backup(f"spec.snapshot.quiesce is Require, but {why}", "QuiesceFailed")
@@ -391,9 +391,9 @@ class Acts:
         return self._settling.go_on_without(why)
 
 
-def _reason_of(failure: Action, view: View, wish: Wish) -> str:
+def _reason_of(failure: Action, view: View, request: Request) -> str:
     """Why there will be no good copy, in a word; '' where the message alone says it."""
-    if wish.deleted:
+    if request.deleted:
         return Reason.DELETED
     if failure.reason == CANCELLED:
         return Reason.CANCELLED

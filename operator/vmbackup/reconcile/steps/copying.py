@@ -14,8 +14,8 @@ from vmbackup.imaging.copy import reading
 from vmbackup.protocol.record import Copy, Record
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.reconcile.admission.plan import key_of, source_of
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.steps.background import Transfer, at_work
-from vmbackup.reconcile.telling.listener import Wish
 from vmbackup.stores.base import GuestFacts, Published, Store, TakenDisk
 from vmbackup.telemetry.metrics import Metrics
 
@@ -37,8 +37,8 @@ class Copying:
     `stuck`: nothing is copied since an earlier attempt, which was given up, hangs in the store still.
     """
 
-    def __init__(self, wish: Callable[[], Wish], wake: Callable[[], None], metrics: Metrics) -> None:
-        self._wish = wish
+    def __init__(self, request: Callable[[], Request], wake: Callable[[], None], metrics: Metrics) -> None:
+        self._request = request
         self._wake = wake
         self._metrics = metrics
         self._transfer: Transfer[_Result] | None = None
@@ -97,7 +97,7 @@ class Copying:
         return transfer.result()
 
     def _bandwidth(self) -> int | None:
-        return self._wish().spec.copy.bandwidth
+        return self._request().spec.copy.bandwidth
 
     def _take(self, record: Record, store: Store, control: CopyControl) -> _Result:
         taken: list[TakenDisk] = []

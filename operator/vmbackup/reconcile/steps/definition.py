@@ -11,7 +11,7 @@ from vmbackup.protocol.transition import answered, failed
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.announcer import Announcer
 
 _ATTEMPTS = 5  # failures in a row after which the guest does not wait for it any longer
 _PAUSE = 20.0  # seconds for which the guest then goes on without
@@ -21,11 +21,11 @@ _AGAIN = 5.0  # seconds between attempts of what cannot be done without
 class Settling:
     """Settles P for one backup, and counts how often that has failed in a row."""
 
-    def __init__(self, journal: Journal, guest: Guest, observer: Observer, narration: Narration) -> None:
+    def __init__(self, journal: Journal, guest: Guest, observer: Observer, announcer: Announcer) -> None:
         self._journal = journal
         self._guest = guest
         self._observer = observer
-        self._narration = narration
+        self._announcer = announcer
         self._failures = 0
 
     def redefine(self, action: Action) -> None:
@@ -49,7 +49,7 @@ class Settling:
         except PermanentError as error:
             if error.reason != "ConfigDirectoryMissing":
                 raise
-            self._narration.config_unproven(str(error))
+            self._announcer.config_unproven(str(error))
             durable = True
         except TransientError as error:
             if error.reason != "ConfigNotDurable":
@@ -81,7 +81,7 @@ class Settling:
         self._observer.config_failing_until = boottime() + _PAUSE
         if self._failures > _ATTEMPTS:
             return _AGAIN
-        self._narration.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
+        self._announcer.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
         return 0.0
 
     def _path(self, target: str, image: Image) -> str:

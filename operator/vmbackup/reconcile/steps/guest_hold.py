@@ -9,7 +9,7 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.protocol.record import Freeze, Guard
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.announcer import Announcer
 
 _log = logging.getLogger(__name__)
 
@@ -17,10 +17,10 @@ _log = logging.getLogger(__name__)
 class Holding:
     """Does so for one backup. The mark is there before the guest stands still, and goes when it does so no more."""
 
-    def __init__(self, journal: Journal, guest: Guest, narration: Narration) -> None:
+    def __init__(self, journal: Journal, guest: Guest, announcer: Announcer) -> None:
         self._journal = journal
         self._guest = guest
-        self._narration = narration
+        self._announcer = announcer
         self._marked: Mark | None = None
 
     def freeze(self, timeout: int) -> None:
@@ -36,7 +36,7 @@ class Holding:
         """Suspend the guest, for a snapshot or for the pivots that are intended."""
         record = self._journal.record
         self._mark(frozen=record.freeze is Freeze.FROZEN)
-        self._narration.suspending(record)
+        self._announcer.suspending(record)
         self._guest.suspend()
 
     def pivot(self, target: str) -> None:
@@ -49,7 +49,7 @@ class Holding:
         """Let the guest run."""
         record = self._journal.record
         self._guest.resume()
-        self._narration.resumed(record)
+        self._announcer.resumed(record)
         if record.guard is Guard.OURS and not record.frozen:
             self._set(None)
 

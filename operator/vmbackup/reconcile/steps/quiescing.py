@@ -10,7 +10,7 @@ from vmbackup.protocol.transition import answered, failed
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.announcer import Announcer
 
 _NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
 _THAW_ATTEMPTS = 20
@@ -20,10 +20,10 @@ _THAW_PAUSE = 3.0  # seconds
 class Quiescing:
     """Keeps the record of one backup where the guest agent does not do what it is asked for."""
 
-    def __init__(self, journal: Journal, observer: Observer, narration: Narration) -> None:
+    def __init__(self, journal: Journal, observer: Observer, announcer: Announcer) -> None:
         self._journal = journal
         self._observer = observer
-        self._narration = narration
+        self._announcer = announcer
 
     def freeze_failed(self, why: str, reason: str, *, required: bool) -> None:
         """Not frozen, as far as is known; but a guest agent that was asked in vain may still freeze later: thaw."""
@@ -31,7 +31,7 @@ class Quiescing:
         record = failed(replace(self._journal.record, call=None), Action(Do.FREEZE), why, retry_at=0.0)
         self._journal.write(replace(record, freeze=Freeze.TRIED) if refused else record, durable=True)
         if not required:
-            self._narration.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
+            self._announcer.event("NotQuiesced", f"the snapshot will be crash-consistent: {why}", warning=not refused)
 
     def thaw_failed(self, count: int, why: str, reason: str) -> None:
         """It is tried again, `count` times in all; unless there is no agent."""
@@ -43,4 +43,4 @@ class Quiescing:
         if count >= _THAW_ATTEMPTS:
             self._journal.write(replace(record, freeze=Freeze.TRIED), durable=True)
             cure = "gave up thawing, thaw it by hand (virsh domfsthaw)"
-            self._narration.event("ThawFailed", f"{cure}: {why}", warning=True)
+            self._announcer.event("ThawFailed", f"{cure}: {why}", warning=True)

@@ -13,7 +13,7 @@ from vmbackup.protocol.transition import answered
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import Journal
 from vmbackup.reconcile.steps.calls import send
-from vmbackup.reconcile.telling.announcer import Narration
+from vmbackup.reconcile.telling.announcer import Announcer
 
 _ATTEMPTS = 5  # to undo it, after which the way home goes on without
 _AGAIN = 1.0  # seconds between them
@@ -22,10 +22,10 @@ _AGAIN = 1.0  # seconds between them
 class Throttling:
     """Lowers and restores the live <iotune> of the disks of one backup; the persistent XML is not touched."""
 
-    def __init__(self, journal: Journal, guest: Guest, narration: Narration) -> None:
+    def __init__(self, journal: Journal, guest: Guest, announcer: Announcer) -> None:
         self._journal = journal
         self._guest = guest
-        self._narration = narration
+        self._announcer = announcer
         self._failures = 0
 
     def perform(self, action: Action, job: BlockJob | None, deadline: float) -> float:
@@ -70,7 +70,7 @@ class Throttling:
         except VMBackupError as error:
             self._not_lowered(action, looked, error)
             return
-        self._narration.throttled(action.target, limit)
+        self._announcer.throttled(action.target, limit)
 
     def _restore(self, action: Action) -> float:
         throttle = self._journal.record.disk(action.target).throttle
@@ -84,7 +84,7 @@ class Throttling:
             self._failures += 1
             if self._failures < _ATTEMPTS:
                 return _AGAIN
-            self._narration.not_unthrottled(action.target, dict(throttle.original) if throttle else {}, str(error))
+            self._announcer.not_unthrottled(action.target, dict(throttle.original) if throttle else {}, str(error))
         self._failures = 0
         self._journal.write(answered(self._journal.record, action), durable=True)
         return 0.0
@@ -95,21 +95,21 @@ class Throttling:
         if stall.same(present, original):
             return False
         if not stall.is_ours(throttle, present):
-            self._narration.limits_yielded(action.target)
+            self._announcer.limits_yielded(action.target)
             return False
         send(self._journal, action, lambda: self._guest.limit_bytes(action.target, original))
         self._failures = 0
-        self._narration.unthrottled(action.target)
+        self._announcer.unthrottled(action.target)
         return True
 
     def _yield(self, action: Action, known: Throttle) -> None:
         self._write(action.target, replace(known, yielded=True))
-        self._narration.limits_yielded(action.target)
+        self._announcer.limits_yielded(action.target)
 
     def _not_lowered(self, action: Action, known: Throttle, error: VMBackupError) -> None:
         self._raise_if_journal(error)
         self._write(action.target, replace(known, yielded=isinstance(error, PermanentError)))
-        self._narration.not_throttled(action.target, str(error))
+        self._announcer.not_throttled(action.target, str(error))
 
     def _raise_if_journal(self, error: VMBackupError) -> None:
         if error.reason == "JournalUnwritable":

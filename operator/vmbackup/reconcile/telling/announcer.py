@@ -13,7 +13,7 @@ from vmbackup.protocol.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do, Mirror, Observation
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.telling.listener import Reporter
-from vmbackup.reconcile.telling.summary import NOT_CONVERGED, Progress, narrate, overlays_left
+from vmbackup.reconcile.telling.summary import NOT_CONVERGED, Progress, overlays_left, summarize
 from vmbackup.telemetry.metrics import Metrics
 
 _EVENTS: dict[Do, tuple[str, str, bool]] = {
@@ -53,7 +53,7 @@ class CopyProgress(Protocol):
         ...
 
 
-class Narration:
+class Announcer:
     """The voice of one backup. `ended`: its end was told by an earlier run, and it is not tried again."""
 
     def __init__(self, reporter: Reporter, metrics: Metrics, copying: CopyProgress, *, ended: bool = False) -> None:
@@ -78,7 +78,7 @@ class Narration:
     def tell(self, record: Record, seen: Observation | None, action: Action | None) -> Report:
         """The state of this moment; an event for each change of phase, metrics for what has ended."""
         progress = Progress(self._copying.copied, self._merged, self._progressed(), stuck=self._copying.stuck)
-        report = narrate(record, seen, action, progress)
+        report = summarize(record, seen, action, progress)
         self._reporter.report(report)
         self._metrics.told(record.domain, report)
         if self._phase is None:

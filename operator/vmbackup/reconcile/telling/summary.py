@@ -24,7 +24,7 @@ class Progress:
     stuck: bool = False  # an earlier attempt to copy hangs in the store, and is waited for
 
 
-def narrate(record: Record, seen: Observation | None, action: Action | None, progress: Progress) -> Report:
+def summarize(record: Record, seen: Observation | None, action: Action | None, progress: Progress) -> Report:
     """The report of this moment."""
     home = chain_home(record, seen)
     phase = phase_of(record, home=home)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmbackup.api.identity import BackupId
 from vmbackup.errors import RefusedError
-from vmbackup.stores.base import BackupKey
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # DNS label
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # DNS subdomain
@@ -24,7 +24,7 @@ class Places:
     folder: str
 
     @classmethod
-    def of(cls, root: Path, key: BackupKey) -> Places:
+    def of(cls, root: Path, key: BackupId) -> Places:
         """Those in the store `root`. Raises RefusedError if a name of the key is not fit for a path."""
         _check("namespace", key.namespace, _NAMESPACE)
         _check("name", key.name, _NAME)
@@ -41,7 +41,7 @@ class Places:
         name = path.name.removesuffix(f".{uid}")
         if path.parent.parent != root or name == path.name:
             raise RefusedError(f"{location} is not a backup with the uid {uid} in {root}", reason="NotOurs")
-        return cls.of(root, BackupKey(path.parent.name, name, uid))
+        return cls.of(root, BackupId(path.parent.name, name, uid))
 
     @property
     def final(self) -> Path:

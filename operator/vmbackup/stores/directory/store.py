@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
+from vmbackup.api.identity import BackupId
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import can_clone, clone_or_copy, digest_file, opened_image
@@ -23,16 +24,7 @@ from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import info, rebase
 from vmbackup.imaging.sizes import allocated_bytes, free_bytes, length
 from vmbackup.paths import name_of, read_trusted
-from vmbackup.stores.base import (
-    BackupKey,
-    DiskSource,
-    GuestFacts,
-    Published,
-    SourceImage,
-    TakenDisk,
-    TakenImage,
-    Writes,
-)
+from vmbackup.stores.base import DiskSource, GuestFacts, Published, SourceImage, TakenDisk, TakenImage, Writes
 from vmbackup.stores.directory import manifest as manifests
 from vmbackup.stores.directory import notes
 from vmbackup.stores.directory import readme as readmes
@@ -52,7 +44,7 @@ class DirectoryStore:
     def __init__(self, root: str | Path) -> None:
         self._root = Path(root)
 
-    def check(self, key: BackupKey, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
+    def check(self, key: BackupId, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """See Store. Writes and removes a small file, to see whether that works and whether clones do."""
         places = Places.of(self._root, key)
         if self.published(key):
@@ -78,7 +70,7 @@ class DirectoryStore:
             )
         return {each.target: Writes(sum(to_copy[image.path] for image in each.chain), device) for each in sources}
 
-    def take(self, key: BackupKey, source: DiskSource, control: CopyControl) -> TakenDisk:
+    def take(self, key: BackupId, source: DiskSource, control: CopyControl) -> TakenDisk:
         """See Store. A backing image that another disk of this backup brought along is not copied again."""
         checked_target(source.target)
         with self._opened(Places.of(self._root, key), make=True) as here:
@@ -94,7 +86,7 @@ class DirectoryStore:
             notes.write(here.notes, [*others, disk])
         return disk
 
-    def taken(self, key: BackupKey) -> tuple[TakenDisk, ...]:
+    def taken(self, key: BackupId) -> tuple[TakenDisk, ...]:
         """See Store."""
         places = Places.of(self._root, key)
         if not os.path.lexists(places.namespace):
@@ -102,7 +94,7 @@ class DirectoryStore:
         with self._opened(places) as here:
             return notes.read(here.notes)
 
-    def publish(self, key: BackupKey, taken: Sequence[TakenDisk], facts: GuestFacts, control: CopyControl) -> Published:
+    def publish(self, key: BackupId, taken: Sequence[TakenDisk], facts: GuestFacts, control: CopyControl) -> Published:
         """See Store."""
         places = Places.of(self._root, key)
         with self._opened(places) as here:
@@ -119,12 +111,12 @@ class DirectoryStore:
         self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
-    def published(self, key: BackupKey) -> str:
+    def published(self, key: BackupId) -> str:
         """See Store."""
         final = Places.of(self._root, key).final
         return str(final) if os.path.lexists(final) else ""
 
-    def discard(self, key: BackupKey) -> None:
+    def discard(self, key: BackupId) -> None:
         """See Store."""
         places = Places.of(self._root, key)
         if not os.path.lexists(places.namespace):
@@ -252,7 +244,7 @@ def _with_digest(disk: TakenDisk, file: str, digest: str) -> TakenDisk:
     return replace(disk, images=tuple(images))
 
 
-def _describe(folder: Path, key: BackupKey, taken: Sequence[TakenDisk], facts: GuestFacts) -> None:
+def _describe(folder: Path, key: BackupId, taken: Sequence[TakenDisk], facts: GuestFacts) -> None:
     """Write all but the images: domain XML, NVRAM, README and the manifest."""
     write_private(folder / DOMAIN_XML, facts.domain_xml.encode())
     if facts.nvram:

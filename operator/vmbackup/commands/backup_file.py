@@ -19,7 +19,7 @@ _NO_NODE = "localhost"  # spec.nodeName where there is none: the local hyperviso
 
 
 @dataclass(frozen=True)
-class Request:
+class BackupFile:
     """One VMBackup. `uid` is empty where the manifest, not being from an API server, has none."""
 
     namespace: str
@@ -32,7 +32,7 @@ class Request:
         return f"{self.namespace}/{self.name}"
 
 
-def read(file: str, *, store_file: str | None, store_path: Path | None) -> Request:
+def read(file: str, *, store_file: str | None, store_path: Path | None) -> BackupFile:
     """The VMBackup of `file` (- for stdin), and its store: at `store_path`, or of `store_file`, or of the same file.
 
     Raises RefusedError naming the file or the field, and the cure.
@@ -49,7 +49,7 @@ def read(file: str, *, store_file: str | None, store_path: Path | None) -> Reque
         spec = {"storeRef": {"name": "store-path"}, **spec}
     parsed = BackupSpec.parse(spec)
     stores = [*documents, *(_documents(store_file) if store_file else ())]
-    return Request(
+    return BackupFile(
         namespace=_name(metadata, "namespace", "default"),
         name=_name(metadata, "name"),
         uid=_uid(metadata),
