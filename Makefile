@@ -1,12 +1,14 @@
-# What there is to do here; `make` alone lists it.
+# Every task of this repository; `make` lists them.
 
 SHELL := /bin/bash
 BIN := .venv/bin
-# Files of tests run beside each other, each worker with a libvirtd and an API server of its own: two use two cores up.
+# Two workers, each with a libvirtd and an API server of its own, use two cores. A file is the unit that a worker takes, in
+# the order of `testpaths` in pyproject.toml; without a real world a single test is.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
+PURE := -n 2 --dist worksteal tests/unit tests/model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-down image test coverage e2e engines unit chaos soak lint format model bench dashboard docs picture plugin release lock clean
+.PHONY: help install demo demo-down image unit check test coverage e2e engines chaos soak lint format model bench dashboard docs picture plugin release lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,39 +16,44 @@ help: ## show this list
 install: ## install what is missing (Debian 12 or later; root or sudo)
 	@sandbox/install.sh
 
-demo: install ## a live guest, an API server, and a backup of the one declared in the other
+demo: install ## start a guest and an API server, and back up the guest
 	@$(BIN)/python -m sandbox.demo up
 
-demo-down: ## end and remove what `make demo` started, and only that
-	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "without .venv there is no demo"; fi
+demo-down: ## stop and remove everything that `make demo` started, and nothing else
+	@if [[ -x $(BIN)/python ]]; then $(BIN)/python -m sandbox.demo down; else echo "no demo is running: there is no .venv"; fi
 
-image: install ## build the agent's image here, without a registry (root); Dockerfile builds it anywhere else
+image: install ## build the agent's image without a registry (root); elsewhere use the Dockerfile
 	@$(BIN)/python -m sandbox.image
 
-test: install lint ## everything: linters, types, layers, and every test on real parts
+unit: install ## seconds: the tests of single functions and classes, nothing real
+	@$(BIN)/pytest tests/unit
+
+check: install lint ## 6 minutes, before a commit: linters, types, layers, unit, model, one backup in each world
+	@$(BIN)/pytest $(PURE)
+	@$(BIN)/pytest $(BESIDE) -m check tests/hypervisor tests/cluster
+
+test: install lint ## 20 minutes: every kind of fault once, on real parts, and a fixed sample of the kill points
 	@$(BIN)/python -m sandbox.prepare tests
 	@$(BIN)/pytest $(BESIDE)
 
-coverage: install ## the same, and which lines nothing has run: takes a third longer
+coverage: install ## make test without the linters, then the lines that no test ran: takes a third longer
 	@$(BIN)/python -m sandbox.prepare tests
 	@$(BIN)/pytest $(BESIDE) --cov --cov-report=term:skip-covered
 
-e2e: ## the image and the manifests on a real node with a real guest, in namespaces of its own (root)
+e2e: ## 6 minutes: the image and the manifests on a real node with a real guest, in namespaces of its own (root)
 	@sandbox/install.sh node
-	@$(BIN)/python -m sandbox.alone $(BIN)/pytest -m e2e tests/e2e
+	@$(BIN)/python -m sandbox.isolated $(BIN)/pytest -m e2e tests/e2e
 
-engines: ## the Dockerfile built by docker, and by podman (root); dockerd is started for it alone
+engines: ## build the Dockerfile with docker and with podman (root); starts a private dockerd
 	@sandbox/install.sh engines
 	@$(BIN)/pytest -m engines tests/image
 
-unit: install ## the fast tests: seconds, nothing real
-	@$(BIN)/pytest tests/unit
+chaos: install ## hours: every kill point, the whole catalogue, the large model, ten minutes of random faults
+	@$(BIN)/python -m sandbox.prepare tests chaos
+	@$(BIN)/pytest -m 'not e2e and not engines' --timeout 1800
+	@$(MAKE) --no-print-directory model soak
 
-chaos: install ## every failure: each kill point, the whole catalogue, what takes long too; then ten minutes of random ones
-	@$(BIN)/pytest -m 'chaos or not (e2e or engines)' --timeout 1800 tests/chaos tests/hypervisor
-	@$(MAKE) --no-print-directory soak
-
-soak: install ## random backups under random faults: MINUTES=n SEED=s
+soak: install ## random backups under random faults: MINUTES=n (10) SEED=s
 	@$(BIN)/python -m tests.chaos.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 lint: install ## style, types, layers
@@ -59,25 +66,25 @@ format: install ## apply the style
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-model: install ## the model checker in its large settings: minutes
+model: install ## the model checker in its large settings
 	@$(BIN)/python -m tests.model
 
 bench: install ## measure the figures of the README
 	@$(BIN)/python -m bench $(BENCH)
 
-dashboard: install ## write the Grafana dashboard anew
+dashboard: install ## write the Grafana dashboard
 	@$(BIN)/python manifests/components/monitoring/dashboard.py
 
-docs: install ## docs/reference.md, from the CRDs, the command lines and the metrics
+docs: install ## write docs/reference.md, from the CRDs, the command lines and the metrics
 	@$(BIN)/python docs/generate.py
 
-picture: install ## the picture in the README, of `vmbackup top` with a real agent
+picture: install ## draw the picture in the README, of `vmbackup top` with a real agent
 	@$(BIN)/python -m docs.picture
 
-plugin: install ## the kubectl plugin, its archive and its manifest for krew, into dist/
+plugin: install ## build the kubectl plugin, its archive and its manifest for krew, into dist/
 	@$(BIN)/python -m plugins.build dist
 
-release: install ## what a release carries, into dist/ (root): manifests, chart, image, wheel, bill of materials, sums
+release: install ## build a release into dist/ (root): manifests, chart, image, wheel, bill of materials, checksums
 	@$(BIN)/python -m sandbox.release
 
 lock: install ## renew requirements/*.lock from pyproject.toml
@@ -87,6 +94,6 @@ lock: install ## renew requirements/*.lock from pyproject.toml
 		$(BIN)/uv --quiet export --frozen --no-emit-project --no-header --no-annotate $$flags >requirements/$$group.lock; \
 	done
 
-clean: demo-down ## remove what was built here (.venv and caches; the cache of programs stays)
+clean: demo-down ## remove .venv and the caches of this directory; keep the cache of programs
 	@rm -rf .venv .coverage .pytest_cache .ruff_cache .import_linter_cache dist uv.lock
 	@find . -name __pycache__ -prune -exec rm -rf {} +

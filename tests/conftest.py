@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ pytest_plugins = [
     "tests.support.fixtures_hypervisor",
     "tests.support.fixtures_backup",
 ]
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started by a shell in the background: children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CRDS = Path(__file__).parent.parent / "crds"
 

@@ -11,7 +11,6 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.chaos.proof import Witness, make_guest
-from vmbackup.reconcile.state import clock
 
 _numbers = count(1)
 
@@ -75,9 +74,3 @@ def witness(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Witness:
     """A Linux guest at home that appends records to a raw and a qcow2 disk, and its witness."""
     stage.clear(keep=1)
     return stage.witnesses(1, monkeypatch)[0]
-
-
-@pytest.fixture
-def no_call_outlives_libvirtd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A libvirtd that is dead carries out nothing any more: PROTOCOL R4's 31 s are not waited for."""
-    monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)

@@ -13,6 +13,7 @@ from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import CaughtCall
 from tests.support.backups import BackupFactory, RunningBackup
 from tests.support.domains import wait_until
+from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import chain
 
@@ -40,8 +41,8 @@ def press_reset(witness: Witness) -> None:
     [
         (in_a_copy, power_off_from_inside),
         (in_a_commit, pull_the_plug),
-        pytest.param(in_a_copy, pull_the_plug, marks=pytest.mark.chaos),
-        pytest.param(in_a_commit, power_off_from_inside, marks=pytest.mark.chaos),
+        in_chaos(in_a_copy, pull_the_plug),
+        in_chaos(in_a_commit, power_off_from_inside),
     ],
 )
 def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
@@ -65,8 +66,8 @@ def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
     [
         (in_a_copy, press_reset),
         (in_a_commit, reboot_from_inside),
-        pytest.param(in_a_copy, reboot_from_inside, marks=pytest.mark.chaos),
-        pytest.param(in_a_commit, press_reset, marks=pytest.mark.chaos),
+        in_chaos(in_a_copy, reboot_from_inside),
+        in_chaos(in_a_commit, press_reset),
     ],
 )
 def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_same(
@@ -80,7 +81,7 @@ def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_
     comes_home(witness, running)
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +99,7 @@ def test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything(
     comes_home(witness, running)
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_everything_dies_between_the_definitions_of_two_disks_and_the_backup_fails_but_nothing_is_lost(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:

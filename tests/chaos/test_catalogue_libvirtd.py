@@ -23,6 +23,7 @@ from tests.chaos.windows import (
 )
 from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import naming, wait_until
+from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
@@ -48,7 +49,7 @@ def is_quarantined(running: RunningBackup, *words: str) -> None:
     assert ("Quarantined", report.chain_message) in running.told.events
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_and_comes_home(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,7 +69,7 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     witness.prove(running)
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_messages_advise(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
@@ -92,7 +93,7 @@ def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_
     theirs.unlink()
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +111,7 @@ def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart
     witness.prove(running)
 
 
-@pytest.mark.usefixtures("no_call_outlives_libvirtd")
+@pytest.mark.usefixtures("short_barrier")
 def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +129,7 @@ def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     witness.prove(running)
 
 
-@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("offline", [False, in_chaos(True)])
 def test_a_guest_that_libvirt_has_forgotten_keeps_its_overlay_and_comes_home_once_a_human_has_ended_it(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, offline: bool
 ) -> None:

@@ -17,6 +17,7 @@ from tests.chaos.proof import Witness, make_guest
 from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.support.backups import BackupFactory, RunningBackup, make_node
 from tests.support.domains import wait_until
+from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
@@ -243,7 +244,7 @@ def test_a_backup_of_a_guest_that_is_being_migrated_begins_when_that_was_aborted
     comes_home(witness, running)
 
 
-@pytest.mark.parametrize("options", [UNDEFINED, STILL_DEFINED], ids=["undefined here", "still defined here"])
+@pytest.mark.parametrize("options", [UNDEFINED, in_chaos(STILL_DEFINED)], ids=["undefined here", "still defined here"])
 def test_a_backup_that_has_waited_for_a_migration_is_refused_when_its_guest_has_gone(
     mover: Witness, elsewhere: Libvirtd, backup: BackupFactory, options: tuple[str, ...]
 ) -> None:

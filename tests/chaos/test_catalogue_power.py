@@ -16,14 +16,15 @@ from sandbox.guest import make_disk as make_ext4
 from sandbox.oracle import prove
 from tests.chaos.power import SLOW, Machine, PoweredGuest, committing, copying, machine, wait_for_record
 from tests.support.kill_points import Driving, Moment, Task, When
+from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome, Report
 
 SAMPLE = [
     Moment(When.AFTER, "taking the snapshot"),  # QEMU writes the overlay, and no file says so for certain: V1
-    Moment(When.DURING, "taking the snapshot"),
-    Moment(When.AFTER, "resuming"),  # and the guest writes it
+    in_chaos(Moment(When.DURING, "taking the snapshot")),
+    in_chaos(Moment(When.AFTER, "resuming")),  # and the guest writes it
     Moment(When.BEFORE, "pivoting vda"),  # V5
-    Moment(When.AFTER, "pivoting vda"),
+    in_chaos(Moment(When.AFTER, "pivoting vda")),
     Moment(When.AFTER, "resuming", 2),  # the guest writes base: V3
     Moment(When.AFTER, "remove an overlay", 2),  # V4
 ]
@@ -73,7 +74,7 @@ def test_a_power_cut_in_the_middle_of_a_commit_loses_nothing(guest: PoweredGuest
     assert report.outcome is Outcome.SUCCEEDED, report
 
 
-@pytest.mark.parametrize("seconds", [0, 3])
+@pytest.mark.parametrize("seconds", [0, in_chaos(3)])
 def test_a_power_cut_after_a_backup_loses_nothing(guest: PoweredGuest, seconds: float) -> None:
     task = guest.task(uid())
     Driving(task).end()

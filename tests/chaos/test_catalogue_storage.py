@@ -20,6 +20,7 @@ from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.storage import mounted, run
+from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
@@ -27,7 +28,6 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.state import clock
 from vmbackup.stores.directory.store import DirectoryStore
 
 
@@ -200,7 +200,7 @@ def test_a_full_file_system_of_the_configuration_refuses_the_backup_before_it_to
     at_home(guest, overlays, 0x11)
 
 
-@pytest.mark.parametrize("switch", ["snapshot", "pivot"])
+@pytest.mark.parametrize("switch", ["snapshot", in_chaos("pivot")])
 def test_a_configuration_that_cannot_be_saved_after_a_switch_never_keeps_the_guest_suspended(
     guest: Domain, backup: BackupFactory, overlays: Path, libvirtd: Libvirtd, switch: str
 ) -> None:
@@ -229,7 +229,8 @@ def test_a_full_state_directory_fails_the_backup_before_it_touches_the_guest(
     at_home(guest, overlays, 0x11)
 
 
-@pytest.mark.parametrize("window", [1, 2], ids=["snapshot", "pivot"])
+@pytest.mark.usefixtures("short_barrier")
+@pytest.mark.parametrize("window", [1, in_chaos(2)], ids=["snapshot", "pivot"])
 def test_a_state_directory_that_fills_up_in_a_switch_never_keeps_the_guest_suspended(
     guest: Domain, backup: BackupFactory, overlays: Path, state: Path, window: int
 ) -> None:
@@ -253,10 +254,10 @@ def test_a_state_directory_that_fills_up_in_a_switch_never_keeps_the_guest_suspe
     at_home(guest, overlays, 0x11, 0x22)
 
 
+@pytest.mark.usefixtures("short_barrier")
 def test_a_suspended_guest_is_resumed_by_the_next_run_though_the_state_directory_is_full(
-    guest: Domain, node: Node, overlays: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+    guest: Domain, node: Node, overlays: Path, state: Path
 ) -> None:
-    monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)  # for the call that nobody has answered
     key = BackupId("tests", "backup", "0d3f5a7c-5d56-4b0a-9a43-6a4e3b1f0c11")
     (guest.directory / f"state-{key.uid[:8]}").symlink_to(state)
     task = Task(
@@ -298,7 +299,7 @@ def read_only_at_will(folder: Path) -> Generator[tuple[Path, Callable[[], object
         yield root, lambda: Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("by a test")
 
 
-@pytest.mark.parametrize("when", ["in mid-copy", "when it is published"])
+@pytest.mark.parametrize("when", ["in mid-copy", in_chaos("when it is published")])
 def test_a_store_that_goes_read_only_fails_the_backup_and_the_guest_comes_home(
     guest: Domain, backup: BackupFactory, overlays: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +356,7 @@ def remove_base(base: Path) -> Callable[[], object]:
     return lambda: kept.rename(base)
 
 
-@pytest.mark.parametrize("harm", [replace_base, cut_off_base, remove_base])
+@pytest.mark.parametrize("harm", [replace_base, *map(in_chaos, [cut_off_base, remove_base])])
 def test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_original_is_back(
     guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], Callable[[], object]]
 ) -> None:
@@ -391,7 +392,7 @@ def put_another_file_in_its_place(overlay: Path) -> None:
     overlay.write_bytes(bytes(1 << 20))
 
 
-@pytest.mark.parametrize("harm", [remove_overlay, replace_overlay, put_another_file_in_its_place])
+@pytest.mark.parametrize("harm", [remove_overlay, *map(in_chaos, [replace_overlay, put_another_file_in_its_place])])
 def test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same(
     guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], None]
 ) -> None:
@@ -436,7 +437,7 @@ def garble(state: Path) -> None:
         path.write_bytes(os.urandom(3000) + b"\n\0\0\0")
 
 
-@pytest.mark.parametrize("harm", [lose, garble])
+@pytest.mark.parametrize("harm", [lose, in_chaos(garble)])
 def test_without_its_journal_a_backup_brings_home_what_it_left_and_takes_another_snapshot(
     guest: Domain, backup: BackupFactory, overlays: Path, state: Path, harm: Callable[[Path], None]
 ) -> None:
@@ -457,7 +458,7 @@ def test_without_its_journal_a_backup_brings_home_what_it_left_and_takes_another
     at_home(guest, overlays, 0x11, 0x22, 0x44)
 
 
-@pytest.mark.parametrize("harm", [lose, garble])
+@pytest.mark.parametrize("harm", [lose, in_chaos(garble)])
 def test_without_its_journal_a_backup_that_is_stored_brings_home_what_it_left_and_stays_as_it_was(
     guest: Domain, backup: BackupFactory, overlays: Path, state: Path, harm: Callable[[Path], None]
 ) -> None:
@@ -479,7 +480,7 @@ def qemu_io(image: Path, command: str) -> str:
     return run("qemu-io", "-r", "-f", "raw", "-c", command, str(image))
 
 
-@pytest.mark.parametrize("where", [in_mid_copy, in_mid_commit])
+@pytest.mark.parametrize("where", [in_mid_copy, in_chaos(in_mid_commit)])
 def test_a_backup_that_runs_writes_the_journal_anew_that_somebody_removes(
     guest: Domain,
     backup: BackupFactory,

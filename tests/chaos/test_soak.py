@@ -75,6 +75,7 @@ def test_the_oracle_finds_what_is_missing_torn_or_stale(tmp_path: Path, where: i
         read_sectors(path, "an image")
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
     tally = soak(1, 10, guests=3, log=tmp_path / "log.jsonl")

@@ -15,6 +15,7 @@ from vmbackup.cluster.status import condition
 from vmbackup.imaging.locks import hold_reader_lock
 
 
+@pytest.mark.check
 def test_a_backup_that_is_applied_becomes_ready_and_is_stored_with_its_digests(
     agent: Agent, domain: DomainFactory
 ) -> None:

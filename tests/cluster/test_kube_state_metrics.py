@@ -40,6 +40,7 @@ def get(url: str) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.chaos
 def test_it_shows_what_the_alerts_ask_of_objects(
     kube: KubeApi, agent: Agent, domain: DomainFactory, shown: Shown
 ) -> None:

@@ -64,6 +64,7 @@ def watched(own_agent: Agent, state_metrics: str, tmp_path: Path) -> Iterator[Wa
         yield watched
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_every_query_of_the_dashboard_and_of_the_alerts_returns_data(
     watched: Watched, own_agent: Agent, domain: DomainFactory, libvirtd: Libvirtd, writer: WritingGuest
@@ -98,6 +99,7 @@ def test_every_query_of_the_dashboard_and_of_the_alerts_returns_data(
     nobodys.strip_finalizers()
 
 
+@pytest.mark.chaos
 def test_a_guest_on_its_overlay_is_told_of_while_its_agent_is_dead(
     watched: Watched, own_agent: Agent, domain: DomainFactory
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
 from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.tiers import in_chaos
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.imaging.locks import hold_reader_lock
@@ -185,7 +186,7 @@ def seconds_to_import() -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("policy", ["Commit", "Report"])
+@pytest.mark.parametrize("policy", ["Commit", in_chaos("Report")])
 def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_the_agents_start(
     own_agent: Agent, domain: DomainFactory, policy: str
 ) -> None:

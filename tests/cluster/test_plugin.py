@@ -315,6 +315,7 @@ def test_kubectl_completes_commands_flags_and_names_that_fit(run: Run, agent: Ag
     assert proposals("status", "--context", "") == ["sandbox"]
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_krew_installs_it_from_its_manifest_and_archive_and_kubectl_finds_it(system: str, tmp_path: Path) -> None:
     build(tmp_path)
@@ -325,6 +326,7 @@ def test_krew_installs_it_from_its_manifest_and_archive_and_kubectl_finds_it(sys
     assert "Looks after VMBackups" in helped.stdout, helped.stderr
 
 
+@pytest.mark.chaos
 def test_krew_refuses_an_archive_that_is_not_the_one_of_the_manifest(tmp_path: Path) -> None:
     build(tmp_path)
     with (tmp_path / ARCHIVE).open("ab") as archive:

@@ -30,7 +30,7 @@ def no_overlay_is_left(domain: Domain) -> bool:
     return on_base and not list(domain.directory.glob("*.vmb-*"))
 
 
-@pytest.mark.parametrize("policy", ["Guarded", "Live"])
+@pytest.mark.parametrize("policy", [pytest.param("Guarded", marks=pytest.mark.check), "Live"])
 def test_a_guest_that_keeps_writing_is_backed_up_as_of_its_snapshot_and_loses_nothing(
     writer: WritingGuest, backup: BackupFactory, tmp_path: Path, libvirtd: Libvirtd, policy: str
 ) -> None:

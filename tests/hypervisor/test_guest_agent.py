@@ -117,6 +117,7 @@ def test_an_agent_that_freezes_and_does_not_answer_the_thaw_is_asked_again(
     assert_it_writes(libvirtd, guest, channel)
 
 
+@pytest.mark.chaos
 def test_killed_while_it_waits_for_an_agent_that_hangs_nothing_is_left_frozen(
     guest: Guest, channel: Channel, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:

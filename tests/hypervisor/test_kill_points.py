@@ -22,13 +22,14 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.support.backups import Told
 from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
-from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.kill_points import BARRIER_SECONDS, SHORT_BARRIER_SECONDS, Deed, Driving, Moment, Task, When
 from tests.support.survival import (
-    SUSPENDED_SECONDS,
-    SUSPENDED_SECONDS_IN_DOUBT,
     dies,
+    distinct,
+    longest_allowed,
     longest_suspension,
     moments_of,
+    one_of_each_kind,
     task_of,
     what_is_wrong,
 )
@@ -41,15 +42,16 @@ from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
-from vmbackup.reconcile.state import clock
 from vmbackup.reconcile.state.journal import record_of
 from vmbackup.stores.registry import open_store
 
-WAITING, QUICK = 12, 5  # guests at once: those for PROTOCOL R4's barrier, which costs nothing, and the others
+WAITING, QUICK = 12, 5  # guests at once: those that wait for PROTOCOL R4's barrier, which costs nothing, and the others
 AT_ONCE = 4  # drivers on their way to their death
 BUSY_SECONDS = 30  # beside what it may wait for: a backup is a second of CPU on a slow machine, and all may run at once
 
 GUARDED = {"switchPolicy": "Guarded"}
+LIVE = {"switchPolicy": "Live"}
+QUIESCED = {"snapshot": {"quiesce": "Require"}}  # refused by guests without an agent
 
 SAMPLE = [
     Moment(when, event, nth)
@@ -122,6 +124,7 @@ class Death:
     spec: Mapping[str, Any]
     moment: Moment
     outcome: Outcome = Outcome.SUCCEEDED
+    barrier: float = SHORT_BARRIER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -137,23 +140,36 @@ class Survival:
         return f"{self.death.spec}, killed {self.death.moment}: {'; '.join(self.wrong)}"
 
 
-@pytest.mark.timeout(1200)
-def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
-    started = time.monotonic()
+@pytest.mark.timeout(600)
+def test_a_driver_killed_once_in_each_kind_of_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
     several = guests(WAITING + QUICK)
-    live = {"switchPolicy": "Live"}
-    moments = distinct(moments_of(several[0], GUARDED))
-    deaths = [Death(GUARDED, moment) for moment in moments]
-    required = {"snapshot": {"quiesce": "Require"}}  # of guests without an agent
-    deaths += [Death(required, moment, Outcome.REFUSED) for moment in moments if "freez" in moment.event]
-    deaths += [Death(live, moment) for moment in distinct(moments_of(several[0], live))[::6]]
-    ready = time.monotonic()
-    survivals = survive_all(several, deaths)
+    guarded, live = (one_of_each_kind(distinct(moments_of(several[0], spec))) for spec in (GUARDED, LIVE))
+    frozen = next(moment for moment in guarded if "freez" in moment.event)
+    deaths = [Death(GUARDED, moment) for moment in guarded]
+    deaths += [Death(QUIESCED, frozen, Outcome.REFUSED)]
+    deaths += [Death(LIVE, moment) for moment in live[::4]]
+    assert_all_survive(several, deaths)
 
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
+    """With the product's own barrier."""
+    several = guests(WAITING + QUICK)
+    guarded, live = (distinct(moments_of(several[0], spec)) for spec in (GUARDED, LIVE))
+    deaths = [Death(GUARDED, moment) for moment in guarded]
+    deaths += [Death(QUIESCED, moment, Outcome.REFUSED) for moment in guarded if "freez" in moment.event]
+    deaths += [Death(LIVE, moment) for moment in live]
+    assert_all_survive(several, [replace(death, barrier=BARRIER_SECONDS) for death in deaths])
+
+
+def assert_all_survive(several: Sequence[Domain], deaths: Sequence[Death]) -> None:
+    started = time.monotonic()
+    survivals = survive_all(several, deaths)
     doubtful = [survival.suspended for survival in survivals if survival.in_doubt]
     certain = [survival.suspended for survival in survivals if not survival.in_doubt]
     print(
-        f"{len(deaths)} moments in {time.monotonic() - started:.0f} s, {ready - started:.0f} s of it to begin with; "
+        f"{len(deaths)} moments in {time.monotonic() - started:.0f} s; "
         f"suspended for at most {max(certain):.1f} s, in doubt {max(doubtful):.1f} s"
     )
     assert len(survivals) == len(deaths)
@@ -191,10 +207,10 @@ def test_of_a_driver_killed_when_it_had_just_stored_a_backup_that_is_then_delete
     assert not list(folder.parent.glob(f".*{task.uid}*"))
 
 
+@pytest.mark.usefixtures("short_barrier")
 def test_of_a_driver_killed_while_it_froze_a_guest_nothing_is_let_go_before_libvirtd_is_back_and_the_guest_thawed(
-    domain: DomainFactory, libvirtd: Libvirtd, node: Node, monkeypatch: pytest.MonkeyPatch
+    domain: DomainFactory, libvirtd: Libvirtd, node: Node
 ) -> None:
-    monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)  # for the call that nobody has answered
     guest = domain(size="4M")
     libvirtd.virsh("resume", guest.name)
     task = task_of(guest, {"snapshot": {"quiesce": "Try"}}, Moment(When.AFTER, "freezing the file systems"))
@@ -274,19 +290,9 @@ def come_home(guest: Domain, driving: Driving) -> str:
     wrong = list(what_is_wrong(guest, task, report))
     if not report.chain_clean:
         wrong.append(f"its chain is not clean: {report}")
-    if suspended > SUSPENDED_SECONDS_IN_DOUBT:
+    if suspended > longest_allowed(task, in_doubt=True):
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
     return f"{task.moment}: {'; '.join(wrong)}; {reasons}" if wrong else ""
-
-
-def distinct(moments: Sequence[Moment]) -> list[Moment]:
-    """Without those that are the same instant as the next: between the journal's word of a call and the call."""
-    following = [*moments[1:], None]
-    return [
-        moment
-        for moment, after in zip(moments, following, strict=True)
-        if not (after and moment.when is When.AFTER and after.when is When.BEFORE and moment.in_call and after.in_call)
-    ]
 
 
 def survive_all(several: Sequence[Domain], deaths: Sequence[Death]) -> list[Survival]:
@@ -313,13 +319,13 @@ def survive_all(several: Sequence[Domain], deaths: Sequence[Death]) -> list[Surv
 def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     """Kill the driver of a backup at this moment, and let another carry on."""
     with few_at_once:
-        task, missed = dies(lambda: task_of(guest, death.spec, death.moment))
+        task, missed = dies(lambda: task_of(guest, death.spec, death.moment, barrier=death.barrier))
     if missed:
         return Survival(death, wrong=(missed,))
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
     started, libvirtd = time.monotonic(), guest.libvirtd.pid
-    second = Driving(task_of(guest, death.spec, uid=task.uid))
+    second = Driving(replace(task, moment=None))
     suspended = longest_suspension(guest, second)
     in_doubt = in_doubt or guest.libvirtd.pid != libvirtd  # which may crash by itself
     report, _, reasons = second.end(0)
@@ -328,7 +334,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     wrong = list(what_is_wrong(guest, task, report))
     if report.outcome is not death.outcome:
         wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}; {reasons}")
-    limit = SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS
+    limit = longest_allowed(task, in_doubt=in_doubt)
     if suspended > limit:
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
     if seconds > limit + BUSY_SECONDS:

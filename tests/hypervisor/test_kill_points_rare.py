@@ -19,6 +19,7 @@ from tests.support.backups import SLOW
 from tests.support.domains import Domain, DomainFactory, GuestFactory
 from tests.support.kill_points import Deed, Driving, Moment, When
 from tests.support.survival import moments_of, task_of, what_is_wrong
+from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import guest as guest_module
 
@@ -51,10 +52,11 @@ def deaths() -> Iterator[Deaths]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("step", [4, in_chaos(1)], ids=["each kind once", "all"])
 def test_a_driver_killed_while_it_limits_a_guest_or_its_commit_is_carried_on_and_the_limits_are_the_users(
-    domain: DomainFactory,
+    domain: DomainFactory, step: int
 ) -> None:
-    every = list(deaths())
+    every = list(deaths())[::step]
     several = [domain(size="32M") for _ in every]
     with ThreadPoolExecutor(len(every)) as pool:
         wrong = [each for each in pool.map(survive, several, every) if each]

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.hypervisor.test_kill_points import distinct
 from tests.support.domains import Domain, DomainFactory, starts, wait_until, what_is_wrong_with
 from tests.support.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
-from tests.support.survival import content, dies, task_of, what_is_wrong_with_the_copy
+from tests.support.survival import content, dies, distinct, one_of_each_kind, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import GuestState
@@ -41,11 +40,11 @@ class Death:
 
 
 @pytest.mark.timeout(400)
-def test_a_merge_killed_at_every_second_moment_is_carried_on_and_nothing_is_lost(domain: DomainFactory) -> None:
+def test_a_merge_killed_once_in_each_kind_of_moment_is_carried_on_and_nothing_is_lost(domain: DomainFactory) -> None:
     first, *others = (running_guest(domain) for _ in range(GUESTS))
     moments = moments_of(first)
     assert MARKED in moments
-    deaths = [Death(moment, runs) for moment, runs in zip(moments[::2], cycle([True, False]))]
+    deaths = [Death(moment, runs) for moment, runs in zip(one_of_each_kind(moments), cycle([True, False]))]
     deaths += [Death(MARKED, runs) for runs in (True, False)]
     wrong = survive_all(others, deaths)
     print(f"{len(deaths)} moments")

@@ -11,15 +11,19 @@ from dataclasses import replace
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.hypervisor.test_kill_points import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
+from tests.support import own_libvirtd
 from tests.support.backups import BackupFactory
 from tests.support.domains import Domain, DomainFactory, GuestFactory
 from tests.support.kill_points import Deed, Driving, Moment, When
+from tests.support.survival import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import URI, Mark
 from vmbackup.reconcile.leftovers.orphans import take_in
 from vmbackup.reconcile.node import Node
+
+# Without its journal, a driver may define a domain while the snapshot of a killed one is in flight.
+libvirtd, hypervisor = own_libvirtd.libvirtd, own_libvirtd.hypervisor
 
 GUARDED = {"switchPolicy": "Guarded"}
 SPEC = {"nodeName": "here", "domain": "any", "storeRef": {"name": "none"}}

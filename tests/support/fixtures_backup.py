@@ -13,12 +13,22 @@ from tests.support.backups import BackupFactory, RunningBackup, make_node
 from vmbackup.api.identity import BackupId
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.state import clock
 
 
 @pytest.fixture
 def node(hypervisor: Hypervisor, tmp_path: Path) -> Node:
     """A node of its own: state, locks and metrics. Failed commits are tried again soon."""
     return make_node(hypervisor, tmp_path / "state", tmp_path / "locks")
+
+
+@pytest.fixture
+def short_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backups of this process wait 1 s for a call that was left unanswered, not the 31 s of PROTOCOL R4.
+
+    For tests that prove something else, and in which libvirt is dead or idle, so that no such call can still come.
+    """
+    monkeypatch.setattr(clock, "BARRIER_SECONDS", 1.0)
 
 
 @pytest.fixture

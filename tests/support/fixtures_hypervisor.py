@@ -6,8 +6,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from vmbackup.hypervisor.connection import Hypervisor
 _numbers = count(1)
 
 
-@pytest.fixture(scope="session")
-def libvirtd() -> Iterator[Libvirtd]:
-    """A private libvirtd, one for the whole run. A test that kills it starts it again."""
+@contextmanager
+def private_libvirtd() -> Generator[Libvirtd]:
+    """A libvirtd of the tests. If it crashes, it is started again, and a warning of the run shows its log."""
     directory = Path(tempfile.mkdtemp(prefix="vmb-"))
     with Libvirtd(directory) as running:
         yield running
@@ -32,6 +32,13 @@ def libvirtd() -> Iterator[Libvirtd]:
     for crash in re.finditer(rf"(?:.*\n){{0,5}}{CRASHED}.*", log):
         warnings.warn(crash[0], stacklevel=1)  # a defect of libvirt, which the tests that it falls into survive
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def libvirtd() -> Iterator[Libvirtd]:
+    """A private libvirtd, one for the whole run. A test that kills it starts it again."""
+    with private_libvirtd() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

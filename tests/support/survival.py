@@ -6,13 +6,22 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tests.support.domains import Domain, qemu_img, wait_until, what_is_wrong_with
-from tests.support.kill_points import Deed, Driving, Moment, Task, When, records_in
+from tests.support.kill_points import (
+    BARRIER_SECONDS,
+    SHORT_BARRIER_SECONDS,
+    Deed,
+    Driving,
+    Moment,
+    Task,
+    When,
+    records_in,
+)
 from tests.support.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
@@ -23,11 +32,16 @@ from vmbackup.reconcile.state.journal import records
 SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the first suspension is written
 CHANCES = 3  # for a driver to come by a moment
 SUSPENDED_SECONDS = 5.0  # at most, after somebody is there to end it
-SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered
+SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered: the barrier, and 14 s
 
 
 def task_of(
-    guest: Domain, spec: Mapping[str, Any], moment: Moment | None = None, uid: str = "", deed: Deed = Deed.KILL
+    guest: Domain,
+    spec: Mapping[str, Any],
+    moment: Moment | None = None,
+    uid: str = "",
+    deed: Deed = Deed.KILL,
+    barrier: float = SHORT_BARRIER_SECONDS,
 ) -> Task:
     return Task(
         uri=guest.libvirtd.uri,
@@ -39,7 +53,14 @@ def task_of(
         spec=spec,
         moment=moment,
         deed=deed,
+        barrier=barrier,
     )
+
+
+def longest_allowed(task: Task, *, in_doubt: bool) -> float:
+    """For how many seconds at most the guest may stand still. `in_doubt`: a call was left unanswered."""
+    shorter = BARRIER_SECONDS - task.barrier
+    return SUSPENDED_SECONDS_IN_DOUBT - shorter if in_doubt else SUSPENDED_SECONDS
 
 
 def moments_of(guest: Domain, spec: Mapping[str, Any]) -> list[Moment]:
@@ -49,6 +70,24 @@ def moments_of(guest: Domain, spec: Mapping[str, Any]) -> list[Moment]:
     assert report.outcome is Outcome.SUCCEEDED, report
     assert not list(what_is_wrong(guest, task, report))
     return moments
+
+
+def distinct(moments: Sequence[Moment]) -> list[Moment]:
+    """Without those that are the same instant as the next: between the journal's word of a call and the call."""
+    following = [*moments[1:], None]
+    return [
+        moment
+        for moment, after in zip(moments, following, strict=True)
+        if not (after and moment.when is When.AFTER and after.when is When.BEFORE and moment.in_call and after.in_call)
+    ]
+
+
+def one_of_each_kind(moments: Sequence[Moment]) -> list[Moment]:
+    """A fixed sample: one moment of each kind of event; which one, and on which disk, goes round from kind to kind."""
+    kinds: dict[str, list[Moment]] = {}
+    for moment in moments:
+        kinds.setdefault(moment.event.replace("vdb", "vda"), []).append(moment)
+    return [alike[number % len(alike)] for number, alike in enumerate(kinds.values())]
 
 
 def dies(task_at_its_moment: Callable[[], Task]) -> tuple[Task, str]:

@@ -1,4 +1,4 @@
-"""What runs alone meets nobody's things, and leaves nothing behind."""
+"""An isolated command sees nothing of this machine's hypervisor or node, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tests.support.domains import wait_until
 # A process that nobody waits for, in a control group below ours, with a mount and a file in /var.
 _MESS = """
 set -e
-group=/sys/fs/cgroup/*/vmbackup-$(basename $VMBACKUP_SANDBOX_ALONE)
+group=/sys/fs/cgroup/*/vmbackup-$(basename $VMBACKUP_SANDBOX_ISOLATED)
 for one in $group; do mkdir $one/pod; done
 setsid sleep 1000 &
 echo $! | tee $(ls -d $group | head -1)/pod/cgroup.procs >/dev/null
 mount -t tmpfs tmpfs /var/lib/kubelet
 touch /var/lib/vmbackup-was-here
 ip link add vmb-bridge type bridge
-echo $VMBACKUP_SANDBOX_ALONE $(ls /etc/libvirt /var/lib/libvirt | wc -w)
+echo $VMBACKUP_SANDBOX_ISOLATED $(ls /etc/libvirt /var/lib/libvirt | wc -w)
 """
 
 
 def _command(script: str) -> list[str]:
-    return [sys.executable, "-m", "sandbox.alone", "bash", "-c", script]
+    return [sys.executable, "-m", "sandbox.isolated", "bash", "-c", script]
 
 
 def _left_behind(directory: str) -> list[str]:
@@ -35,7 +35,7 @@ def _left_behind(directory: str) -> list[str]:
     processes: list[str] = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"VMBACKUP_SANDBOX_ALONE={directory}\0" in environment.read_text(errors="replace"):
+            if f"VMBACKUP_SANDBOX_ISOLATED={directory}\0" in environment.read_text(errors="replace"):
                 processes.append(environment.parent.name)
         except OSError:
             continue
@@ -43,7 +43,7 @@ def _left_behind(directory: str) -> list[str]:
     return [*groups, *mounts, *processes, *(str(path) for path in paths if path.exists())]
 
 
-def test_what_runs_alone_leaves_nothing_behind_and_its_exit_code_is_known() -> None:
+def test_an_isolated_command_leaves_nothing_behind_and_its_exit_code_is_known() -> None:
     done = subprocess.run(_command(f"{_MESS}\nexit 3"), capture_output=True, text=True, check=False)
 
     assert done.returncode == 3, done.stderr
@@ -52,7 +52,7 @@ def test_what_runs_alone_leaves_nothing_behind_and_its_exit_code_is_known() -> N
     assert _left_behind(directory) == []
 
 
-def test_neither_does_it_when_it_is_terminated() -> None:
+def test_it_leaves_nothing_behind_when_it_is_terminated() -> None:
     command = _command(f"{_MESS}\nsleep 1000")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as running:
         assert running.stdout is not None

@@ -1,11 +1,11 @@
-"""Runs a command in namespaces of its own, as on a machine of its own, and lets nothing of it behind.
+"""Runs a command in namespaces of its own, as on a machine of its own, and leaves nothing of it behind.
 
-    sudo python -m sandbox.alone COMMAND…
+    sudo python -m sandbox.isolated COMMAND…
 
-What it starts is killed by the kernel when it ends, however it ends; its network is loopback and what it makes itself;
-its mounts vanish, and so does what it writes below /etc, /var and /run. The directories of a hypervisor and of a
-Kubernetes node (PLACES, and /run) are empty ones. So a libvirtd, a containerd or a kubelet that runs here already is
-not met, and its files are not touched. Needs root.
+When the command ends, for whatever reason, the kernel kills every process that it started. Its network has loopback
+and the interfaces that it creates. Its mounts vanish, and so does everything that it writes below /etc, /var and /run.
+The directories of a hypervisor and of a Kubernetes node (PLACES, and /run) are empty. So it cannot reach a libvirtd,
+containerd or kubelet of this machine, nor touch their files. Needs root.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ PLACES = (
     *("/etc/cni", "/etc/libvirt", "/var/cache/libvirt", "/var/lib/cni", "/var/lib/containerd", "/var/lib/kubelet"),
     *("/var/lib/libvirt", "/var/lib/vmbackup", "/var/log"),
 )
-_VARIABLE = "VMBACKUP_SANDBOX_ALONE"
+_VARIABLE = "VMBACKUP_SANDBOX_ISOLATED"
 _CGROUPS = Path("/sys/fs/cgroup")
 _TERMINATED = 128 + signal.SIGTERM
 _END_SECONDS = 10
 
 
 def directory() -> Path:
-    """A directory for whatever runs alone, removed after its end. Raises SandboxError where nobody is alone."""
+    """A directory for the isolated command, removed when it has ended. Raises SandboxError outside of `run`."""
     if name := os.environ.get(_VARIABLE):
         return Path(name)
-    raise SandboxError("this starts a whole node, and only where it meets nobody else's: run it by `make e2e`")
+    raise SandboxError("this starts a whole node and must be isolated from this machine: run it with `make e2e`")
 
 
 def cgroup() -> str:
-    """The control group, in every hierarchy of the machine, for what runs alone; removed after its end."""
+    """The control group of the isolated command, in every hierarchy; removed when it has ended."""
     return f"/vmbackup-{directory().name}"
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command alone; its exit code. Raises SandboxError where the machine does not let us."""
+    """Run a command isolated; returns its exit code. Raises SandboxError where the machine does not permit it."""
     if os.geteuid() != 0:
-        raise SandboxError("only root can make namespaces, mounts and control groups: run it as root, or with sudo")
+        raise SandboxError("only root can create namespaces, mounts and control groups: run it as root, or with sudo")
     with ExitStack() as world:
         own = Path(world.enter_context(tempfile.TemporaryDirectory(prefix="vmb-")))  # short, for socket paths
         world.enter_context(control_groups(f"vmbackup-{own.name}"))
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the command; its end is ours
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the command; we end when it has ended
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
         namespaces = ["--mount", "--propagation=slave", "--net", "--ipc", "--pid", "--mount-proc"]
         return subprocess.call(
             [
                 *("setpriv", "--pdeathsig", "KILL", "--", "unshare", *namespaces, "--fork", "--kill-child", "--"),
-                *(sys.executable, "-m", "sandbox.alone", "--inside", *command),
+                *(sys.executable, "-m", "sandbox.isolated", "--inside", *command),
             ],
             env=os.environ | {_VARIABLE: str(own)},
         )
@@ -65,23 +65,23 @@ def run(command: Sequence[str]) -> int:
 
 @contextmanager
 def control_groups(name: str) -> Iterator[list[Path]]:
-    """A control group of that name in each hierarchy; what is below it goes too, in the end."""
+    """A control group of that name in each hierarchy. At the end it is removed, with those below it."""
     hierarchies = [_CGROUPS] if (_CGROUPS / "cgroup.controllers").exists() else sorted(_CGROUPS.iterdir())
     groups = [hierarchy / name for hierarchy in hierarchies if (hierarchy / "cgroup.procs").exists()]
     if not groups:
-        raise SandboxError(f"there are no control groups in {_CGROUPS}, and containers cannot do without: mount them")
+        raise SandboxError(f"{_CGROUPS} has no control groups, and containers need them: mount them")
     with ExitStack() as made:
         for group in groups:
             try:
                 group.mkdir()
             except OSError as error:
-                raise SandboxError(f"a control group cannot be made: {error}; containers need one") from None
+                raise SandboxError(f"cannot create a control group: {error}; containers need one") from None
             made.callback(_remove, group)
         yield groups
 
 
 def _remove(group: Path) -> None:
-    """Remove a control group and those below it, once the last of its processes is gone, which takes some ms."""
+    """Remove a control group and those below it, once its last process is gone, which takes some milliseconds."""
     deadline = time.monotonic() + _END_SECONDS
     while group.exists():
         try:
@@ -94,7 +94,7 @@ def _remove(group: Path) -> None:
 
 
 def _inside(command: Sequence[str]) -> int:
-    """Process 1 of the namespaces: prepare them, run the command, and be the parent of what lost its own."""
+    """Process 1 of the namespaces: prepare them, run the command, and reap orphaned processes."""
     own = directory()
     _run("mount", "--make-rshared", "/")  # as on a machine where systemd has done it: the kubelet counts on it
     for layered in ("etc", "var"):
@@ -129,7 +129,7 @@ def main() -> int:
     except SandboxError as error:
         sys.exit(str(error))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"this machine does not let us be alone: {' '.join(error.cmd)} failed, and says why above")
+        sys.exit(f"cannot isolate the command: {' '.join(error.cmd)} failed; its message is above")
 
 
 if __name__ == "__main__":
