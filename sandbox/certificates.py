@@ -1,4 +1,4 @@
-"""Certificates of a sandbox: one authority that signs everything, by way of the openssl command."""
+"""Certificates of a sandbox: one authority that signs all of them, with the openssl command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DAYS = "3650"
 
 
 class Authority:
-    """A certificate authority in `directory`, made when it is not there. Keys are readable by the owner alone."""
+    """A certificate authority in `directory`, created if missing. Only the owner can read its keys."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

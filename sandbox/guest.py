@@ -130,7 +130,7 @@ class Guest:
         )
 
     def define(self) -> None:
-        """Make it a persistent domain, or change the one of that name that it was; `start` starts it."""
+        """Define it as a persistent domain, or redefine it; `start` starts it."""
         self._xml_file.write_text(self.xml())
         self._virsh("define", str(self._xml_file))
 
@@ -149,7 +149,7 @@ class Guest:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """It stands still meanwhile, so that its images can be copied as they are."""
+        """Suspends it, so that its images can be copied consistently."""
         self._virsh("suspend", self.name)
         try:
             yield
@@ -179,17 +179,17 @@ class Guest:
         return max(self.history(target), default=0)
 
     def history(self, target: str) -> list[int]:
-        """All numbers that it has acknowledged for a disk, over all boots, in the order in which it did."""
+        """All numbers that it has acknowledged for a disk, over all boots, in this order."""
         self._read_serial_log()
         return list(self._acknowledged[target])
 
     def starts(self, target: str) -> list[int]:
-        """For each boot the first number that it was to write on a disk."""
+        """The first number to write on a disk, for each boot."""
         self._read_serial_log()
         return list(self._starts[target])
 
     def assert_only_rising(self) -> None:
-        """Raise ProofError if the guest ever acknowledged a number again or a lower one: it went back in time."""
+        """Raise ProofError if the guest acknowledged a number twice or a lower number later: it went back in time."""
         for target in self.disks:
             history = self.history(target)
             for before, after in pairwise(history):
@@ -215,11 +215,11 @@ class Guest:
         )
 
     def _read_serial_log(self) -> None:
-        """Take in what the guest has said since the last time. Raises ProofError if it complains."""
+        """Read the new lines of the guest's console. Raises ProofError if it reports an error."""
         with self._reading:  # by a test and by the backup that it watches
             self._take_in_what_is_new()
         if self._failures:
-            raise ProofError(f"{self.name}: the guest says: {'; '.join(self._failures)}")
+            raise ProofError(f"{self.name}: the guest reports: {'; '.join(self._failures)}")
 
     def _take_in_what_is_new(self) -> None:
         if not self.serial_log.exists():

@@ -44,9 +44,9 @@ class GuestOS:
 
 
 def guest_os() -> GuestOS:
-    """The test guest's operating system, from the cache or built now (seconds, and a download of 27 MB the first time).
+    """The test guest's operating system, from the cache or built now (seconds; the first time a download of 27 MB).
 
-    Raises SandboxError where a package or a tool cannot be had.
+    Raises SandboxError if a package or a tool is not available.
     """
     cache = CACHE / "guest"
     cache.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def guest_os() -> GuestOS:
 
 
 def _unpacked(package: str, cache: Path) -> Path:
-    """The directory with a Debian package's files (of a metapackage: of the packages it depends on)."""
+    """The directory with the files of a Debian package (of a metapackage: of its dependencies)."""
     target = cache / package
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
@@ -149,7 +149,7 @@ def _install_agent(root: Path, agent: Path) -> None:
     shutil.copy2(agent / "usr/sbin/qemu-ga", root / "bin")
     listed = _run("ldd", str(agent / "usr/sbin/qemu-ga"))
     if missing := re.findall(r"(\S+) => not found", listed):
-        raise SandboxError(f"the guest agent needs {', '.join(missing)}: install qemu-system-x86, which brings them")
+        raise SandboxError(f"the guest agent needs {', '.join(missing)}: install qemu-system-x86, which has them")
     for library in re.findall(r"(/\S+) \(0x", listed):
         shutil.copy2(library, root / ("lib64" if "/ld-" in library else "lib"))
 
@@ -170,7 +170,7 @@ def _busybox() -> Path:
 def _only(directory: Path, pattern: str) -> Path:
     found = list(directory.glob(pattern))
     if len(found) != 1:
-        raise SandboxError(f"{directory} holds {len(found)} of {pattern}: remove the directory, it is fetched again")
+        raise SandboxError(f"{directory} holds {len(found)} of {pattern}: remove it; it will be fetched again")
     return found[0]
 
 

@@ -76,7 +76,7 @@ def archive(*, revision: str = "", fresh: bool = False) -> Path:
 
 
 def base() -> Path:
-    """The image `BASE`, which all is built on, as a docker-archive: from the cache, or made now."""
+    """The image `BASE`, the base of our image, as a docker-archive: from the cache, or built now."""
     cache = CACHE / "image"
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / "lock"):
@@ -107,8 +107,8 @@ def _base(cache: Path, *, fresh: bool) -> Path:
     if made.exists() and not fresh:
         return made
     if os.geteuid() != 0:
-        raise SandboxError("debootstrap, which makes the base of the image, needs root: run this with sudo")
-    say(f"making a base image of Debian {SUITE} with debootstrap")
+        raise SandboxError("debootstrap, which builds the base image, needs root: run this with sudo")
+    say(f"building a base image of Debian {SUITE} with debootstrap")
     with tempfile.TemporaryDirectory(dir=cache) as temporary, _Builder(Path(temporary), cache) as builder:
         root, context = Path(temporary) / "root", Path(temporary) / "context"
         context.mkdir()
@@ -146,11 +146,11 @@ class _Builder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is mounted any more, so that the directory can be removed."""
+        """Unmount everything, so that the directory can be removed."""
         subprocess.run([*self._buildah, "rm", "--all"], capture_output=True, check=False)
 
     def load(self, name: str, archive: Path) -> None:
-        """Have an image of an archive under this name."""
+        """Load an image from an archive under this name."""
         _run(*self._buildah, "pull", "--quiet", f"docker-archive:{archive}:{name}")
 
     def build(self, name: str, context: Path, arguments: dict[str, str], made: Path) -> None:
@@ -201,7 +201,7 @@ def _mirrors() -> dict[str, str]:
     )
     mirrors = dict(line.split() for line in reversed(listed.splitlines()))
     if missing := {"Debian", "Debian-Security"} - mirrors.keys():
-        raise SandboxError(f"apt knows no mirror of {' and '.join(sorted(missing))}: run `apt-get update`")
+        raise SandboxError(f"apt has no mirror for {' and '.join(sorted(missing))}: run `apt-get update`")
     return mirrors
 
 

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Installs what is missing for the demo, the tests and the benchmarks; nothing to do takes well under a second.
+# Installs what is missing for the demo, the tests and the benchmarks; if nothing is missing, takes well under a second.
 #
-# Made for Debian 12 or later on x86-64, as root or with sudo. Elsewhere it says what it cannot install.
-# `install.sh node` installs what `make e2e` needs too, `install.sh engines` what `make engines` does.
+# For Debian 12 or later on x86-64, as root or with sudo. On other systems it lists what to install by hand.
+# `install.sh node` also installs what `make e2e` needs, `install.sh engines` what `make engines` needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -74,7 +74,7 @@ install_python_packages() {
     fi
     say "Installing the Python packages of requirements/dev.lock into .venv"
     [[ -x .venv/bin/pip ]] || python3 -m venv .venv
-    # The locks are complete, so nothing is left to resolve: pip would take the newest coverage for `coverage[toml]`.
+    # The locks are complete, so pip must resolve nothing: it would install the newest coverage for `coverage[toml]`.
     local pip=(.venv/bin/pip install --quiet --no-deps)
     "${pip[@]}" --require-hashes -r requirements/build.lock
     "${pip[@]}" --require-hashes --no-build-isolation -r requirements/dev.lock

@@ -31,7 +31,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 class KubectlError(SandboxError):
-    """kubectl failed; `stderr` is what it said."""
+    """kubectl failed; `stderr` has its messages."""
 
     def __init__(self, arguments: Sequence[str], stderr: str) -> None:
         super().__init__(f"kubectl {' '.join(arguments)}: {stderr.strip()}")
@@ -75,7 +75,7 @@ class KubeApi:
         return f"https://{self._address}:{self._ports['apiserver']}"
 
     def start(self) -> None:
-        """Start what does not run, and return once the server is ready. Raises SandboxError."""
+        """Start etcd and the API server if they do not run; return when the server is ready. Raises SandboxError."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not self._ports_file.exists():
             etcd, apiserver = _free_ports(2)
@@ -92,7 +92,7 @@ class KubeApi:
         self.kubeconfig_for("sandbox-admin", groups=["system:masters"], name="admin")
 
     def stop(self) -> None:
-        """End both; what they stored stays in the directory."""
+        """Stop both; their data stays in the directory."""
         self.apiserver.stop(seconds=5)  # it waits for open watches for up to a minute; its state is etcd's
         self.etcd.stop(seconds=5)
 
@@ -117,7 +117,7 @@ class KubeApi:
         )
 
     def start_apiserver(self) -> None:
-        """Start the API server alone and wait until it is ready; `apiserver.stop()` ends it alone."""
+        """Start the API server only and wait until it is ready; `apiserver.stop()` stops it only."""
         keys = self.directory / "pki"
         certificate, key = self._server
         admin_certificate, admin_key = self._admin
@@ -162,7 +162,7 @@ class KubeApi:
         return self._write_kubeconfig(name, {"client-certificate": str(certificate), "client-key": str(key)})
 
     def kubeconfig_of(self, token: str, *, name: str) -> Path:
-        """A kubeconfig for whoever a bearer token is of, such as a service account."""
+        """A kubeconfig for the owner of a bearer token, such as a service account."""
         return self._write_kubeconfig(name, {"token": token})
 
     def _write_kubeconfig(self, name: str, user: dict[str, str]) -> Path:
@@ -228,7 +228,7 @@ class KubeApi:
         return json.loads(self._ports_file.read_text())
 
     def _ready(self) -> bool:
-        """The server is ready, and has made the namespace `default` (which it does some moments later)."""
+        """The server is ready, and has created the namespace `default`, which takes a moment longer."""
         context = ssl.create_default_context(cafile=str(self.authority.certificate))
         context.load_cert_chain(*map(str, self._admin))
         direct = urllib.request.build_opener(
@@ -251,4 +251,4 @@ def _free_ports(count: int) -> list[int]:
             free.append(port)
         if len(free) == count:
             return free
-    raise SandboxError("there are no free ports on loopback")
+    raise SandboxError("no free ports on loopback")

@@ -46,7 +46,7 @@ class Libvirtd:
     def __init__(self, directory: Path | str, *, detached: bool = False, host_uuid: str = "") -> None:
         self.directory = Path(directory).absolute()
         if len(os.fsencode(self.directory)) > _LONGEST_DIRECTORY:
-            raise ValueError(f"{self.directory} is too long for socket paths: take one of {_LONGEST_DIRECTORY} bytes")
+            raise ValueError(f"{self.directory} is too long for sockets: at most {_LONGEST_DIRECTORY} bytes")
         self.detached = detached
         self.host_uuid = host_uuid
         self.runtime_dir = self.directory / "run"
@@ -138,7 +138,7 @@ class Libvirtd:
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             if supervisor.poll() is not None:
-                raise RuntimeError(f"libvirtd has ended: see {self.log_file}")
+                raise RuntimeError(f"libvirtd has exited: see {self.log_file}")
             # RuntimeError: the one that was just killed may still have had its socket
             with suppress(OSError, RuntimeError), socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(self.socket))
@@ -154,7 +154,7 @@ class Libvirtd:
             _wait_for_end(pid)
 
     def stop_signal(self) -> None:
-        """SIGSTOP libvirtd: it answers nobody until `cont`."""
+        """SIGSTOP libvirtd: it does not answer until `cont`."""
         self._signal(signal.SIGSTOP)
 
     def cont(self) -> None:
@@ -162,7 +162,7 @@ class Libvirtd:
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End libvirtd and destroy all its guests, whoever started it. Nothing is done if none runs."""
+        """Stop libvirtd, whoever started it, and destroy all its guests. Does nothing if it is not running."""
         self.kill()
         for pid in self._processes_of_guests():
             _kill(pid)
@@ -182,7 +182,7 @@ class Libvirtd:
         _wait_for_end(pid)
 
     def kill_guests_that_libvirt_has_lost(self) -> int:
-        """SIGKILL the QEMU of every domain that libvirt takes for off; how many they were."""
+        """SIGKILL the QEMU of every domain that libvirt believes to be off; returns how many."""
         running = [f"guest={name}," for name in self.virsh("list", "--name").split()]
         lost = [pid for pid, line in self._processes_of_guests().items() if not any(name in line for name in running)]
         for pid in lost:
@@ -190,7 +190,7 @@ class Libvirtd:
         return len(lost)
 
     def _processes_of_guests(self) -> dict[int, str]:
-        """Every QEMU process of ours, whatever libvirt knows of it, and its command line."""
+        """Every QEMU process of ours, known to libvirt or not, and its command line."""
         pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()]
         return {pid: line for pid in pids if self._ours in (line := _command_line(pid))}
 

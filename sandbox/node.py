@@ -92,7 +92,7 @@ class Node:
         self.kube.stop()
 
     def load(self, archive: Path) -> None:
-        """Make an image known, from a docker or OCI archive."""
+        """Import an image from a docker or OCI archive."""
         _run("ctr", "--namespace=k8s.io", "images", "import", str(archive))
 
     def _start(self) -> None:

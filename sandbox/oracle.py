@@ -37,7 +37,7 @@ _NOTHING = bytes(RECORD_BYTES)
 
 
 class ProofError(AssertionError):
-    """An image does not hold what it must. The text names the image and what is wrong with it."""
+    """An image is damaged or incomplete. The text names the image and the problem."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_journal(journal: bytes, *, name: str, bulk: bytes = b"") -> Journal:
         record = journal[offset : offset + RECORD_BYTES]
         if record == _NOTHING[: len(record)]:
             if journal[offset:].strip(b"\0"):
-                raise ProofError(f"{name}: record {number} is missing, yet there are records after it")
+                raise ProofError(f"{name}: record {number} is missing, but later records exist")
             break
         found = Journal(number, _written(record, number, name))
     return Journal(found.last, found.written, _count_blocks(bulk, name))
@@ -120,7 +120,7 @@ def prove(
     found = read_image(image, image_format=image_format)
     if found.last < acknowledged_at_least:
         raise ProofError(
-            f"{image}: it ends with record {found.last}, yet {acknowledged_at_least} was acknowledged: "
+            f"{image}: it ends with record {found.last}, but record {acknowledged_at_least} was acknowledged: "
             "acknowledged writes are lost, or the image is a stale one"
         )
     if at_most is not None and found.last > at_most:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class SandboxError(Exception):
-    """A part of the sandbox cannot be had or does not come up; the text says why and what to do."""
+    """A part of the sandbox is not available or does not start; the text says why and what to do."""
 
 
 class Program:
@@ -77,20 +77,20 @@ class Program:
             if self._gone_within(limit):
                 self._pid_file.unlink(missing_ok=True)
                 return
-        raise SandboxError(f"{self.name} (pid {self.pid}) did not end, not even by SIGKILL; see {self.log}")
+        raise SandboxError(f"{self.name} (pid {self.pid}) did not exit, even after SIGKILL; see {self.log}")
 
     def kill(self) -> None:
         """End it as a crash would: SIGKILL. Returns once it is gone."""
         self.signal(signal.SIGKILL)
         if not self._gone_within(10.0):
-            raise SandboxError(f"{self.name} (pid {self.pid}) did not end by SIGKILL")
+            raise SandboxError(f"{self.name} (pid {self.pid}) did not exit after SIGKILL")
 
     def wait_until(self, ready: Callable[[], bool], *, seconds: float) -> None:
         """Return once `ready()`; raise SandboxError with the end of the log when it ends before, or takes longer."""
         deadline = time.monotonic() + seconds
         while not ready():
             if not self.running:
-                raise SandboxError(f"{self.name} ended at its start. The end of {self.log}:\n{self.log_tail()}")
+                raise SandboxError(f"{self.name} exited while it started. The end of {self.log}:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise SandboxError(f"{self.name} is not ready after {seconds:.0f} s. {self.log}:\n{self.log_tail()}")
             time.sleep(0.05)

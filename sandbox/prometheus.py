@@ -88,15 +88,15 @@ class Prometheus:
         self._program.stop()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """What it says now. Raises ValueError with its words where it does not understand."""
+        """The current result of a query. Raises ValueError with its message if the query is invalid."""
         return self._ask("query", query=expression)["result"]
 
     def query_range(self, expression: str, start: float, end: float) -> list[dict[str, Any]]:
-        """What it says about each second of a time, given in seconds since the epoch; else as `query`."""
+        """As `query`, for each second of a period, given in seconds since the epoch."""
         return self._ask("query_range", query=expression, start=start, end=end, step=1)["result"]
 
     def series(self, selector: str) -> list[dict[str, str]]:
-        """The labels of each series that there ever was."""
+        """The labels of every series, past ones included."""
         return self._ask("series", **{"match[]": selector})
 
     def rules(self) -> list[dict[str, Any]]:

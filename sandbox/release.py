@@ -41,14 +41,14 @@ def main() -> None:
     try:
         os.environ.setdefault("SOURCE_DATE_EPOCH", _git("log", "-1", "--format=%ct"))
         if changed := _git("status", "--porcelain"):
-            say(f"not committed, and in the release all the same:\n{changed}")
+            say(f"uncommitted changes are in the release:\n{changed}")
         release(ROOT / "dist", image.archive(revision=_git("rev-parse", "HEAD"), fresh=True))
     except SandboxError as error:
         sys.exit(str(error))
 
 
 def release(directory: Path, archive: Path) -> None:
-    """Write all of it, with an image that is there already. Files of before are removed. Raises SandboxError."""
+    """Write all of it, with an existing image. Removes the files of earlier releases. Raises SandboxError."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     made = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))

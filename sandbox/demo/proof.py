@@ -1,4 +1,4 @@
-"""Shows that a backup is what it says: the stored images, and what the guest has after it."""
+"""Proves that a backup is complete: the stored images, and the guest's images after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sandbox.oracle import Journal, ProofError, prove, prove_one_moment
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the guest had acknowledged for each disk surely before the snapshot, and surely after it."""
+    """The last acknowledged record of each disk at a moment before the snapshot, and at one after it."""
 
     before: dict[str, int]
     after: dict[str, int]
@@ -27,13 +27,13 @@ def acknowledged(guest: Guest) -> dict[str, int]:
 
 
 def prove_copy(folder: Path, bounds: Bounds) -> Iterator[str]:
-    """Prove the folder of a backup, by what it holds alone; yields what is proven. Raises ProofError."""
+    """Prove the folder of a backup, from its own files only; yields each proven statement. Raises ProofError."""
     manifest = json.loads((folder / "manifest.json").read_text())
     journals: list[Journal] = []
     for disk in manifest["disks"]:
         image, target = folder / disk["file"], disk["target"]
         if (digest := f"sha256:{_sha256(image)}") != disk["digest"]:
-            raise ProofError(f"{image}: its digest is {digest}, the manifest says {disk['digest']}")
+            raise ProofError(f"{image}: its digest is {digest}, the manifest has {disk['digest']}")
         found = prove(
             image,
             acknowledged_at_least=bounds.before[target],
@@ -41,21 +41,21 @@ def prove_copy(folder: Path, bounds: Bounds) -> Iterator[str]:
             image_format=disk["format"],
         )
         journals.append(found)
-        yield f"{target}: sha256 as in the manifest, fsck finds nothing, {found}"
+        yield f"{target}: sha256 as in the manifest, no errors found by fsck, {found}"
     prove_one_moment(journals)
     ends = ", ".join(str(journal.last) for journal in journals)
-    yield f"the disks are of one moment: they end with records {ends}"
+    yield f"the disks are from the same moment: they end with records {ends}"
 
 
 def prove_guest(guest: Guest) -> Iterator[str]:
-    """Prove that the guest goes on and has lost nothing; yields what is proven. Raises ProofError.
+    """Prove that the guest still writes and has lost nothing; yields each proven statement. Raises ProofError.
 
-    Its images are copied while it is suspended for a moment: a running guest's image is no use to fsck.
+    It is suspended for a moment while its images are copied: fsck cannot check the image of a running guest.
     """
     guest.wait_for_more(20)
     guest.assert_only_rising()
     now = min(acknowledged(guest).values())
-    yield f"the guest writes on: it has acknowledged record {now} by now, each number once"
+    yield f"the guest still writes: it has acknowledged record {now}, and each number once"
     with tempfile.TemporaryDirectory(dir=guest.directory) as temporary:
         copies = {target: Path(temporary, target) for target in guest.disks}
         with guest.suspended():
@@ -64,7 +64,7 @@ def prove_guest(guest: Guest) -> Iterator[str]:
                 subprocess.run(["cp", "--reflink=auto", "--sparse=always", disk.path, copies[target]], check=True)
         for target, disk in guest.disks.items():
             found = prove(copies[target], acknowledged_at_least=wanted[target], image_format=disk.format)
-            yield f"{target}: the image that the guest runs on now holds {found}; {wanted[target]} were acknowledged"
+            yield f"{target}: the guest's image now holds {found}; {wanted[target]} were acknowledged"
 
 
 def _sha256(path: Path) -> str:

@@ -17,15 +17,15 @@ from sandbox.demo.watch import Status, condition
 PHASES = ("Pending", "Snapshotting", "Copying", "Committing", "Pivoted")
 _MEANING = {
     "Pending": "checked, queued",
-    "Snapshotting": "all disks at one moment; from here on the guest writes to overlays",
-    "Copying": "the frozen images go to the store, the guest runs on",
-    "Committing": "what the guest wrote meanwhile is merged back",
-    "Pivoted": "every disk runs on its own image again",
+    "Snapshotting": "all disks at the same moment; the guest now writes to overlays",
+    "Copying": "the frozen images are copied to the store while the guest runs",
+    "Committing": "the overlays are merged back into the images",
+    "Pivoted": "every disk is on its own image again",
 }
 
 
 class Story:
-    """One backup as it was seen: when each phase began, on our clock, and the latest status."""
+    """One backup as observed: when each phase began, on our clock, and the latest status."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -44,7 +44,7 @@ class Story:
         return self.status.get("progress", {}).get("percent", 0)
 
     def take(self, status: Status) -> bool:
-        """Take in a new status; whether its phase is a new one."""
+        """Store a new status; returns whether its phase is new."""
         self.status = status
         now = time.monotonic() - self.started
         if condition(status, "Ready").get("status") in ("True", "False"):
@@ -74,11 +74,11 @@ class View:
         self.console.print(f"\n[bold]{text}[/bold]")
 
     def step(self, text: str) -> None:
-        """Something that is done."""
+        """A completed step."""
         self.console.print(Text.assemble(("  ✔ ", "green"), text), soft_wrap=True)
 
     def detail(self, text: str) -> None:
-        """Output of a command, as it is."""
+        """The output of a command."""
         for line in text.splitlines():
             self.console.print(Text(f"      {line}", style="dim"), soft_wrap=True)
 
@@ -97,7 +97,7 @@ class View:
             self._live = None
 
     def show(self, story: Story, *, new_phase: bool) -> None:
-        """Show the story as it is now."""
+        """Show the current state of the story."""
         if self._live:
             self._live.update(render(story))
             return
@@ -111,7 +111,7 @@ class View:
 
 
 def render(story: Story) -> RenderableType:
-    """The live view: the phases, a progress bar, the disks, and what the guest is doing meanwhile."""
+    """The live view: the phases, a progress bar, the disks, and the guest's progress."""
     bar = Table.grid(padding=(0, 1))
     bar.add_row("   ", ProgressBar(total=100, completed=story.percent, width=50), f"{story.percent} %", _bytes(story))
     guest = Text(f"    guest: {story.guest}", style="cyan") if story.guest else Text("")

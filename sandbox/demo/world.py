@@ -1,4 +1,4 @@
-"""What the demo starts, where it keeps it, and how it all ends again."""
+"""The parts of the demo: starting them, their files, and removing all of it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class World:
             raise SandboxError("the agent keeps its locks in /run/vmbackup, so the demo needs root: `sudo make demo`")
         self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.state.stat().st_uid != os.getuid():
-            raise SandboxError(f"{self.state} is another user's: set XDG_STATE_HOME to a directory of yours")
+            raise SandboxError(f"{self.state} belongs to another user: set XDG_STATE_HOME to a directory of your own")
         self._images.mkdir(exist_ok=True)
         self.libvirtd.start()
         disks = [self._disk("vda", "raw", size_mib=512, bulk_mib=256), self._disk("vdb", "qcow2", size_mib=128)]
@@ -77,11 +77,11 @@ class World:
         self.kube.apply_crds(_ROOT / "crds")
         store = (_SAMPLES / "store.yaml").read_text()
         if _SAMPLE_STORE_PATH not in store:
-            raise SandboxError(f"manifests/samples/store.yaml does not name {_SAMPLE_STORE_PATH} any more")
+            raise SandboxError(f"manifests/samples/store.yaml no longer names {_SAMPLE_STORE_PATH}")
         self.kube.kubectl("apply", "-f", "-", stdin=store.replace(_SAMPLE_STORE_PATH, str(self.store)))
 
     def start_agent(self) -> None:
-        """The agent, started anew so that it is the code as it is now."""
+        """The agent. It is restarted, so that it runs the current code."""
         self.agent.stop(seconds=30)  # it brings a running backup to a safe point
         self.store.mkdir(exist_ok=True)
         port_file = self.state / "metrics-port"
@@ -124,11 +124,11 @@ class World:
         return self.store / "default" / f"{name}.{uid}"
 
     def disks_in_use(self) -> str:
-        """What `virsh domblklist` says: the image that each disk writes."""
+        """The output of `virsh domblklist`: the image that each disk writes."""
         return "\n".join(line.strip() for line in self.libvirtd.virsh("domblklist", DOMAIN).splitlines())
 
     def remove(self) -> None:
-        """End everything, and remove the directory."""
+        """Stop everything, and remove the directory."""
         self.agent.stop()
         self.libvirtd.stop()
         self.kube.stop()
@@ -149,7 +149,7 @@ class World:
 
 
 def _state_directory() -> Path:
-    """$XDG_STATE_HOME/vmbackup-demo; where that is too long for libvirt's sockets, a short one that is ours alone."""
+    """$XDG_STATE_HOME/vmbackup-demo; a short directory of our own where that is too long for libvirt's sockets."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "vmbackup-demo"
     if len(os.fsencode(state)) <= _LONGEST:
         return state
@@ -166,7 +166,7 @@ def _free_port(wanted: int) -> int:
             except OSError:
                 continue
             return one.getsockname()[1]
-    raise SandboxError("there is no free port on loopback")
+    raise SandboxError("no free port on loopback")
 
 
 def _answers(url: str) -> bool:

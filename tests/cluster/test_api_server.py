@@ -17,6 +17,7 @@ import pytest
 from sandbox.kube import KubeApi, KubectlError
 from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
 from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.stopwatch import Stopwatch
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Guard, Snapshot
 from vmbackup.reconcile.state.journal import Journal
@@ -94,7 +95,9 @@ def test_a_guest_that_a_killed_agent_had_suspended_runs_again_though_the_api_ser
     journal.close()
     kube_away.apiserver.stop()
     own_agent.start()
-    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", 5)
+    watch = Stopwatch()
+    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", SECONDS)
+    assert watch.within(5), watch
     kube_away.start_apiserver()
     made.patch({"copy": {"bandwidth": None}})
     assert_stored(made.wait())

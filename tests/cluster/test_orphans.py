@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
 from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.stopwatch import Stopwatch
 from tests.support.tiers import in_chaos
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
@@ -180,7 +181,7 @@ def test_a_domain_on_which_another_process_is_at_work_is_left_to_it(own_agent: A
 
 
 def seconds_to_import() -> float:
-    """What an agent does first, and takes a busy machine seconds of: measured when it is over."""
+    """What an agent does first: measured when it is over."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", "import vmbackup.agent"], check=True)
     return time.monotonic() - started
@@ -192,10 +193,11 @@ def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_
 ) -> None:
     guest = domain(size="16M")
     overlay = suspended_on_its_overlay(guest)
-    started = time.monotonic()
+    watch = Stopwatch()
     own_agent.start(orphan_policy=policy)
     wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
-    assert time.monotonic() - started < 5 + seconds_to_import()
+    took = watch.seconds
+    assert watch.allows(took, 5 + seconds_to_import()), watch
     if policy == "Commit":
         wait_until(lambda: told(own_agent, "OrphanHome", overlay), "it is home", SECONDS)
         assert_home(guest)
@@ -213,10 +215,11 @@ def test_it_runs_again_also_while_the_api_server_is_away(
     elsewhere.write_text(own_agent.kube.kubeconfig.read_text().replace(own_agent.kube.url, "https://127.0.0.1:1"))
     guest = domain(size="16M")
     suspended_on_its_overlay(guest)
-    started = time.monotonic()
+    watch = Stopwatch()
     own_agent.start(kubeconfig=str(elsewhere))
     wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
-    assert time.monotonic() - started < 5 + seconds_to_import()
+    took = watch.seconds
+    assert watch.allows(took, 5 + seconds_to_import()), watch
 
 
 def suspended_on_its_overlay(guest: Domain) -> str:

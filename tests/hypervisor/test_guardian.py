@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.support import manifests
 from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.support.kill_points import Driving, Moment, Task, When, guardians
+from tests.support.stopwatch import Stopwatch
 from tests.support.survival import (
     SUSPENDED,
     SUSPENDED_SECONDS,
@@ -97,11 +97,13 @@ def test_a_frozen_guest_thaws_though_nobody_starts_an_agent(
 ) -> None:
     task = replace(task_of_writer(libvirtd, tmp_path), moment=moment, guarded=True)
     assert Driving(task).killed()
-    started = time.monotonic()
-    wait_until(lambda: not is_held(task), "the guest let go", seconds)
-    print(f"let go after {time.monotonic() - started:.1f} s")
+    watch = Stopwatch()
+    wait_until(lambda: not is_held(task), "the guest let go", seconds + 60)
+    print(f"let go after {watch}")
+    assert watch.within(seconds), watch
     assert frozen_file_systems(libvirtd) == "thawed"
-    writer.wait_for_more(seconds=max(1.0, seconds - (time.monotonic() - started)) + 2)
+    writer.wait_for_more()
+    assert watch.within(seconds + 3), watch
 
     report, _, reasons = Driving(replace(task, moment=None, guarded=False)).end()
     assert report.outcome is Outcome.SUCCEEDED, reasons
@@ -132,9 +134,9 @@ def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
     with unread_pipe() as full:
         process = dying(command, SUSPENDED, tmp_path, says_to=full)
         assert process.wait(60) == -signal.SIGKILL
-        started = time.monotonic()
-        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs", SUSPENDED_SECONDS)
-        print(f"runs again after {time.monotonic() - started:.1f} s")
+        watch = Stopwatch()
+        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs", 60)
+        assert watch.within(SUSPENDED_SECONDS), watch
         wait_until(lambda: not guardians(tmp_path / "state"), "the end of the guardian")
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
 
@@ -243,16 +245,16 @@ def survive_alone(few_at_once: Semaphore, guest: Domain, moment: Moment) -> str:
     wrong: list[str] = []
     few_at_once.acquire()
     killed = Driving(task).killed(120)
-    started = time.monotonic()
+    watch = Stopwatch()
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
     if in_doubt:  # it waits for the barrier, and costs nothing
         few_at_once.release()
     if killed:
         wait_until(lambda: not is_held(task), f"{moment}: the guest let go", 90)
-        seconds = time.monotonic() - started
+        seconds = watch.seconds
         print(f"killed {moment}: let go after {seconds:.1f} s{' in doubt' if in_doubt else ''}")
-        if seconds > (SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS):
+        if not watch.allows(seconds, SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS):
             wrong.append(f"it was held for {seconds:.1f} s")
         if guest.guest.state()[0] is not GuestState.RUNNING:
             wrong.append("the guest does not run")

@@ -183,7 +183,7 @@ def with_half_a_record_at_the_end(journal: bytearray) -> None:
     ("doctor", "complaint"),
     [
         (without_record_7, "record 8 stands where record 7 belongs"),
-        (with_record_7_emptied, "record 7 is missing, yet there are records after it"),
+        (with_record_7_emptied, "record 7 is missing, but later records exist"),
         (with_record_7_twice, "record 7 stands where record 8 belongs"),
         (with_half_of_record_7, "record 7 is torn"),
         (with_one_bit_of_record_7_changed, "record 7 is torn"),

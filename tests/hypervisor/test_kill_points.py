@@ -23,6 +23,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.support.backups import Told
 from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
 from tests.support.kill_points import BARRIER_SECONDS, SHORT_BARRIER_SECONDS, Deed, Driving, Moment, Task, When
+from tests.support.stopwatch import Stopwatch
 from tests.support.survival import (
     dies,
     distinct,
@@ -283,6 +284,7 @@ def come_home(guest: Domain, driving: Driving) -> str:
             if guest.guest.state()[0] is GuestState.OFF:
                 starts(guest)  # or later: not while its overlay is compared with its base
 
+    watch = Stopwatch()
     suspended = longest_suspension(guest, driving, tend)
     report, _, reasons = driving.end(0)
     tend()
@@ -290,7 +292,7 @@ def come_home(guest: Domain, driving: Driving) -> str:
     wrong = list(what_is_wrong(guest, task, report))
     if not report.chain_clean:
         wrong.append(f"its chain is not clean: {report}")
-    if suspended > longest_allowed(task, in_doubt=True):
+    if not watch.allows(suspended, longest_allowed(task, in_doubt=True)):
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
     return f"{task.moment}: {'; '.join(wrong)}; {reasons}" if wrong else ""
 
@@ -324,20 +326,20 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
         return Survival(death, wrong=(missed,))
     record = record_of(task.state_dir, task.uid)
     in_doubt = record is not None and record.call is not None
-    started, libvirtd = time.monotonic(), guest.libvirtd.pid
+    watch, libvirtd = Stopwatch(), guest.libvirtd.pid
     second = Driving(replace(task, moment=None))
     suspended = longest_suspension(guest, second)
     in_doubt = in_doubt or guest.libvirtd.pid != libvirtd  # which may crash by itself
     report, _, reasons = second.end(0)
-    seconds = time.monotonic() - started
+    seconds = watch.seconds
 
     wrong = list(what_is_wrong(guest, task, report))
     if report.outcome is not death.outcome:
         wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}; {reasons}")
     limit = longest_allowed(task, in_doubt=in_doubt)
-    if suspended > limit:
+    if not watch.allows(suspended, limit):
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
-    if seconds > limit + BUSY_SECONDS:
+    if not watch.allows(seconds, limit + BUSY_SECONDS):
         wrong.append(f"it took {seconds:.1f} s; {reasons}")
     shutil.rmtree(task.directory / "store", ignore_errors=True)
     return Survival(death, in_doubt, suspended, tuple(wrong))

@@ -15,6 +15,7 @@ from tests.support import own_libvirtd
 from tests.support.backups import BackupFactory
 from tests.support.domains import Domain, DomainFactory, GuestFactory
 from tests.support.kill_points import Deed, Driving, Moment, When
+from tests.support.stopwatch import Stopwatch
 from tests.support.survival import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
@@ -59,10 +60,11 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests:
         shutil.rmtree(task.state_dir)
         again = replace(task, uid=task.uid if same else str(uuid.uuid4()), moment=None)
         driving = Driving(again)
+        watch = Stopwatch()
         suspended = longest_suspension(guest, driving)
         report, _, reasons = driving.end(0)
         wrong = list(what_is_wrong(guest, again, report))
-        if suspended > SUSPENDED_SECONDS:
+        if not watch.allows(suspended, SUSPENDED_SECONDS):
             wrong.append(f"suspended for {suspended:.1f} s")
         stored = report.reason == "AlreadyStored"  # complete before its journal was lost: never made anew
         if report.outcome is not Outcome.SUCCEEDED and not stored:

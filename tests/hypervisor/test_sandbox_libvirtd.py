@@ -97,5 +97,5 @@ def answers(libvirtd: Libvirtd) -> bool:
 
 
 def test_a_directory_too_long_for_sockets_is_refused() -> None:
-    with pytest.raises(ValueError, match="too long for socket paths"):
+    with pytest.raises(ValueError, match="too long for sockets"):
         Libvirtd("/tmp/" + "x" * 40)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.stopwatch import Stopwatch
 from tests.support.storage import run, sha256sum
 from vmbackup.errors import PermanentError
 from vmbackup.imaging import Cancelled, CopyControl
@@ -142,18 +143,18 @@ def slow_copy(random_file: Path, tmp_path: Path) -> Iterator[SlowCopy]:
 
 
 def test_a_throttled_copy_ends_at_once_when_cancelled(slow_copy: SlowCopy) -> None:
-    started = time.monotonic()
+    watch = Stopwatch()
     slow_copy.control.cancelled.set()
     with pytest.raises(Cancelled):
-        slow_copy.result.result(timeout=10)
-    assert time.monotonic() - started < 0.5
+        slow_copy.result.result(timeout=60)
+    assert watch.within(0.5), watch
 
 
 def test_a_limit_that_is_lifted_while_copying_counts_at_once(slow_copy: SlowCopy, tmp_path: Path) -> None:
-    started = time.monotonic()
+    watch = Stopwatch()
     slow_copy.rate = None
-    assert slow_copy.result.result(timeout=10).digest == sha256sum(tmp_path / "copy.img")
-    assert time.monotonic() - started < 4  # it had 7 s to go
+    assert slow_copy.result.result(timeout=60).digest == sha256sum(tmp_path / "copy.img")
+    assert watch.within(4), watch  # it had 7 s to go
 
 
 def test_the_limit_is_kept(random_file: Path, tmp_path: Path) -> None:
