@@ -162,6 +162,7 @@ def failing_config(guest: Domain, hypervisor: Hypervisor, monkeypatch: pytest.Mo
     failing.clear()
 
 
+@pytest.mark.chaos
 def test_though_the_file_system_of_libvirts_configuration_fails_in_the_middle_of_a_switch(
     guest: Domain, backup: BackupFactory, failing_config: set[str]
 ) -> None:

@@ -22,7 +22,7 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.support.backups import Told
 from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
-from tests.support.kill_points import BARRIER_SECONDS, SHORT_BARRIER_SECONDS, Deed, Driving, Moment, Task, When
+from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.stopwatch import Stopwatch
 from tests.support.survival import (
     dies,
@@ -125,7 +125,6 @@ class Death:
     spec: Mapping[str, Any]
     moment: Moment
     outcome: Outcome = Outcome.SUCCEEDED
-    barrier: float = SHORT_BARRIER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -155,13 +154,12 @@ def test_a_driver_killed_once_in_each_kind_of_moment_is_carried_on_and_nothing_i
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
-    """With the product's own barrier."""
     several = guests(WAITING + QUICK)
     guarded, live = (distinct(moments_of(several[0], spec)) for spec in (GUARDED, LIVE))
     deaths = [Death(GUARDED, moment) for moment in guarded]
     deaths += [Death(QUIESCED, moment, Outcome.REFUSED) for moment in guarded if "freez" in moment.event]
     deaths += [Death(LIVE, moment) for moment in live]
-    assert_all_survive(several, [replace(death, barrier=BARRIER_SECONDS) for death in deaths])
+    assert_all_survive(several, deaths)
 
 
 def assert_all_survive(several: Sequence[Domain], deaths: Sequence[Death]) -> None:
@@ -292,7 +290,7 @@ def come_home(guest: Domain, driving: Driving) -> str:
     wrong = list(what_is_wrong(guest, task, report))
     if not report.chain_clean:
         wrong.append(f"its chain is not clean: {report}")
-    if not watch.allows(suspended, longest_allowed(task, in_doubt=True)):
+    if not watch.allows(suspended, longest_allowed(in_doubt=True)):
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
     return f"{task.moment}: {'; '.join(wrong)}; {reasons}" if wrong else ""
 
@@ -321,7 +319,7 @@ def survive_all(several: Sequence[Domain], deaths: Sequence[Death]) -> list[Surv
 def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     """Kill the driver of a backup at this moment, and let another carry on."""
     with few_at_once:
-        task, missed = dies(lambda: task_of(guest, death.spec, death.moment, barrier=death.barrier))
+        task, missed = dies(lambda: task_of(guest, death.spec, death.moment))
     if missed:
         return Survival(death, wrong=(missed,))
     record = record_of(task.state_dir, task.uid)
@@ -336,7 +334,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     wrong = list(what_is_wrong(guest, task, report))
     if report.outcome is not death.outcome:
         wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}; {reasons}")
-    limit = longest_allowed(task, in_doubt=in_doubt)
+    limit = longest_allowed(in_doubt=in_doubt)
     if not watch.allows(suspended, limit):
         wrong.append(f"the guest was left suspended for {suspended:.1f} s")
     if not watch.allows(seconds, limit + BUSY_SECONDS):

@@ -22,7 +22,7 @@ from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.reconcile.state.journal import record_of
 
-GUESTS = 12  # at once: those for PROTOCOL R4's barrier wait half a minute, which costs nothing
+GUESTS = 12  # at once: those that wait for PROTOCOL R4's barrier cost nothing
 OFFLINE: dict[str, Any] = {"commit": {"offline": True}}
 COMMIT_BEGUN = Moment(When.AFTER, "journal vda.commit_begun")
 MARKED = Moment(When.AFTER, "journal vda.merged, vda.settled")

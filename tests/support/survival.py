@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.domains import Domain, qemu_img, wait_until, what_is_wrong_with
-from tests.support.kill_points import (
-    BARRIER_SECONDS,
-    SHORT_BARRIER_SECONDS,
-    Deed,
-    Driving,
-    Moment,
-    Task,
-    When,
-    records_in,
-)
+from tests.support.kill_points import BARRIER_SECONDS, Deed, Driving, Moment, Task, When, records_in
 from tests.support.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
@@ -32,16 +23,11 @@ from vmbackup.reconcile.state.journal import records
 SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the first suspension is written
 CHANCES = 3  # for a driver to come by a moment
 SUSPENDED_SECONDS = 5.0  # at most, after somebody is there to end it
-SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered: the barrier, and 14 s
+SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered: the barrier of 31 s, and 14 s
 
 
 def task_of(
-    guest: Domain,
-    spec: Mapping[str, Any],
-    moment: Moment | None = None,
-    uid: str = "",
-    deed: Deed = Deed.KILL,
-    barrier: float = SHORT_BARRIER_SECONDS,
+    guest: Domain, spec: Mapping[str, Any], moment: Moment | None = None, uid: str = "", deed: Deed = Deed.KILL
 ) -> Task:
     return Task(
         uri=guest.libvirtd.uri,
@@ -53,14 +39,12 @@ def task_of(
         spec=spec,
         moment=moment,
         deed=deed,
-        barrier=barrier,
     )
 
 
-def longest_allowed(task: Task, *, in_doubt: bool) -> float:
-    """For how many seconds at most the guest may stand still. `in_doubt`: a call was left unanswered."""
-    shorter = BARRIER_SECONDS - task.barrier
-    return SUSPENDED_SECONDS_IN_DOUBT - shorter if in_doubt else SUSPENDED_SECONDS
+def longest_allowed(*, in_doubt: bool) -> float:
+    """For how many seconds at most a driver may leave its guest suspended. `in_doubt`: a call was left unanswered."""
+    return SUSPENDED_SECONDS_IN_DOUBT - 31 + BARRIER_SECONDS if in_doubt else SUSPENDED_SECONDS
 
 
 def moments_of(guest: Domain, spec: Mapping[str, Any]) -> list[Moment]:
