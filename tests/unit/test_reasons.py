@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmbackup.api.status import Phase, Reason
+from vmbackup.errors import Cause
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "operator" / "vmbackup"
@@ -48,7 +49,7 @@ def _explained() -> Iterator[str]:
 
 def _reasons() -> set[str]:
     """Whatever is written where a reason belongs, and all that is written as a reason is, wherever it stands."""
-    found = {each.value for kind in (Reason, Phase) for each in kind}
+    found = {each.value for kind in (Reason, Phase, Cause) for each in kind}
     for tree in _trees():
         found.update(text for text in _texts(tree) if _OF_SEVERAL_WORDS.fullmatch(text) and not text.isupper())
         for place in _places(tree):

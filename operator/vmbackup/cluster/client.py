@@ -15,7 +15,7 @@ from kubernetes.client import ApiClient, ApiException, Configuration
 from urllib3.exceptions import HTTPError
 
 from vmbackup.api.spec import GROUP, VERSION, StoreSpec
-from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.version import __version__
 
 BACKUPS = "vmbackups"
@@ -109,7 +109,7 @@ class Cluster:
             return self._call("PATCH", f"{_path(namespace, name)}/status", operations, kind=_JSON_PATCH)
         except VMBackupError as error:
             # A failed test is answered like any other invalid patch: only a look tells.
-            if error.reason in ("NotFound", "Invalid") and self._is_gone(namespace, name, uid):
+            if error.reason in (Cause.NOT_FOUND, Cause.INVALID) and self._is_gone(namespace, name, uid):
                 return None
             raise
 
@@ -119,7 +119,7 @@ class Cluster:
         try:
             self._call("DELETE", _path(namespace, name), options)
         except VMBackupError as error:
-            if error.reason not in ("NotFound", "Conflict") or not self._is_gone(namespace, name, uid):
+            if error.reason not in (Cause.NOT_FOUND, Cause.CONFLICT) or not self._is_gone(namespace, name, uid):
                 raise
 
     def namespace_terminating(self, name: str) -> bool:
@@ -144,7 +144,7 @@ class Cluster:
         try:
             return self._call("GET", path)
         except PermanentError as error:
-            if error.reason == "NotFound":
+            if error.reason == Cause.NOT_FOUND:
                 return None
             raise
 
@@ -177,9 +177,9 @@ def _classified(status: int, answer: str) -> VMBackupError:
     """What an answer of the API server means (Kubernetes API conventions, "HTTP status codes")."""
     text = f"the API server answers {answer.strip()[:500]}"
     if status == 409:
-        return TransientError(text, reason="Conflict")
+        return TransientError(text, reason=Cause.CONFLICT)
     if status in (408, 429) or status >= 500:
         return TransientError(text, reason="ServerAway")
     if status in (401, 403):
         return PermanentError(f"{text}; check the ClusterRole of the agent", reason="Forbidden")
-    return PermanentError(text, reason="NotFound" if status in (404, 410) else "Invalid")
+    return PermanentError(text, reason=Cause.NOT_FOUND if status in (404, 410) else Cause.INVALID)

@@ -17,7 +17,7 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import GUEST_AWAY, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.commands.backup_file import BackupFile, read
 from vmbackup.commands.screen import LineConsole, Screen
-from vmbackup.errors import RefusedError, VMBackupError
+from vmbackup.errors import Cause, RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.record import Record, Snapshot
 from vmbackup.reconcile.backup import Backup
@@ -124,7 +124,7 @@ class _Run:
         try:
             ending = asyncio.run(self._attended())
         except VMBackupError as error:
-            return _broken(str(error), self._record(), unknown=error.reason == "JournalVersion")
+            return _broken(str(error), self._record(), unknown=error.reason == Cause.JOURNAL_VERSION)
         except Exception:
             _log.exception("this is a fault of vmbackup")
             return _broken("it ended unexpectedly", self._record())

@@ -21,7 +21,7 @@ from uuid import UUID
 
 import libvirt
 
-from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.errors import away, classify
 from vmbackup.hypervisor.guest import Guest
 
@@ -103,13 +103,13 @@ class Hypervisor:
             try:
                 domain = self.call(f"looking up domain {name_or_uuid}", lookup)
             except PermanentError as error:
-                if error.reason != "DomainNotFound":
+                if error.reason != Cause.DOMAIN_NOT_FOUND:
                     raise
             else:
                 return Guest(self, domain.UUIDString(), domain.name())
         raise RefusedError(
             f"domain {name_or_uuid!r} is not defined on this hypervisor: correct spec.domain or spec.nodeName",
-            reason="DomainNotFound",
+            reason=Cause.DOMAIN_NOT_FOUND,
         )
 
     def guests(self) -> list[Guest]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import libvirt
 
-from vmbackup.errors import PermanentError, TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, TransientError, UnknownOutcomeError, VMBackupError
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ _BY_CODE: dict[int, _Meaning] = {
     libvirt.VIR_ERR_INVALID_ARG: _Meaning(TransientError, "StateChanged", "the domain or its disk has changed"),
     libvirt.VIR_ERR_OPERATION_FAILED: _Meaning(TransientError, "OperationFailed", "see the domain's QEMU log"),
     libvirt.VIR_ERR_OPERATION_INVALID: _Meaning(TransientError, "StateChanged", "the domain's state has changed"),
-    libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: _Meaning(TransientError, "BlockJobActive", "a block job is on this disk"),
+    libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: _Meaning(TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job is on this disk"),
     libvirt.VIR_ERR_OPERATION_UNSUPPORTED: _Meaning(
-        TransientError, "BlockJobActive", "a block job may be on this disk"
+        TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job may be on this disk"
     ),
-    libvirt.VIR_ERR_RESOURCE_BUSY: _Meaning(TransientError, "Busy", "something else works on this domain"),
+    libvirt.VIR_ERR_RESOURCE_BUSY: _Meaning(TransientError, Cause.BUSY, "something else works on this domain"),
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: _Meaning(
         TransientError, "AgentUnresponsive", "see that qemu-guest-agent runs in the guest"
     ),
@@ -41,15 +41,19 @@ _BY_CODE: dict[int, _Meaning] = {
     ),
     libvirt.VIR_ERR_OPERATION_TIMEOUT: _Meaning(UnknownOutcomeError, "Timeout", _NO_ANSWER),
     libvirt.VIR_ERR_NO_DOMAIN: _Meaning(
-        PermanentError, "DomainNotFound", "the domain is gone from this hypervisor; its files are left as they are"
+        PermanentError,
+        Cause.DOMAIN_NOT_FOUND,
+        "the domain is gone from this hypervisor; its files are left as they are",
     ),
     libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: _Meaning(
-        PermanentError, "AgentNotConfigured", "add the channel org.qemu.guest_agent.0 to the domain, or do not quiesce"
+        PermanentError,
+        Cause.AGENT_NOT_CONFIGURED,
+        "add the channel org.qemu.guest_agent.0 to the domain, or do not quiesce",
     ),
     libvirt.VIR_ERR_CONFIG_UNSUPPORTED: _Meaning(
-        PermanentError, "Unsupported", "QEMU or libvirt cannot do this with this disk, or the file exists already"
+        PermanentError, Cause.UNSUPPORTED, "QEMU or libvirt cannot do this with this disk, or the file exists already"
     ),
-    libvirt.VIR_ERR_NO_SUPPORT: _Meaning(PermanentError, "Unsupported", "use libvirt 9.0 with QEMU 7.2, or newer"),
+    libvirt.VIR_ERR_NO_SUPPORT: _Meaning(PermanentError, Cause.UNSUPPORTED, "use libvirt 9.0 with QEMU 7.2, or newer"),
     libvirt.VIR_ERR_XML_ERROR: _Meaning(PermanentError, "InvalidXML", "correct the domain's definition"),
     libvirt.VIR_ERR_XML_DETAIL: _Meaning(PermanentError, "InvalidXML", "correct the domain's definition"),
     libvirt.VIR_ERR_OPERATION_DENIED: _Meaning(PermanentError, "NotAllowed", _NOT_ALLOWED),
@@ -58,7 +62,7 @@ _BY_CODE: dict[int, _Meaning] = {
     libvirt.VIR_ERR_AUTH_UNAVAILABLE: _Meaning(PermanentError, "NotAllowed", _NOT_ALLOWED),
 }
 _CONNECTION_LOST = _Meaning(UnknownOutcomeError, "ConnectionLost", _NO_ANSWER)
-_AWAY = _Meaning(TransientError, "HypervisorAway", "start libvirtd; the connection is opened again by itself")
+_AWAY = _Meaning(TransientError, Cause.HYPERVISOR_AWAY, "start libvirtd; the connection is opened again by itself")
 _OTHER = _Meaning(TransientError, "HypervisorError", "see libvirtd's log")
 
 

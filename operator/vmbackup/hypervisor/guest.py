@@ -20,7 +20,7 @@ import libvirt_qemu
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from vmbackup.errors import PermanentError, TransientError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor.chain import disks
 from vmbackup.hypervisor.mark import KEY, URI, Mark
 
@@ -333,9 +333,11 @@ def _config_error(what: str, error: OSError) -> VMBackupError:
     """That it is not here is how this agent was installed; anything else is a failure, and proves nothing."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
         cure = "mount it into the agent's container at the same path, or let the agent read it"
-        return PermanentError(f"{what} cannot be read ({error.strerror}): {cure}", reason="ConfigDirectoryMissing")
+        return PermanentError(
+            f"{what} cannot be read ({error.strerror}): {cure}", reason=Cause.CONFIG_DIRECTORY_MISSING
+        )
     cure = "see its file system"
-    return TransientError(f"{what} cannot be made durable ({error.strerror}): {cure}", reason="ConfigNotDurable")
+    return TransientError(f"{what} cannot be made durable ({error.strerror}): {cure}", reason=Cause.CONFIG_NOT_DURABLE)
 
 
 def _file_name(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmbackup.errors import PermanentError, TransientError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, TransientError, VMBackupError
 from vmbackup.paths import name_of
 
 _NO_SPACE = "free space there, or choose another store"
@@ -45,7 +45,7 @@ def classified(error: OSError, path: Path | str) -> VMBackupError:
     number = error.errno or 0
     text = f"{name_of(path)}: {os.strerror(number) if number else error}"
     if number in _TRANSIENT:
-        return TransientError(f"{text}; it will be tried again", reason="Busy")
+        return TransientError(f"{text}; it will be tried again", reason=Cause.BUSY)
     reason, cure = _CURES.get(number, ("StorageError", "see the system's log"))
     return PermanentError(f"{text}: {cure}", reason=reason)
 

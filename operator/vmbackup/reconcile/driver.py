@@ -9,7 +9,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from vmbackup.api.spec import Quiesce, SwitchPolicy
-from vmbackup.errors import PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.convergence import with_overdue
 from vmbackup.protocol.decide import decide
@@ -132,7 +132,7 @@ class Driver:
         except TransientError as error:
             return self._hiccup(error)
         except PermanentError as error:
-            if error.reason != "JournalUnwritable":
+            if error.reason != Cause.JOURNAL_UNWRITABLE:
                 return self._hiccup(error)
             if self._may_stop():
                 raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmbackup.api.status import Reason
-from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.errors import Cause, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
@@ -58,7 +58,7 @@ class Observer:
         try:
             state, domain_id = self.guest.state()
         except VMBackupError as error:
-            if error.reason != "DomainNotFound":
+            if error.reason != Cause.DOMAIN_NOT_FOUND:
                 raise
             return Power.OFF, None  # a transient domain that stopped, or one that was undefined
         return Power(GuestState(state).value), domain_id
@@ -124,7 +124,7 @@ class Observer:
         try:
             return ask()
         except VMBackupError as error:
-            if error.reason != "DomainNotFound":
+            if error.reason != Cause.DOMAIN_NOT_FOUND:
                 raise
             return otherwise
 

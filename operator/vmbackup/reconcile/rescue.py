@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Event, Thread
 
-from vmbackup.errors import PermanentError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, VMBackupError
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import release_guest_of
 from vmbackup.reconcile.driver import Ending
@@ -54,7 +54,7 @@ def _let_run(node: Node, record: Record) -> None:
                 return
         except VMBackupError as error:
             _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", record.full_name, error)
-            if error.reason == "JournalUnwritable":  # said once the guest runs: only that cannot be written down
+            if error.reason == Cause.JOURNAL_UNWRITABLE:  # said once the guest runs: only that cannot be written down
                 break
         except Exception:  # whatever it is, the guest still stands still
             _log.exception("%s: the guest %s cannot be let run", record.full_name, record.domain)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmbackup.api.identity import BackupId
 from vmbackup.api.spec import BackupSpec
-from vmbackup.errors import PermanentError, RefusedError
+from vmbackup.errors import Cause, PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
@@ -150,7 +150,7 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
     try:
         live, persistent = guest.live_xml(), guest.persistent_xml()
     except PermanentError as error:
-        if error.reason != "DomainNotFound":  # it went away meanwhile
+        if error.reason != Cause.DOMAIN_NOT_FOUND:  # it went away meanwhile
             raise
         return []
     for text in filter(None, (live, persistent)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from vmbackup.errors import PermanentError, RefusedError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, RefusedError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.imaging.sizes import allocated_bytes
@@ -73,7 +73,7 @@ def survey(planner: Planner, guests: Iterable[Guest], records: Sequence[Record])
         try:
             yield _survey(planner, guest, mine, uses)
         except PermanentError as error:
-            if error.reason != "DomainNotFound":  # it went away meanwhile
+            if error.reason != Cause.DOMAIN_NOT_FOUND:  # it went away meanwhile
                 raise
 
 

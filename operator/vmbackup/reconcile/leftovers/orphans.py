@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from vmbackup.errors import VMBackupError
+from vmbackup.errors import Cause, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark
@@ -43,9 +43,9 @@ def look_at(guests: Iterable[Guest]) -> Iterator[Look]:
         try:
             look = Look(guest, guest.live_xml(), guest.persistent_xml())
         except VMBackupError as error:
-            if error.reason == "HypervisorAway":
+            if error.reason == Cause.HYPERVISOR_AWAY:
                 raise
-            if error.reason == "DomainNotFound":
+            if error.reason == Cause.DOMAIN_NOT_FOUND:
                 continue
             _log.warning("what a backup may have left on a domain is not seen this time: %s", error)
             look = Look(guest, None, None)

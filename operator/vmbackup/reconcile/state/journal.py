@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbackup.errors import PermanentError
+from vmbackup.errors import Cause, PermanentError
 from vmbackup.paths import read_trusted
 from vmbackup.protocol.record import Guard, Record
 
@@ -223,7 +223,7 @@ def _decoded(path: Path, text: bytes) -> Record:
     except msgspec.DecodeError as error:
         raise PermanentError(
             f"the journal {path} is of another version ({error}): use the vmbackup that wrote it",
-            reason="JournalVersion",
+            reason=Cause.JOURNAL_VERSION,
         ) from error
 
 
@@ -260,4 +260,4 @@ def sync_directory(path: Path) -> None:
 
 def _unwritable(path: Path, error: OSError) -> PermanentError:
     text = f"the journal {path} cannot be written ({error.strerror}): free space there, or choose another --state-dir"
-    return PermanentError(text, reason="JournalUnwritable")
+    return PermanentError(text, reason=Cause.JOURNAL_UNWRITABLE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from vmbackup.api.spec import BackupSpec, Quiesce
 from vmbackup.api.status import Reason, RetryReason
 from vmbackup.backoff import Backoff
-from vmbackup.errors import TransientError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import Cause, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.errors import errors_of
@@ -355,7 +355,7 @@ class Acts:
             case Do.SNAPSHOT:
                 return self._fail_backup(f"the snapshot failed: {why}", "SnapshotFailed")
             case Do.COMMIT:
-                busy = reason in ("Busy", "BlockJobActive")
+                busy = reason in (Cause.BUSY, Cause.BLOCK_JOB_ACTIVE)
                 return self._commit_failed(action, why, RetryReason.BUSY if busy else RetryReason.JOB_FAILED)
             case Do.PIVOT:
                 return self._commit_failed(action, why, RetryReason.PIVOT_FAILED)
@@ -387,7 +387,7 @@ class Acts:
         if self._settling.may_try_again():
             return _AGAIN
         if self.record.snapshot in (Snapshot.NONE, Snapshot.INTENDED) and self.record.copy is Copy.OPEN:
-            return self._fail_backup(f"the domain's configuration cannot be saved: {why}", "ConfigNotDurable")
+            return self._fail_backup(f"the domain's configuration cannot be saved: {why}", Cause.CONFIG_NOT_DURABLE)
         return self._settling.go_on_without(why)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmbackup.errors import PermanentError, TransientError
+from vmbackup.errors import Cause, PermanentError, TransientError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Image
@@ -47,12 +47,12 @@ class Settling:
         try:
             durable = self._guest.sync_config(paths)
         except PermanentError as error:
-            if error.reason != "ConfigDirectoryMissing":
+            if error.reason != Cause.CONFIG_DIRECTORY_MISSING:
                 raise
             self._announcer.config_unproven(str(error))
             durable = True
         except TransientError as error:
-            if error.reason != "ConfigNotDurable":
+            if error.reason != Cause.CONFIG_NOT_DURABLE:
                 raise
             return str(error)
         if not durable:
@@ -81,7 +81,7 @@ class Settling:
         self._observer.config_failing_until = boottime() + _PAUSE
         if self._failures > _ATTEMPTS:
             return _AGAIN
-        self._announcer.event("ConfigNotDurable", f"{why}: do not power-cycle the guest", warning=True)
+        self._announcer.event(Cause.CONFIG_NOT_DURABLE, f"{why}: do not power-cycle the guest", warning=True)
         return 0.0
 
     def _path(self, target: str, image: Image) -> str:

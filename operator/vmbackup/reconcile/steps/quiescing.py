@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vmbackup.errors import Cause
 from vmbackup.protocol.record import Freeze
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.protocol.transition import answered, failed
@@ -12,7 +13,7 @@ from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import Journal
 from vmbackup.reconcile.telling.announcer import Announcer
 
-_NO_AGENT = ("AgentNotConfigured", "Unsupported")  # reasons for which nothing can ever be frozen
+_NO_AGENT = (Cause.AGENT_NOT_CONFIGURED, Cause.UNSUPPORTED)  # reasons for which nothing can ever be frozen
 _THAW_ATTEMPTS = 20
 _THAW_PAUSE = 3.0  # seconds
 

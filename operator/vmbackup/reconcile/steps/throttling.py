@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vmbackup.errors import PermanentError, UnknownOutcomeError, VMBackupError
+from vmbackup.errors import Cause, PermanentError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.guest import BlockJob, Guest
 from vmbackup.protocol import convergence as stall
 from vmbackup.protocol.record import Throttle
@@ -112,7 +112,7 @@ class Throttling:
         self._announcer.not_throttled(action.target, str(error))
 
     def _raise_if_journal(self, error: VMBackupError) -> None:
-        if error.reason == "JournalUnwritable":
+        if error.reason == Cause.JOURNAL_UNWRITABLE:
             raise error
 
     def _write(self, target: str, throttle: Throttle, *, durable: bool = True) -> None:
