@@ -1,4 +1,4 @@
-"""What no agent can close (docs/operations.md): assumption A lifted, one part at a time, breaks just this."""
+"""What no agent can close (docs/protocol.md): assumption A lifted, one part at a time, breaks just this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/operations.md's decision table, row by row: record and observation in, action out."""
+"""docs/protocol.md's decision table, row by row: record and observation in, action out."""
 
 from __future__ import annotations
 

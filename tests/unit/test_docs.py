@@ -20,6 +20,8 @@ from tests.model.test_model import SETTINGS
 from vmbackup.api.spec import GROUP, VERSION, BackupSpec
 
 ROOT = Path(__file__).parent.parent.parent
+PACKAGE = ROOT / "operator" / "vmbackup"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 _LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -100,8 +102,8 @@ def _shown(text: str) -> Iterator[dict[str, Any]]:
             yield from [*objects, *map(yaml.safe_load, held)]
 
 
-def test_the_readme_counts_the_settings_and_mutants_of_the_model():
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_the_benchmarks_count_the_settings_and_mutants_of_the_model():
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
     assert f"quick settings in `make test` ({len(SETTINGS)} of them, {len(MUTANTS)} mutants" in text
 
 
@@ -118,3 +120,14 @@ def test_the_reference_is_fresh():
         [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{done.stderr}: run `make docs`, and commit docs/reference.md"
+
+
+def test_the_architecture_describes_every_folder_of_the_package_and_no_other():
+    described = re.findall(r"^### `(operator/vmbackup/\w+)/`$", ARCHITECTURE.read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(str(each.parent.relative_to(ROOT)) for each in PACKAGE.glob("*/__init__.py"))
+
+
+def test_every_path_that_the_architecture_names_is_there():
+    named = set(re.findall(r"`((?:operator|manifests|crds|tests|docs)/[\w./-]*)`", ARCHITECTURE.read_text()))
+    assert len(named) > 30
+    assert sorted(path for path in named if not (ROOT / path).exists()) == []

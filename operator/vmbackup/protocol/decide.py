@@ -1,6 +1,6 @@
 """What to do next with one domain's chain: `decide(intent, record, seen) -> Action`. Pure: no I/O, no clock.
 
-This is the decision table of docs/operations.md. A model checker drives this very function through every interleaving
+This is the decision table of docs/protocol.md. A model checker drives this very function through every interleaving
 of libvirt's steps, guest writes and faults (tests/model), and finds no way to lose a write; it does find one as soon as
 any of the repairs R1–R7 named below is taken out. So: read it before changing a rule or the order of two.
 

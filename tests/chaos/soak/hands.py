@@ -89,7 +89,7 @@ def put_overlay_on_top(scene: Scene, fault: Fault) -> Undo:
 def _restart_on(scene: Scene, target: str, path: Path) -> None:
     """What the message of such a quarantine asks for: libvirtd has died in the snapshot, and knows nothing of it.
 
-    libvirt 9.0 does where a definition is changed meanwhile (docs/operations.md).
+    libvirt 9.0 does where a definition is changed meanwhile (docs/protocol.md).
     """
     file = scene.subject.directory / "named.xml"
     file.write_text(naming(virsh(scene, "dumpxml", scene.subject.name, "--inactive"), target, path))

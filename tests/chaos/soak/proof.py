@@ -135,7 +135,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def _may_be_lost(subject: Subject, marks: Path) -> bool:
-    """Whether the user's last edit fell into a redefinition of ours, which no agent can close (docs/operations.md)."""
+    """Whether the user's last edit fell into a redefinition of ours, which no agent can close (docs/protocol.md)."""
     begun, ended = subject.edited
     at = [mark["at"] for mark in _marks(marks) if "at" in mark]
     return any(begun - _EDIT_SECONDS < when < ended + _EDIT_SECONDS for when in at)
