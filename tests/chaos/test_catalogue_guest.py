@@ -36,6 +36,8 @@ def press_reset(witness: Witness) -> None:
     witness.libvirtd.virsh("reset", witness.name)
 
 
+@pytest.mark.scenario(13)
+@pytest.mark.misfortune("power-off, destroy")
 @pytest.mark.parametrize(
     ("begun", "stop"),
     [
@@ -61,6 +63,7 @@ def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
     comes_home(witness, running)
 
 
+@pytest.mark.misfortune("reboot, reset")
 @pytest.mark.parametrize(
     ("begun", "again"),
     [
@@ -81,6 +84,8 @@ def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_
     comes_home(witness, running)
 
 
+@pytest.mark.scenario(14)
+@pytest.mark.vulnerability("V11")
 @pytest.mark.usefixtures("short_barrier")
 def test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +104,8 @@ def test_qemu_dies_in_the_pivot_and_the_guest_starts_on_what_holds_everything(
     comes_home(witness, running)
 
 
+@pytest.mark.scenario(2)
+@pytest.mark.vulnerability("V12")
 @pytest.mark.usefixtures("short_barrier")
 def test_everything_dies_between_the_definitions_of_two_disks_and_the_backup_fails_but_nothing_is_lost(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +128,8 @@ def test_everything_dies_between_the_definitions_of_two_disks_and_the_backup_fai
     assert f"vdb ({witness.bases['vdb']})" in running.report.message
 
 
+@pytest.mark.scenario(17)
+@pytest.mark.misfortune("undefine")
 def test_a_guest_that_is_undefined_in_the_middle_comes_home_before_it_stops(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
@@ -137,6 +146,7 @@ def test_a_guest_that_is_undefined_in_the_middle_comes_home_before_it_stops(
     witness.prove(running)
 
 
+@pytest.mark.scenario(16)
 def test_what_a_user_changes_in_the_definition_meanwhile_stays_changed(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
@@ -157,6 +167,7 @@ def test_what_a_user_changes_in_the_definition_meanwhile_stays_changed(
     assert "<description>mine</description>" in after
 
 
+@pytest.mark.scenario(15)
 def test_a_user_who_puts_the_definition_back_to_base_while_the_guest_is_off_is_warned_before_it_starts(
     witness: Witness, backup: BackupFactory
 ) -> None:

@@ -49,6 +49,8 @@ def is_quarantined(running: RunningBackup, *words: str) -> None:
     assert ("Quarantined", report.chain_message) in running.told.events
 
 
+@pytest.mark.scenario(3)
+@pytest.mark.vulnerability("V9")
 @pytest.mark.usefixtures("short_barrier")
 def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_and_comes_home(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +71,7 @@ def test_switched_by_qemu_but_saved_by_no_one_the_guest_starts_on_its_overlay_an
     witness.prove(running)
 
 
+@pytest.mark.misfortune("libvirtd dies in a user's snapshot")
 @pytest.mark.usefixtures("short_barrier")
 def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_messages_advise(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, tmp_path: Path
@@ -93,6 +96,7 @@ def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_
     theirs.unlink()
 
 
+@pytest.mark.vulnerability("V8")
 @pytest.mark.usefixtures("short_barrier")
 def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
@@ -111,6 +115,7 @@ def test_pivoted_by_qemu_but_saved_by_no_one_the_guest_runs_on_until_its_restart
     witness.prove(running)
 
 
+@pytest.mark.vulnerability("V10")
 @pytest.mark.usefixtures("short_barrier")
 def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +134,7 @@ def test_a_commit_whose_mirror_libvirt_does_not_know_is_pivoted_at_its_end(
     witness.prove(running)
 
 
+@pytest.mark.misfortune("libvirt forgets a guest that runs")
 @pytest.mark.parametrize("offline", [False, in_chaos(True)])
 def test_a_guest_that_libvirt_has_forgotten_keeps_its_overlay_and_comes_home_once_a_human_has_ended_it(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd, offline: bool
@@ -166,6 +172,8 @@ def wide_backup(
     wide.close()
 
 
+@pytest.mark.scenario(12)
+@pytest.mark.vulnerability("V6", "V7")
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_a_libvirtd_that_stands_still_for_a_minute_loses_nothing_wherever_the_backups_are(

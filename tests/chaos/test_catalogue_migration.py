@@ -139,6 +139,7 @@ def migrated_in_a_copy(
     return running, there, report
 
 
+@pytest.mark.misfortune("migrated in the commit")
 def test_a_migration_in_the_middle_of_the_commit_is_refused_and_the_backup_comes_home(
     witness: Witness, elsewhere: Libvirtd, backup: BackupFactory
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_migration_in_the_middle_of_the_commit_is_refused_and_the_backup_comes
     comes_home(witness, running)
 
 
+@pytest.mark.scenario(21)
 def test_a_guest_that_is_migrated_on_its_overlay_and_stays_defined_comes_home_by_the_sweep_there(
     mover: Witness, elsewhere: Libvirtd, node_elsewhere: Node, backup: BackupFactory, tmp_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_stays_defined_comes_home_by
     there.prove(running)
 
 
+@pytest.mark.misfortune("migrated, and libvirtd has forgotten it")
 def test_a_migrated_guest_that_is_off_there_too_is_not_merged_here_though_libvirtd_has_forgotten_that_it_was_migrated(
     mover: Witness, elsewhere: Libvirtd, node_elsewhere: Node, backup: BackupFactory, tmp_path: Path
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_migrated_guest_that_is_off_there_too_is_not_merged_here_though_libvir
     there.prove(again)
 
 
+@pytest.mark.misfortune("migrated on the overlay, and undefined")
 def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the_next_backup_there(
     mover: Witness,
     elsewhere: Libvirtd,
@@ -230,6 +234,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the
     there.prove(running, following)
 
 
+@pytest.mark.misfortune("a migration that is aborted")
 def test_a_backup_of_a_guest_that_is_being_migrated_begins_when_that_was_aborted(
     witness: Witness, elsewhere: Libvirtd, backup: BackupFactory
 ) -> None:
@@ -244,6 +249,7 @@ def test_a_backup_of_a_guest_that_is_being_migrated_begins_when_that_was_aborted
     comes_home(witness, running)
 
 
+@pytest.mark.misfortune("migrated before the snapshot")
 @pytest.mark.parametrize("options", [UNDEFINED, in_chaos(STILL_DEFINED)], ids=["undefined here", "still defined here"])
 def test_a_backup_that_has_waited_for_a_migration_is_refused_when_its_guest_has_gone(
     mover: Witness, elsewhere: Libvirtd, backup: BackupFactory, options: tuple[str, ...]

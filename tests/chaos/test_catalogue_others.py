@@ -87,6 +87,7 @@ def test_a_job_of_the_whole_domain_is_waited_for(witness: Witness, backup: Backu
     comes_home(witness, running)
 
 
+@pytest.mark.scenario(18)
 def test_an_overlay_that_somebody_puts_on_top_of_ours_is_left_alone_until_they_take_it_away(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_reader_of_the_overlay_delays_its_removal_alone(
     comes_home(witness, running)
 
 
+@pytest.mark.scenario(22)
 def test_two_agents_of_one_node_by_mistake_take_turns_at_a_domain(
     witness: Witness, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_two_agents_of_one_node_by_mistake_take_turns_at_a_domain(
     witness.prove()
 
 
+@pytest.mark.misfortune("the clock jumps")
 @pytest.mark.parametrize("jump", [10 * 365 * 86400.0, in_chaos(-10 * 365 * 86400.0)], ids=["forward", "back"])
 def test_a_clock_that_jumps_by_ten_years_changes_nothing(
     witness: Witness, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch, jump: float
@@ -198,6 +201,7 @@ def test_a_clock_that_jumps_by_ten_years_changes_nothing(
     assert all(0 <= (disk.commit_seconds or 0) < 60 for disk in running.report.disks)
 
 
+@pytest.mark.scenario(4)
 def test_a_definition_that_a_user_puts_back_to_the_base_under_a_running_guest_is_put_right_at_once(
     witness: Witness, backup: BackupFactory, tmp_path: Path
 ) -> None:
@@ -216,6 +220,7 @@ def _names(witness: Witness, target: str, image: str) -> bool:
     return witness.source(target, inactive=True) == image
 
 
+@pytest.mark.scenario(5)
 def test_a_snapshot_that_was_taken_though_its_call_says_it_failed_is_this_backups_own(
     witness: Witness, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +240,7 @@ def test_a_snapshot_that_was_taken_though_its_call_says_it_failed_is_this_backup
     witness.prove(running)
 
 
+@pytest.mark.scenario(11)
 def test_a_commit_that_somebody_aborts_is_made_again(witness: Witness, backup: BackupFactory) -> None:
     """Scenario 11: the job has vanished, and L=O."""
     running = in_a_commit(witness, backup)

@@ -49,6 +49,7 @@ def guest(powered: Machine, guests: list[PoweredGuest], tmp_path: Path) -> Power
     return guests[-1]
 
 
+@pytest.mark.vulnerability("V1", "V5")
 @pytest.mark.parametrize("moment", SAMPLE, ids=str)
 def test_a_power_cut_within_a_backup_loses_nothing(guest: PoweredGuest, moment: Moment) -> None:
     report = carried_on_after_a_cut(guest, at(guest, moment))
@@ -74,6 +75,7 @@ def test_a_power_cut_in_the_middle_of_a_commit_loses_nothing(guest: PoweredGuest
     assert report.outcome is Outcome.SUCCEEDED, report
 
 
+@pytest.mark.vulnerability("V3", "V4")
 @pytest.mark.parametrize("seconds", [0, in_chaos(3)])
 def test_a_power_cut_after_a_backup_loses_nothing(guest: PoweredGuest, seconds: float) -> None:
     task = guest.task(uid())

@@ -133,6 +133,7 @@ def in_mid_commit(guest: Domain, backup: BackupFactory) -> RunningBackup:
 # -- file systems that are full
 
 
+@pytest.mark.scenario(10)
 def test_a_full_file_system_of_the_overlays_ends_the_copy_and_the_paused_guest_is_brought_home(
     witness: Witness, backup: BackupFactory, overlays: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_guest_that_is_paused_for_want_of_room_in_the_middle_of_its_commit_is_
     witness.prove(running)
 
 
+@pytest.mark.misfortune("the base's file system is full")
 def test_a_full_file_system_of_the_base_keeps_the_guest_on_its_overlay_until_there_is_room(
     domain: DomainFactory, backup: BackupFactory, overlays: Path, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_full_file_system_of_the_configuration_refuses_the_backup_before_it_to
     at_home(guest, overlays, 0x11)
 
 
+@pytest.mark.misfortune("the configuration's is full")
 @pytest.mark.parametrize("switch", ["snapshot", in_chaos("pivot")])
 def test_a_configuration_that_cannot_be_saved_after_a_switch_never_keeps_the_guest_suspended(
     guest: Domain, backup: BackupFactory, overlays: Path, libvirtd: Libvirtd, switch: str
@@ -299,6 +302,7 @@ def read_only_at_will(folder: Path) -> Generator[tuple[Path, Callable[[], object
         yield root, lambda: Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("by a test")
 
 
+@pytest.mark.misfortune("the store is read-only")
 @pytest.mark.parametrize("when", ["in mid-copy", in_chaos("when it is published")])
 def test_a_store_that_goes_read_only_fails_the_backup_and_the_guest_comes_home(
     guest: Domain, backup: BackupFactory, overlays: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
@@ -356,6 +360,7 @@ def remove_base(base: Path) -> Callable[[], object]:
     return lambda: kept.rename(base)
 
 
+@pytest.mark.misfortune("an image is replaced or truncated")
 @pytest.mark.parametrize("harm", [replace_base, *map(in_chaos, [cut_off_base, remove_base])])
 def test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_original_is_back(
     guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], Callable[[], object]]
@@ -392,6 +397,7 @@ def put_another_file_in_its_place(overlay: Path) -> None:
     overlay.write_bytes(bytes(1 << 20))
 
 
+@pytest.mark.misfortune("an overlay is removed or replaced")
 @pytest.mark.parametrize("harm", [remove_overlay, *map(in_chaos, [replace_overlay, put_another_file_in_its_place])])
 def test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same(
     guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], None]
@@ -437,6 +443,7 @@ def garble(state: Path) -> None:
         path.write_bytes(os.urandom(3000) + b"\n\0\0\0")
 
 
+@pytest.mark.vulnerability("V13")
 @pytest.mark.parametrize("harm", [lose, in_chaos(garble)])
 def test_without_its_journal_a_backup_brings_home_what_it_left_and_takes_another_snapshot(
     guest: Domain, backup: BackupFactory, overlays: Path, state: Path, harm: Callable[[Path], None]

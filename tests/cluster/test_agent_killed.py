@@ -47,6 +47,7 @@ def test_killed_in_the_snapshot_the_guest_is_resumed_and_the_backup_becomes_read
     assert_home(guest)
 
 
+@pytest.mark.scenario(7)
 def test_killed_while_copying_it_copies_again(own_agent: Agent, copying: CatchBackup) -> None:
     own_agent.start()
     made, guest = copying(own_agent)

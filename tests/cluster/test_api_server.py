@@ -36,6 +36,7 @@ def is_home(guest: Domain) -> bool:
     return guest.live().source == guest.bases["vda"] and not list(guest.directory.glob("*.vmb-*"))
 
 
+@pytest.mark.scenario(25)
 def test_with_the_api_server_away_for_the_whole_backup_the_guest_comes_home_and_its_status_says_so_later(
     own_agent: Agent, kube_away: KubeApi, domain: DomainFactory
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_guest_that_a_killed_agent_had_suspended_runs_again_though_the_api_ser
     assert_stored(made.wait())
 
 
+@pytest.mark.misfortune("409 Conflict")
 def test_while_others_write_to_the_same_object_all_the_time_their_writes_and_its_status_both_arrive(
     own_agent: Agent, copying: CatchBackup
 ) -> None:
@@ -133,6 +135,7 @@ def test_while_others_write_to_the_same_object_all_the_time_their_writes_and_its
     assert not made.exists()
 
 
+@pytest.mark.misfortune("deleted and made again")
 def test_deleted_and_made_again_with_the_same_name_each_is_itself(own_agent: Agent, copying: CatchBackup) -> None:
     own_agent.start()
     made, guest = copying(own_agent)
@@ -150,6 +153,7 @@ def test_deleted_and_made_again_with_the_same_name_each_is_itself(own_agent: Age
     wait_until(lambda: [each.uid for each in own_agent.records()] == [again.uid], "one journal", SECONDS)
 
 
+@pytest.mark.misfortune("two agents")
 def test_a_second_agent_for_the_same_node_touches_neither_guest_nor_status_nor_finalizer(
     own_agent: Agent, second_agent: Agent, copying: CatchBackup
 ) -> None:
@@ -182,6 +186,7 @@ def test_with_a_second_agent_for_the_same_node_a_deleted_backup_comes_home_befor
     assert_home(guest, 0x22)
 
 
+@pytest.mark.misfortune("the agent is upgraded")
 def test_an_agent_of_a_newer_version_carries_on_what_the_older_one_had_begun(
     own_agent: Agent, copying: CatchBackup
 ) -> None:

@@ -187,6 +187,7 @@ def seconds_to_import() -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.misfortune("the journal is lost")
 @pytest.mark.parametrize("policy", ["Commit", in_chaos("Report")])
 def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_the_agents_start(
     own_agent: Agent, domain: DomainFactory, policy: str

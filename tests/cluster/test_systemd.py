@@ -85,7 +85,7 @@ def test_systemd_leaves_the_guardian_of_a_killed_agent_alone_until_the_guest_run
     guest = domain()
     guest.write("vda", 0x11)
     libvirtd.virsh("resume", guest.name)
-    dying = f"{sys.executable} -m tests.kill_points {When.AFTER} 'journal call=None' 2 {tmp_path} agent"
+    dying = f"{sys.executable} -m tests.support.kill_points {When.AFTER} 'journal call=None' 2 {tmp_path} agent"
     with boot(f"Restart=no\nTimeoutStopSec=100ms\nExecStart=\nExecStart={dying}"):
         made = own_agent.apply(guest.name)
         log = tmp_path / "agent.log"

@@ -127,7 +127,7 @@ class Cluster:
     # Backups
 
     def back_up(self, user: KubeApi, name: str, namespace: str = "team-a", **spec: Any) -> VMBackup:
-        """Apply a VMBackup of the guest, as that user; `spec` by the dotted paths of tests/manifests.py."""
+        """Apply a VMBackup of the guest, as that user; `spec` by the dotted paths of tests/support/manifests.py."""
         user.apply(manifest(name, NODE, STORE, DOMAIN, namespace, **spec))
         return VMBackup(user, name, namespace)
 

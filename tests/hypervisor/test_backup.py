@@ -60,6 +60,7 @@ def test_a_guest_that_keeps_writing_is_backed_up_as_of_its_snapshot_and_loses_no
     prove_one_moment(copies)
 
 
+@pytest.mark.scenario(1)
 @pytest.mark.parametrize(
     "disks",
     [{"vda": "raw"}, {"vda": "qcow2"}, {"vda": "raw", "vdb": "qcow2"}, {"vda": "chain", "vdb": "raw"}],
@@ -88,6 +89,7 @@ def test_every_kind_of_disk_goes_to_the_store_and_comes_home(
             assert guest.persistent(target).source == guest.bases[target]
 
 
+@pytest.mark.scenario(19)
 def test_a_template_is_recorded_once_and_the_folder_restores_anywhere(
     domain: DomainFactory, backup: BackupFactory, tmp_path: Path
 ) -> None:
@@ -150,6 +152,8 @@ def test_without_a_guest_agent_only_a_required_quiesce_fails(
     assert no_overlay_is_left(guest)
 
 
+@pytest.mark.scenario(8)
+@pytest.mark.misfortune("the store is full")
 def test_a_full_store_fails_the_backup_and_the_guest_comes_home_all_the_same(
     domain: DomainFactory, backup: BackupFactory, tmp_path: Path
 ) -> None:
@@ -271,6 +275,7 @@ def test_a_deleted_backup_brings_the_chain_home_before_it_lets_go(domain: Domain
     assert not list(running.store.rglob("*.raw"))
 
 
+@pytest.mark.scenario(24)
 def test_a_backup_deleted_in_the_middle_of_its_commit_comes_home_first(
     domain: DomainFactory, backup: BackupFactory
 ) -> None:
@@ -386,6 +391,7 @@ def test_an_image_that_is_not_at_its_path_any_more_fails_the_backup_before_anyth
     assert no_overlay_is_left(guest)
 
 
+@pytest.mark.scenario(20)
 def test_a_base_that_another_domain_builds_on_is_refused(domain: DomainFactory, backup: BackupFactory) -> None:
     """Though that domain is off: it would start on a template that has changed under it."""
     other, guest = domain({"vda": "qcow2"}, start=False), domain({"vda": "qcow2"})

@@ -133,6 +133,7 @@ def escalation(running: RunningBackup) -> list[str]:
 # -- Hold
 
 
+@pytest.mark.scenario(23)
 def test_a_commit_that_is_held_goes_on_beside_the_running_guest_and_everybody_hears_of_it(
     stubborn: WritingGuest, backup: BackupFactory, node: Node, hypervisor: Hypervisor
 ) -> None:

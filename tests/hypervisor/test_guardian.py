@@ -80,6 +80,7 @@ def test_whenever_an_agent_is_killed_no_guest_is_left_suspended_though_nobody_st
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.scenario(6)
 @pytest.mark.parametrize(
     ("moment", "seconds"),
     [

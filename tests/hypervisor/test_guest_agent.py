@@ -62,6 +62,7 @@ def assert_it_writes(libvirtd: Libvirtd, guest: Guest, channel: Channel) -> None
     guest.assert_only_rising()
 
 
+@pytest.mark.misfortune("the guest agent hangs")
 @pytest.mark.parametrize("commands", [(), (FREEZE,)], ids=["answers nothing", "answers all but a freeze"])
 def test_a_backup_goes_on_without_an_agent_that_hangs(
     guest: Guest, channel: Channel, backup: BackupFactory, libvirtd: Libvirtd, commands: tuple[str, ...]

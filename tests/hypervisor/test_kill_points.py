@@ -1,6 +1,6 @@
 """SIGKILL before, during and after everything that a backup does: it is carried on to a good end, and nothing is lost.
 
-The list of moments is taken from a run of the backup itself (tests/kill_points.py), so that no new call is forgotten.
+The list of moments is taken from a run of the backup itself (tests/support/kill_points.py): no new call is forgotten.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ class Survival:
         return f"{self.death.spec}, killed {self.death.moment}: {'; '.join(self.wrong)}"
 
 
+@pytest.mark.misfortune("the agent is killed at each kind of step")
 @pytest.mark.timeout(600)
 def test_a_driver_killed_once_in_each_kind_of_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
     several = guests(WAITING + QUICK)
@@ -151,6 +152,7 @@ def test_a_driver_killed_once_in_each_kind_of_moment_is_carried_on_and_nothing_i
     assert_all_survive(several, deaths)
 
 
+@pytest.mark.misfortune("the agent is killed at every step")
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_a_driver_killed_at_any_moment_is_carried_on_and_nothing_is_lost(guests: GuestFactory) -> None:
@@ -238,6 +240,7 @@ def deleted_with_data(task: Task, node: Node) -> Backup:
     return Backup(there, key, request=lambda: request, open_store=lambda: open_store(store), reporter=Told())
 
 
+@pytest.mark.misfortune("libvirtd is killed")
 @pytest.mark.timeout(300)
 def test_libvirtd_killed_in_the_middle_of_a_backup_comes_back_to_guests_that_lose_nothing(
     guests: GuestFactory, libvirtd: Libvirtd
@@ -245,6 +248,8 @@ def test_libvirtd_killed_in_the_middle_of_a_backup_comes_back_to_guests_that_los
     assert not libvirtd_dies(libvirtd, guests(len(SAMPLE)), SAMPLE)
 
 
+@pytest.mark.vulnerability("V2")
+@pytest.mark.misfortune("QEMU is killed")
 @pytest.mark.timeout(300)
 def test_qemu_killed_in_the_middle_of_a_backup_starts_again_with_all_that_was_written(
     guests: GuestFactory, libvirtd: Libvirtd

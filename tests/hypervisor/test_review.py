@@ -61,6 +61,7 @@ def test_a_base_that_another_domain_names_by_a_relative_path_is_refused(
     assert (report.outcome, report.reason) == (Outcome.REFUSED, "BaseInUse")
 
 
+@pytest.mark.scenario(9)
 def test_a_base_into_which_another_backup_has_begun_to_commit_is_never_copied(
     domain: DomainFactory, backup: BackupFactory, node: Node
 ) -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 from tests.model import merging
-from tests.model.eyes import Eyes, look, observation
 from tests.model.libvirt import GUEST_AGENT_CALLS, LETTER, index_of
-from tests.model.tale import AGENT, ASKS, DECIDES, TOLD
+from tests.model.observer import View, look, observation
+from tests.model.trace import AGENT, ASKS, DECIDES, TOLD
 from tests.model.world import (
     ENOUGH,
     TICK,
@@ -144,10 +144,10 @@ class Agent:
     def decision(self, world: World) -> tuple[Held[Action], bool]:
         """What the agent decides now, and whether it is in doubt afterwards."""
         wanted = world.vmbackup if world.vmbackup in ("wanted", "cancelled") else "deleted"
-        eyes = look(world, in_flight=self._in_flight(world))
-        key = (world.record, eyes, world.doubt, wanted, world.stopping)
+        view = look(world, in_flight=self._in_flight(world))
+        key = (world.record, view, world.doubt, wanted, world.stopping)
         if (known := self._cache.get(key)) is None:
-            known = self._cache[key] = self._decision(world.record.it, eyes, world.doubt, wanted, world.stopping)
+            known = self._cache[key] = self._decision(world.record.it, view, world.doubt, wanted, world.stopping)
         return known
 
     def idle(self, world: World) -> bool:
@@ -170,7 +170,7 @@ class Agent:
         )
 
     def _decision(
-        self, record: Record, eyes: Eyes, doubt: bool, wanted: str, stopping: bool
+        self, record: Record, view: View, doubt: bool, wanted: str, stopping: bool
     ) -> tuple[Held[Action], bool]:
         intent = Intent(
             deleted=wanted == "deleted",
@@ -183,9 +183,9 @@ class Agent:
             stall_pause=PAUSE,
             leaving=stopping,
         )
-        seen = observation(record, eyes, truth=False, late=self.setting.stall)
+        seen = observation(record, view, truth=False, late=self.setting.stall)
         if not seen.call_in_flight and machine.needs_truth(record, seen, doubt=doubt):
-            seen = observation(record, eyes, truth=True, late=self.setting.stall)
+            seen = observation(record, view, truth=True, late=self.setting.stall)
             doubt = doubt and any(disk.written is not disk.live for disk in seen.disks)
         return self.hold(machine.decide(intent, record, seen)), doubt
 

@@ -1,4 +1,4 @@
-"""Every state that a setting can come to, the invariants of docs/protocol.md in each, and a tale of each violation."""
+"""Visits every reachable state of a setting, checks the invariants of docs/protocol.md, and traces each violation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.model.environment import background_steps, fault_steps, free_steps, g
 from tests.model.invariants import Invariants
 from tests.model.libvirt import block_job_steps, call_fails, call_steps, libvirtd_steps
 from tests.model.search import WRITES, Search, fingerprint
-from tests.model.tale import tell
+from tests.model.trace import trace
 from tests.model.user import user_steps
 from tests.model.world import Disk, Kind, Setting, Step, World, ranked, start
 
@@ -25,7 +25,7 @@ class Result:
     setting: Setting
     states: int = 0
     seconds: float = 0.0
-    violations: dict[str, str] = field(default_factory=dict[str, str])  # what: a tale of it
+    violations: dict[str, str] = field(default_factory=dict[str, str])  # what is violated: its trace
 
     @property
     def sound(self) -> bool:
@@ -156,4 +156,4 @@ class Checker:
         if last is not None:
             labels.append(last.label)
         after = world if last is None else last.world
-        return tell(self.setting, what, labels, after, self.agent.decision(world)[0].it)
+        return trace(self.setting, what, labels, after, self.agent.decision(world)[0].it)

@@ -7,28 +7,8 @@ import pytest
 from tests.model.checker import Checker
 from tests.model.mutants import MUTANTS, Mutant
 from tests.model.residual import RESIDUALS, Residual
+from tests.model.settings import SETTINGS
 from tests.model.world import Setting
-
-SETTINGS = (
-    Setting(disks=1, faults=2, writes=3),
-    Setting(disks=1, faults=2, writes=2, orphan=True),
-    Setting(disks=2, faults=1, writes=1),
-    Setting(disks=1, faults=1, writes=2, quiesce=True),
-    Setting(disks=1, faults=1, writes=2, paused=True),
-    Setting(disks=1, faults=2, writes=1, live=True),
-    Setting(disks=1, faults=2, writes=1, limit=0),
-    Setting(disks=1, faults=1, writes=2, config_full=True),
-    Setting(disks=1, faults=1, writes=1, config_stuck=True),
-    Setting(disks=1, faults=2, writes=1, edits=True),
-    Setting(disks=1, faults=2, writes=1, clock=True),
-    Setting(disks=1, faults=2, writes=1, migration=True),
-    Setting(disks=1, faults=2, writes=1, pauses=True),
-    Setting(disks=1, faults=2, writes=1, foreign=True),
-    Setting(disks=1, faults=2, writes=1, offline=True),
-    Setting(disks=1, faults=1, writes=2, room=True),
-    Setting(disks=1, faults=2, writes=1, stall=True),
-    Setting(disks=1, faults=2, writes=1, cancel=True),
-)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

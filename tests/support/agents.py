@@ -67,7 +67,7 @@ class Agent:
         annotations: dict[str, str] | None = None,
         **spec: Any,
     ) -> VMBackup:
-        """Apply a VMBackup of this node; `spec` by the dotted paths of tests/manifests.py."""
+        """Apply a VMBackup of this node; `spec` by the dotted paths of tests/support/manifests.py."""
         made = VMBackup(self.kube, name or f"{self.node}-{next(_numbers)}", namespace)
         it = manifest(made.name, self.node, self.node, domain, namespace, **spec)
         it["metadata"]["annotations"] = annotations or {}

@@ -1,4 +1,4 @@
-"""A private libvirtd, our connection to it, and domains on it (tests/domains.py)."""
+"""A private libvirtd, our connection to it, and domains on it (tests/support/domains.py)."""
 
 from __future__ import annotations
 

@@ -417,7 +417,7 @@ def _name(changed: str, record: Record) -> str:
 
 
 def _main() -> int:
-    """A `vmbackup` that dies: python -m tests.kill_points WHEN EVENT NTH DIRECTORY COMMAND FLAG …"""
+    """A `vmbackup` that dies: python -m tests.support.kill_points WHEN EVENT NTH DIRECTORY COMMAND FLAG …"""
     when, event, nth, directory, *arguments = sys.argv[1:]
     moment = Moment(When(when), event, int(nth))
     task = Task("", Path(), Path(directory), "", (), "", moment=moment)

@@ -1,4 +1,4 @@
-"""What must be true of a guest whose backup was killed, and has ended: tests/kill_points.py does the killing."""
+"""Proves a guest after a killed backup (tests/support/kill_points.py) has ended: nothing lost, its disks home."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import kubectl_vmbackup.cli
 import vmbackup.cli
 import vmbackup.version
 from tests.model.mutants import MUTANTS
-from tests.model.test_model import SETTINGS
+from tests.model.settings import SETTINGS
 from vmbackup.api.spec import GROUP, VERSION, BackupSpec
 
 ROOT = Path(__file__).parent.parent.parent

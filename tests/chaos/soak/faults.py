@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.chaos.soak.choices import Fault
-from tests.chaos.soak.hands import (
+from tests.chaos.soak.host import fill
+from tests.chaos.soak.scene import NotNowError, Scene, Undo, virsh
+from tests.chaos.soak.user_actions import (
     abort_job,
     lock_base,
     put_overlay_on_top,
@@ -21,8 +23,6 @@ from tests.chaos.soak.hands import (
     replace_overlay,
     start_foreign_job,
 )
-from tests.chaos.soak.host import fill
-from tests.chaos.soak.scene import NotNowError, Scene, Undo, virsh
 from tests.support.storage import run
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Freeze, Guard

@@ -1,4 +1,4 @@
-"""What the agent can see of the world, and nothing else; T only where it has asked QEMU (R3)."""
+"""The part of the world that the agent can observe; T is visible only where it has asked QEMU (R3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POWER = {
 MIRROR = {"-": Mirror.NONE, "pending": Mirror.PENDING, "ready": Mirror.READY}
 
 
-class DiskEyes(NamedTuple):
+class DiskView(NamedTuple):
     """One disk."""
 
     live: str
@@ -37,8 +37,8 @@ class DiskEyes(NamedTuple):
     writes: str  # seen only when QEMU is asked
 
 
-class Eyes(NamedTuple):
-    """A look at the world."""
+class View(NamedTuple):
+    """The world as the agent sees it; hashable, so that a decision can be cached by it."""
 
     guest: str
     in_flight: bool
@@ -46,18 +46,18 @@ class Eyes(NamedTuple):
     config_failing: bool
     room_low: bool
     migrating: bool
-    disks: tuple[DiskEyes, ...]
+    disks: tuple[DiskView, ...]
 
 
-def look(world: World, *, in_flight: bool) -> Eyes:
-    """At the world as it is now."""
+def look(world: World, *, in_flight: bool) -> View:
+    """Observe the world as it is now."""
     disks = tuple([_look(disk) for disk in world.disks])
-    return Eyes(world.guest, in_flight, world.deaf, world.config_failing, world.room_low, world.migrating, disks)
+    return View(world.guest, in_flight, world.deaf, world.config_failing, world.room_low, world.migrating, disks)
 
 
-def _look(disk: Disk) -> DiskEyes:
+def _look(disk: Disk) -> DiskView:
     at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
-    return DiskEyes(
+    return DiskView(
         disk.live,
         disk.persistent,
         _file(disk),
@@ -79,7 +79,7 @@ def _file(disk: Disk) -> str:
     return "data" if disk.overlay.count(None) < len(disk.overlay) else "empty"
 
 
-def observation(record: Record, eyes: Eyes, *, truth: bool, late: bool) -> Observation:
+def observation(record: Record, view: View, *, truth: bool, late: bool) -> Observation:
     """What decide() gets; `late`: every commit that is not READY is past its deadline."""
     disks = tuple(
         DiskSeen(
@@ -94,20 +94,20 @@ def observation(record: Record, eyes: Eyes, *, truth: bool, late: bool) -> Obser
             foreign_job=disk.foreign,
             written=IMAGE.get(disk.writes) if truth else None,
         )
-        for n, disk in enumerate(eyes.disks)
+        for n, disk in enumerate(view.disks)
     )
     return Observation(
-        POWER[eyes.guest],
+        POWER[view.guest],
         disks,
-        call_in_flight=eyes.in_flight,
-        migrating=eyes.migrating,
-        config_failing=eyes.config_failing,
-        room_low="low" if eyes.room_low else "",
-        thaw_after=1.0 if eyes.deaf else 0.0,
+        call_in_flight=view.in_flight,
+        migrating=view.migrating,
+        config_failing=view.config_failing,
+        room_low="low" if view.room_low else "",
+        thaw_after=1.0 if view.deaf else 0.0,
     )
 
 
-def _overlay_file(record: Record, n: int, disk: DiskEyes) -> OverlayFile | None:
+def _overlay_file(record: Record, n: int, disk: DiskView) -> OverlayFile | None:
     if disk.file == "-":
         return None
     merged = disk.unwritten and bool(record.disks[n].merged)

@@ -1,4 +1,4 @@
-"""A violation, told for people: one line a step, who did what, and the state in which it ends."""
+"""A violation as a readable trace: one line per step with its actor, then the final state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BY_ITSELF = ("libvirt", "QEMU")
 _IMAGE = {"B": "base", "O": "overlay", "-": "nothing", "X": "an image above", "Y": "another image"}
 
 
-def tell(setting: Setting, what: str, labels: Sequence[str], end: World, action: Action) -> str:
-    """The tale of one violation."""
+def trace(setting: Setting, what: str, labels: Sequence[str], end: World, action: Action) -> str:
+    """The trace of one violation."""
     lines = [line for n, text in enumerate(_folded(_shortened(labels)), 1) for line in _wrapped(f"{n:5}. {text}")]
     return "\n".join([f"  {what}  [{setting}]", *lines, *_state(end, action)])
 

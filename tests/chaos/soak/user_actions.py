@@ -1,4 +1,4 @@
-"""What others do to the images and jobs of a guest; each returns how to undo it, where it lasts."""
+"""Actions of other users on the images and jobs of a guest; one that lasts returns how to undo it."""
 
 from __future__ import annotations
 
