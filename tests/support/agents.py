@@ -207,7 +207,7 @@ class VMBackup:
     def events(self) -> list[str]:
         """The reasons of its events, oldest first."""
         found = self.kube.get("events.v1.events.k8s.io", "-n", self.namespace)["items"]
-        mine = [event for event in found if event["regarding"]["name"] == self.name]
+        mine = [event for event in found if event["regarding"].get("name") == self.name]
         return [event["reason"] for event in sorted(mine, key=lambda event: event["eventTime"])]
 
     def _copied(self) -> int:
