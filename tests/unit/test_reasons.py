@@ -41,7 +41,7 @@ def test_what_is_no_reason_is_in_the_code() -> None:
 
 def _explained() -> Iterator[str]:
     text = OPERATIONS.read_text()
-    section = text[text.index("## What a reason means") : text.index("## How long a guest may stand still")]
+    section = text[text.index("## What a reason means") : text.index("## How long a guest may be suspended or frozen")]
     for line in section.splitlines():
         if line.startswith("| `"):
             yield from re.findall(r"`([A-Z][A-Za-z]+)`", line.split(" | ")[0])
