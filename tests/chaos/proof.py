@@ -30,7 +30,7 @@ from vmbackup.api.status import DiskState, Report
 from vmbackup.hypervisor import chain
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.reconcile.steps import actions as acts
+from vmbackup.reconcile.steps import step
 
 FILE_SYSTEM_MIB = 64
 TAIL_MIB = 96  # behind the file system, where the test writes as it likes
@@ -109,7 +109,7 @@ class Witness:
 
         It is taken at the latest when the guest is resumed after it, whatever became of the answer.
         """
-        send = acts.send
+        send = step.send
 
         def watched(journal: Journal, action: Action, call: Callable[[], object]) -> None:
             uid = journal.record.uid
@@ -121,7 +121,7 @@ class Witness:
             if journal.record.domain == self.name and action.do is Do.SNAPSHOT:
                 self.snapshot_is_over(uid)
 
-        patch.setattr(acts, "send", watched)
+        patch.setattr(step, "send", watched)
 
     def snapshot_begins(self, uid: str) -> None:
         """The snapshot of this backup is taken from now on."""

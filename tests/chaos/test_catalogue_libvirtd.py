@@ -28,8 +28,8 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
 from vmbackup.hypervisor.connection import Hypervisor
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.steps.step import Ending
 
 STANDSTILL_SECONDS = 60
 

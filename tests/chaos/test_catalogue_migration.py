@@ -23,9 +23,9 @@ from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.imaging.locks import is_locked
 from vmbackup.reconcile.admission.plan import key_of
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.steps.step import Ending
 
 UNDEFINED, STILL_DEFINED = ("--undefinesource",), ()
 CRAWLING, AT_FULL_SPEED = "1", "10000"  # MiB/s, of the guest's memory

@@ -21,8 +21,8 @@ from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.stores.registry import open_store
 
 

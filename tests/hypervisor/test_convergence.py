@@ -27,10 +27,10 @@ from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
 from vmbackup.protocol.record import Guard
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.steps.step import Ending
 
 YEAR = 31_536_000.0  # seconds
 SWITCH_SECONDS = 10.0  # far more than a switch takes where the disk is busy: one took 3 s, waiting for a flush

@@ -24,7 +24,7 @@ from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.protocol.record import Freeze
-from vmbackup.reconcile.steps import quiescing
+from vmbackup.reconcile.steps import guest_hold
 
 FREEZE, THAW = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"
 SECONDS = 2  # spec.snapshot.freezeTimeoutSeconds
@@ -150,7 +150,7 @@ def test_a_guest_that_a_lost_backup_left_frozen_and_whose_agent_never_answers_is
     hypervisor: Hypervisor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quiescing, "_THAW_ATTEMPTS", 2)
+    monkeypatch.setattr(guest_hold, "_THAW_ATTEMPTS", 2)
     hypervisor.guest("deaf").mark(Mark("uid-of-a-lost-one", frozen=True, disks=(MarkedDisk("vda", "/gone.qcow2"),)))
     libvirtd.virsh("domfsfreeze", "deaf")
     channel.swallow()

@@ -13,8 +13,8 @@ from tests.support.domains import Domain, DomainFactory, qemu_img
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import GuestState
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.steps.step import Ending
 
 MALLORY = 12345
 

@@ -40,10 +40,10 @@ from vmbackup.api.status import Outcome
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.stores.registry import open_store
 
 WAITING, QUICK = 12, 5  # guests at once: those that wait for PROTOCOL R4's barrier, which costs nothing, and the others

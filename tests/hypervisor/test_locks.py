@@ -20,7 +20,7 @@ from vmbackup.imaging.image import OverlayFile, info, overlay_file
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.imaging.merge import same_where_written
 from vmbackup.protocol.record import DiskRecord
-from vmbackup.reconcile.steps import offline_merge as merging
+from vmbackup.reconcile.background import merging
 
 pytest_plugins = ("tests.support.fixtures_storage",)
 

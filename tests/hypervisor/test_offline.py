@@ -19,9 +19,9 @@ from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.protocol.record import Copy
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import Journal
+from vmbackup.reconcile.steps.step import Ending
 
 OFFLINE = {"offline": True}
 

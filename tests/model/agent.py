@@ -35,9 +35,10 @@ from vmbackup.protocol import transition
 from vmbackup.protocol.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do, Intent
 from vmbackup.reconcile.state import clock
-from vmbackup.reconcile.steps.copying import BESIDE_A_COPY
-from vmbackup.reconcile.steps.offline_merge import HOLDING
+from vmbackup.reconcile.steps.actions import STEPS
 
+BESIDE_A_COPY = {do for do, step in STEPS.items() if step.beside_copy}
+HOLDING = {do for do, step in STEPS.items() if step.keeps_merged}
 CALLS = {Do.SUSPEND, Do.RESUME, Do.SNAPSHOT, Do.COMMIT, Do.PIVOT, Do.REDEFINE, Do.FREEZE, Do.THAW}
 BACKOFF_OVER, IN_BACKOFF = 0.0, 1.0
 PAUSE_OVER, PAUSE = 0.0, 1.0

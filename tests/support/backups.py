@@ -18,9 +18,9 @@ from vmbackup.backoff import Backoff
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.stores.registry import open_store
 from vmbackup.telemetry.metrics import Metrics
 

@@ -7,7 +7,7 @@ import pytest
 from tests.unit.decisions import finished
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.protocol.record import Copy
-from vmbackup.reconcile.steps.copying import delete_stored
+from vmbackup.reconcile.background.copying import delete_stored
 from vmbackup.stores.base import Store
 
 

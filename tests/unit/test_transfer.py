@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,13 +21,14 @@ from vmbackup.imaging.copy import opened_image
 from vmbackup.imaging.locks import is_locked
 from vmbackup.imaging.merge import merge
 from vmbackup.protocol.record import Copy, DiskRecord, Record, Snapshot
-from vmbackup.protocol.terms import Action, Do
+from vmbackup.protocol.terms import Do, Observation, Power
+from vmbackup.reconcile.background import transfer
+from vmbackup.reconcile.background.copying import Copying
+from vmbackup.reconcile.background.merging import Merging
+from vmbackup.reconcile.background.transfer import Transfer, at_work
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.request import Request
-from vmbackup.reconcile.steps import background as transfer
-from vmbackup.reconcile.steps.background import Transfer, at_work
-from vmbackup.reconcile.steps.copying import BESIDE_A_COPY, Copying
-from vmbackup.reconcile.steps.offline_merge import Merging
+from vmbackup.reconcile.steps.actions import STEPS, make_way
 from vmbackup.reconcile.telling.summary import Progress, summarize
 from vmbackup.stores.directory import store as directory
 from vmbackup.stores.directory.store import DirectoryStore
@@ -163,12 +165,18 @@ def test_after_a_copy_that_hangs_in_its_store_none_begins_before_that_one_has_en
     assert sha256sum(image) == sha256sum(Path(disk.base))
 
 
-@pytest.mark.parametrize(("do", "goes_on"), [*((each, True) for each in BESIDE_A_COPY), (Do.COMMIT, False)])
+BESIDE_A_COPY = (
+    Do.COPY, Do.WAIT, Do.THAW, Do.UNTHROTTLE, Do.RESUME, Do.CLEAR_GUARD, Do.REDEFINE, Do.SYNC_CONFIG
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("do", "goes_on"), [(do, do in BESIDE_A_COPY) for do in (*BESIDE_A_COPY, Do.COMMIT)])
 def test_a_copy_is_not_begun_anew_for_what_leaves_images_alone(
     disk: DiskRecord, slow_copying: Copying, tmp_path: Path, do: Do, goes_on: bool
 ) -> None:
     record, store = record_of(disk), DirectoryStore(tmp_path / "store")
     wait_until(lambda: slow_copying.copy(record, lambda: store) is None and is_locked(Path(disk.base)), "copying")
-    slow_copying.make_way(Action(do, "vda"))
+    run = SimpleNamespace(copying=slow_copying)
+    make_way(cast(Any, run), STEPS[do], Observation(Power.RUNNING, (), call_in_flight=True))
     assert at_work("copy-6f0b1f9e") is goes_on
     assert is_locked(Path(disk.base)) is goes_on

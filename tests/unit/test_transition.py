@@ -6,6 +6,7 @@ from tests.unit.decisions import TO_BASE, TO_OVERLAY, pivoting
 from vmbackup.protocol.record import Image
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.protocol.transition import compared
+from vmbackup.reconcile.steps.actions import STEPS
 
 
 def compare(images: tuple[tuple[str, Image], ...]) -> Action:
@@ -35,3 +36,7 @@ def test_p_names_the_overlay_and_it_shows_the_same_so_it_is_as_if_never_pivoted(
 
 def test_p_names_the_overlay_and_both_were_written():
     assert compared(pivoting(), compare(TO_OVERLAY), "").quarantined == "they differ"
+
+
+def test_every_action_has_a_step():
+    assert set(STEPS) == set(Do)

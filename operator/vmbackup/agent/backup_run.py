@@ -19,8 +19,8 @@ from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.reconcile.telling.listener import Reporter
 from vmbackup.stores.base import Store
 from vmbackup.stores.registry import open_store

@@ -23,10 +23,10 @@ from vmbackup.cluster.status import condition, is_finished, with_generation
 from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.protocol.record import Record
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.domain_lock import is_locked
+from vmbackup.reconcile.steps.step import Ending
 
 Result = TypeVar("Result")
 

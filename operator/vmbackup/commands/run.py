@@ -21,11 +21,11 @@ from vmbackup.errors import Cause, RefusedError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.record import Record, Snapshot
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.state.journal import forget
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.stores.registry import open_store
 from vmbackup.telemetry.metrics import Metrics
 

@@ -9,6 +9,7 @@ from vmbackup.protocol.situation import (
     Rule,
     Situation,
     end,
+    fail_unwanted,
     finish,
     let_go,
     quarantine,
@@ -140,7 +141,7 @@ def park(s: Situation) -> Action | None:
         return Action(Do.FAIL_BACKUP, reason=s.record.quarantined)  # who knows what is done to base elsewhere
     if copying and not s.record.quarantined:
         if s.intent.unwanted:
-            return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
+            return fail_unwanted(s.intent.unwanted)
         if s.seen.migrated:
             return Action(Do.FAIL_BACKUP, reason=advice.migrated(s.record))
         if on_base := [disk.record for disk in s.disks if disk.seen.persistent is not Image.OVERLAY]:

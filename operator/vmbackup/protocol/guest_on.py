@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vmbackup.api.status import Reason
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.protocol.situation import (
@@ -13,6 +14,7 @@ from vmbackup.protocol.situation import (
     Situation,
     consistent,
     end,
+    fail_unwanted,
     finish,
     let_go,
     quarantine,
@@ -143,9 +145,9 @@ def copy_or_fail(s: Situation) -> Action | None:
     if s.seen.power is Power.IO_ERROR:
         return Action(Do.FAIL_BACKUP, reason=advice.no_room([disk.record for disk in s.on_overlay]))
     if s.seen.room_low:
-        return Action(Do.FAIL_BACKUP, reason=s.seen.room_low)
+        return Action(Do.FAIL_BACKUP, reason=s.seen.room_low, cause=Reason.OVERLAY_SPACE_LOW)
     if s.intent.unwanted:
-        return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
+        return fail_unwanted(s.intent.unwanted)
     if begun := [disk.record for disk in s.disks if disk.record.commit_begun]:
         return Action(Do.FAIL_BACKUP, reason=advice.commit_begun(begun[0]))
     if others := [disk.record for disk in s.on_overlay if disk.seen.job]:

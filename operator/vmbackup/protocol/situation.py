@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vmbackup.api.spec import StallPolicy
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
-from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power
+from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power, Unwanted
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,15 @@ def finish(s: Situation) -> Action | None:
     return end(s) or (Action(Do.RELEASE) if s.intent.deleted else None)
 
 
+def fail_unwanted(unwanted: Unwanted) -> Action:
+    """Deleted or cancelled: no copy is wanted any more."""
+    return Action(Do.FAIL_BACKUP, reason=unwanted.message, cause=unwanted.reason)
+
+
 def end(s: Situation) -> Action | None:
     """The copy is decided and shipped, then the backup is finished."""
     if s.intent.unwanted and s.record.copy in (Copy.OPEN, Copy.TAKEN):
-        return Action(Do.FAIL_BACKUP, reason=s.intent.unwanted)
+        return fail_unwanted(s.intent.unwanted)
     if s.record.copy is Copy.OPEN:
         return Action(Do.FAIL_BACKUP, reason="no copy was made")
     if s.record.copy is Copy.TAKEN:

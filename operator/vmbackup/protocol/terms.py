@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmbackup.api.spec import CANCEL_ANNOTATION, StallPolicy
+from vmbackup.api.status import Reason
 from vmbackup.protocol.record import Guard, Image
 
 CANCELLED = f"the backup was cancelled (annotation {CANCEL_ANNOTATION})"
@@ -81,6 +82,14 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Unwanted:
+    """Why no copy is wanted any more."""
+
+    message: str
+    reason: Reason
+
+
+@dataclass(frozen=True)
 class Intent:
     """What is wanted."""
 
@@ -98,11 +107,11 @@ class Intent:
     )
 
     @property
-    def unwanted(self) -> str:
-        """Why no copy is wanted any more; '' while one is."""
+    def unwanted(self) -> Unwanted | None:
+        """Why no copy is wanted any more; None while one is."""
         if self.deleted:
-            return "the VMBackup was deleted"
-        return CANCELLED if self.cancelled else ""
+            return Unwanted("the VMBackup was deleted", Reason.DELETED)
+        return Unwanted(CANCELLED, Reason.CANCELLED) if self.cancelled else None
 
 
 class Do(StrEnum):
@@ -157,6 +166,7 @@ class Action:
     target: str = ""
     images: tuple[tuple[str, Image], ...] = ()
     reason: str = ""
+    cause: Reason | None = None  # FAIL_BACKUP: the reason for the condition; None where the message alone says it
     until: float | None = None  # WAIT, INTEND_PAUSE: CLOCK_BOOTTIME, seconds; None: until something happens
     others: bool = False  # WAIT: for what somebody else does with this domain
     parked: bool = False  # WAIT: nothing can be done until a human or the guest acts

@@ -2,14 +2,17 @@
 state.
 
 A mutating call changes the record twice: `begun` before it is sent, `answered` when it was carried out.
+
+No other module changes a record, but the planner (reconcile/admission) and those that start one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import inf
 
-from vmbackup.protocol.record import Copy, Freeze, Guard, Image, Record, Settled, Snapshot
+from vmbackup.protocol.record import Call, Copy, Freeze, Guard, Image, Record, Settled, Snapshot, Throttle
 from vmbackup.protocol.terms import Action, Do
 
 
@@ -32,7 +35,7 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.RECORD_IO_ERROR:
             return replace(record, io_error=True)
         case Do.FAIL_BACKUP | Do.REFUSE:
-            return replace(record, copy=Copy.FAILED, copy_error=action.reason)
+            return replace(record, copy=Copy.FAILED, copy_error=action.reason, copy_reason=action.cause or "")
         case Do.BEGIN_COMMIT:
             return record.with_disk(target, commit_begun=True)
         case Do.INTEND_PAUSE:
@@ -191,3 +194,150 @@ def planned_anew(record: Record) -> Record:
         retry_at=0.0,
     )
     return replace(fresh, snapshot=Snapshot.NONE, replan=False, gave_up=False)
+
+
+# -- what is noted of a moment, before a call
+
+
+def with_call(record: Record, call: Call | None) -> Record:
+    """The record while this call is unanswered (R4); None: whatever the last one did, it has done."""
+    return replace(record, call=call)
+
+
+def suspending(record: Record, now: float) -> Record:
+    """The record as the guest is about to be suspended. `now`: CLOCK_BOOTTIME, seconds."""
+    return replace(record, suspended_at=now)
+
+
+def snapshotting(record: Record, *, at: float, now: float, nvram: str) -> Record:
+    """The record as the snapshot is about to be taken: `at` in seconds since the epoch, `now` in CLOCK_BOOTTIME.
+
+    `nvram`: where the UEFI variables of that moment are kept, if the guest has any.
+    """
+    return replace(record, snapshot_time=at, snapshot_at=now, nvram=nvram)
+
+
+def attempted(record: Record, target: str, now: float) -> Record:
+    """The record as an attempt to merge the overlay of this disk begins. `now`: CLOCK_BOOTTIME, seconds."""
+    return record.with_disk(target, commit_started=now, attempts=record.disk(target).attempts + 1)
+
+
+# -- the guest
+
+
+def freeze_refused(record: Record) -> Record:
+    """There is no guest agent: nothing is frozen, nor ever will be."""
+    return replace(record, freeze=Freeze.TRIED)
+
+
+def thaw_given_up(record: Record) -> Record:
+    """The guest agent was asked too often: a human must thaw the guest."""
+    return replace(record, freeze=Freeze.TRIED)
+
+
+def pause_failed(record: Record) -> Record:
+    """The guest could not be suspended for a commit to converge."""
+    return replace(record, pause_until=0.0)
+
+
+def throttled(record: Record, target: str, throttle: Throttle) -> Record:
+    """How the guest's writes to this disk are slowed down now."""
+    return record.with_disk(target, throttle=throttle)
+
+
+# -- the copy
+
+
+def copy_failed(record: Record, why: str, reason: str) -> Record:
+    """There will be no good copy. `reason`: why, for a condition; empty where the message alone says it."""
+    return replace(record, copy=Copy.FAILED, copy_error=why, copy_reason=reason)
+
+
+def copy_taken(record: Record, images: Mapping[str, tuple[str, int]]) -> Record:
+    """The content of the snapshot is safe outside the chain: file in the store and bytes, by target."""
+    for target, (file, size) in images.items():
+        record = record.with_disk(target, file=file, total_bytes=size, copied_bytes=size)
+    return replace(record, copy=Copy.TAKEN)
+
+
+def copy_stored(record: Record, location: str, digests: Mapping[str, str]) -> Record:
+    """The backup is published in the store. `digests` by target."""
+    for target, digest in digests.items():
+        record = record.with_disk(target, digest=digest)
+    return replace(record, copy=Copy.STORED, location=location)
+
+
+# -- the way home and the end
+
+
+def overlay_removed(record: Record, target: str, *, seconds: float | None, merged_bytes: int) -> Record:
+    """This disk is home. `seconds`: how long that took since its last attempt began; None: not known."""
+    return record.with_disk(
+        target,
+        commit_running=False,
+        commit_started=None,
+        commit_seconds=seconds,
+        merged="",
+        merged_bytes=merged_bytes,
+    )
+
+
+def finished(record: Record, completed: float) -> Record:
+    """The end. `completed`: seconds since the epoch."""
+    return replace(recorded(record, Action(Do.FINISH)), completed=completed)
+
+
+def refused(record: Record, why: str, reason: str, completed: float) -> Record:
+    """The end of a backup that has not begun. `completed`: seconds since the epoch."""
+    failed_copy = replace(copy_failed(record, why, reason), freeze=Freeze.NONE)
+    return replace(failed_copy, finished=True, completed=completed)
+
+
+def brought_home(record: Record) -> Record:
+    """R7: a later backup of the domain has merged what this one had left."""
+    home = replace(record, gave_up=False, quarantined="", finished=True, orphan=False)
+    if home.copy in (Copy.OPEN, Copy.TAKEN):
+        return replace(home, copy=Copy.FAILED, copy_error="the backup ended before its copy was complete")
+    return home
+
+
+# -- a new run
+
+
+def taken_up_again(record: Record, retry: str) -> Record:
+    """The record after a request to try again: all attempts to bring the chain home are open once more.
+
+    A copy that failed stays failed: that needs a new VMBackup.
+    """
+    fresh = record.with_every_disk(failures=0, retry_at=0.0)
+    ended = record.finished and not record.gave_up
+    return replace(fresh, handled_retry=retry, gave_up=False, finished=ended)
+
+
+def asked_again(record: Record, retry: str) -> Record:
+    """The record of a backup that is over, for a status that answers this request to try again."""
+    return replace(record, handled_retry=retry)
+
+
+def of_domain(record: Record, name: str, uuid: str) -> Record:
+    """The record with the domain that was found. An earlier run's plan is dropped: the domain may have changed."""
+    disks = () if record.snapshot is Snapshot.NONE else record.disks
+    return replace(record, disks=disks, domain=name, domain_uuid=uuid)
+
+
+def with_commits_of(record: Record, others: Iterable[Record]) -> Record:
+    """The record, knowing which of its overlays another backup has adopted and begun to commit (PROTOCOL R7).
+
+    Such a base is not the point in time any more: a copy of it would be of no moment at all.
+    """
+    committing = {disk.overlay for other in others for disk in other.disks if disk.commit_begun}
+    for disk in record.disks:
+        if disk.overlay in committing:
+            record = record.with_disk(disk.target, commit_begun=True)
+    return record
+
+
+def with_call_of(record: Record, others: Iterable[Record], boot: str) -> Record:
+    """The record, waiting for the last call that another backup of this domain has left unanswered (PROTOCOL R4)."""
+    calls = [other.call for other in (record, *others) if other.call is not None and other.call.boot_id == boot]
+    return with_call(record, max(calls, key=lambda call: call.boottime, default=None))

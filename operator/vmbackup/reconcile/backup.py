@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -13,11 +13,23 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.errors import PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
-from vmbackup.protocol.record import Copy, Freeze, Record, Snapshot
+from vmbackup.protocol.record import Copy, Record, Snapshot
 from vmbackup.protocol.terms import CANCELLED
-from vmbackup.protocol.transition import of_this_boot, resumed_after_crash, without_switches
+from vmbackup.protocol.transition import (
+    asked_again,
+    brought_home,
+    of_domain,
+    of_this_boot,
+    refused,
+    resumed_after_crash,
+    with_call_of,
+    with_commits_of,
+    without_switches,
+)
 from vmbackup.reconcile.admission.plan import Planner, key_of
-from vmbackup.reconcile.driver import Driver, Ending
+from vmbackup.reconcile.background.copying import Copying, delete_stored
+from vmbackup.reconcile.background.merging import Merging
+from vmbackup.reconcile.driver import Driver
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.observe import Observer
 from vmbackup.reconcile.request import Request, spec_of
@@ -25,9 +37,7 @@ from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.clock import boot_id, boottime
 from vmbackup.reconcile.state.domain_lock import domain_lock
 from vmbackup.reconcile.state.journal import Journal
-from vmbackup.reconcile.steps.actions import Acts
-from vmbackup.reconcile.steps.copying import Copying, delete_stored
-from vmbackup.reconcile.steps.offline_merge import Merging
+from vmbackup.reconcile.steps.step import Ending, Run
 from vmbackup.reconcile.telling.announcer import Announcer
 from vmbackup.reconcile.telling.listener import Reporter
 from vmbackup.reconcile.telling.log import LogReporter
@@ -160,7 +170,7 @@ class Backup:
         """Nothing is left to do for the chain. The end may not have reached the API server before a run was killed."""
         record, request = journal.record, self._request()
         if not request.deleted:
-            self._reporter.report(summarize(replace(record, handled_retry=request.retry), None, None, Progress({}, {})))
+            self._reporter.report(summarize(asked_again(record, request.retry), None, None, Progress({}, {})))
             return Ending.FINISHED
         if request.delete_data:
             delete_stored(record, self._open_store)
@@ -227,10 +237,7 @@ class Backup:
         return Ending.RELEASED
 
     def _refused(self, journal: Journal, error: RefusedError) -> Ending:
-        refused = replace(
-            journal.record, freeze=Freeze.NONE, copy=Copy.FAILED, copy_error=str(error), copy_reason=error.reason
-        )
-        journal.write(replace(refused, finished=True, completed=time.time()), durable=True)
+        journal.write(refused(journal.record, str(error), error.reason, time.time()), durable=True)
         report = summarize(journal.record, None, None, Progress({}, {}))
         self._reporter.report(report)
         self._reporter.event(report.reason, report.message, warning=True)
@@ -238,17 +245,16 @@ class Backup:
         return Ending.FINISHED
 
     def _driver(self, journal: Journal, guest: Guest, earlier: Sequence[Record]) -> Driver:
-        node, record = self._node, journal.record
-        if record.snapshot is Snapshot.NONE:
-            record = replace(record, disks=())  # an earlier run's plan: the domain may have changed since
+        node = self._node
+        record = of_domain(journal.record, guest.name, guest.uuid)
         record = with_call_of(with_commits_of(record, earlier), earlier, boot_id())
-        self._write(journal, replace(record, domain=guest.name, domain_uuid=guest.uuid), durable=True)
+        self._write(journal, record, durable=True)
         copying = Copying(self._request, self.wake, node.metrics)
         request = self._request()
         over = record.finished and (request.deleted or request.retry == record.handled_retry)
         announcer = Announcer(self._reporter, node.metrics, copying, ended=over)
         observer = Observer(node.hypervisor, guest)
-        acts = Acts(
+        run = Run(
             journal=journal,
             guest=guest,
             observer=observer,
@@ -263,9 +269,7 @@ class Backup:
         )
         return Driver(
             hypervisor=node.hypervisor,
-            observer=observer,
-            acts=acts,
-            announcer=announcer,
+            run=run,
             request=self._request,
             woken=self._woken,
             journal_error=self._journal_error,
@@ -286,9 +290,7 @@ class Backup:
                     self._note_home(record, reporter)
 
     def _note_home(self, record: Record, reporter: Reporter | None) -> None:
-        home = replace(record, gave_up=False, quarantined="", finished=True, orphan=False)
-        if home.copy in (Copy.OPEN, Copy.TAKEN):
-            home = replace(home, copy=Copy.FAILED, copy_error="the backup ended before its copy was complete")
+        home = brought_home(record)
         journal = Journal.start(self._node.state_dir, home)
         journal.close()
         if record.orphan:
@@ -316,21 +318,3 @@ def _no_store() -> Store:
 def _untouched(record: Record) -> bool:
     """Nothing was begun, and its guest is not held still for what was about to be."""
     return record.snapshot is Snapshot.NONE and not record.holds_guest
-
-
-def with_commits_of(record: Record, others: Iterable[Record]) -> Record:
-    """The record, knowing which of its overlays another backup has adopted and begun to commit (PROTOCOL R7).
-
-    Such a base is not the point in time any more: a copy of it would be of no moment at all.
-    """
-    begun = {disk.overlay for other in others for disk in other.disks if disk.commit_begun}
-    for disk in record.disks:
-        if disk.overlay in begun:
-            record = record.with_disk(disk.target, commit_begun=True)
-    return record
-
-
-def with_call_of(record: Record, others: Iterable[Record], boot: str) -> Record:
-    """The record, waiting for the last call that another backup of this domain has left unanswered (PROTOCOL R4)."""
-    calls = [other.call for other in (record, *others) if other.call is not None and other.call.boot_id == boot]
-    return replace(record, call=max(calls, key=lambda call: call.boottime, default=None))

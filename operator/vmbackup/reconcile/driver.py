@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from enum import StrEnum
 
 from vmbackup.api.spec import Quiesce, SwitchPolicy
 from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
@@ -15,29 +14,21 @@ from vmbackup.protocol.convergence import with_overdue
 from vmbackup.protocol.decide import decide
 from vmbackup.protocol.record import Copy, Guard, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do, Intent, Power
-from vmbackup.reconcile.observe import Observer, View
+from vmbackup.protocol.transition import taken_up_again, with_call, without_switches
+from vmbackup.reconcile.observe import View
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state.clock import boottime
-from vmbackup.reconcile.steps.actions import Acts
-from vmbackup.reconcile.steps.calls import forget_call
-from vmbackup.reconcile.telling.announcer import Announcer
+from vmbackup.reconcile.steps.actions import perform
+from vmbackup.reconcile.steps.snapshot import plan
+from vmbackup.reconcile.steps.step import AT_ONCE, Ending, Next, Run, Task
 
 _log = logging.getLogger(__name__)
 
 _POLL = 1.0  # seconds; events wake it earlier
-_POLL_PARKED = 5.0
 _RECONNECT_PAUSE = 1.0  # libvirtd takes up its running guests again after it has begun to answer
 _SWITCH = 1.0  # seconds; one takes 25 to 60 ms
 _WORTH_TELLING = 3  # hiccups in a row
 _HICCUPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between looks while looking fails
-
-
-class Ending(StrEnum):
-    """Why a run is over."""
-
-    FINISHED = "finished"
-    RELEASED = "released"  # deleted, and the finalizer may go
-    INTERRUPTED = "interrupted"  # told to stop; another run carries on
 
 
 class Driver:
@@ -47,30 +38,26 @@ class Driver:
         self,
         *,
         hypervisor: Hypervisor,
-        observer: Observer,
-        acts: Acts,
-        announcer: Announcer,
+        run: Run,
         request: Callable[[], Request],
         woken: threading.Event,
         journal_error: PermanentError | None = None,
     ) -> None:
         """`journal_error`: the journal has given up already, and all that is to be done is to let the guest run."""
         self._hypervisor = hypervisor
-        self._observer = observer
-        self._acts = acts
-        self._announcer = announcer
+        self._run = run
         self._request = request
         self._woken = woken
         self._generation = hypervisor.generation
         # A record that was begun comes from an earlier run: who knows what happened since.
-        self._doubt = self._record.snapshot is not Snapshot.NONE
+        run.doubt = self._record.snapshot is not Snapshot.NONE
         self._hiccups = 0
         self._journal_error = journal_error
         self._paused_by_another = False
 
     @property
     def _record(self) -> Record:
-        return self._acts.record
+        return self._run.record
 
     def wake(self) -> None:
         """Look at once: the request or the domain has changed."""
@@ -87,14 +74,14 @@ class Driver:
                     return Ending.INTERRUPTED
                 if self._journal_error is not None and self._may_stop():
                     raise self._journal_error
-                ending = self._step(request)
-                if isinstance(ending, Ending):
-                    return ending
-                if ending > 0:
-                    self._woken.wait(ending)
+                following = self._step(request)
+                if following.ending is not None:
+                    return following.ending
+                if following.seconds > 0:
+                    self._woken.wait(following.seconds)
         finally:
             unsubscribe()
-            self._acts.let_go()
+            self._run.end()
 
     def _may_stop(self) -> bool:
         """Never with the guest suspended, frozen or slowed down by us, unless that cannot be changed now.
@@ -105,30 +92,29 @@ class Driver:
         held = self._record.holds_guest and not (self._record.guard is not Guard.OURS and self._paused_by_another)
         return not held and not slowed
 
-    def _step(self, request: Request) -> Ending | float:
-        """One round. Returns the seconds to wait before the next, or the ending."""
+    def _step(self, request: Request) -> Next:
+        """One round: observe, decide, tell, act."""
         try:
             if request.retry != self._record.handled_retry:
-                self._acts.write(taken_up_again(self._record, request.retry))
+                self._run.write(taken_up_again(self._record, request.retry))
             if self._unplanned(request) and not self._record.holds_guest and self._record.call is None:
-                return self._plan(request)
+                return plan(self._run, request)
             view = self._observe(request)
             action = self._decide(request, view)
             waits = action.do is Do.WAIT and not view.seen.call_in_flight
             self._paused_by_another = waits and view.seen.power is not Power.RUNNING
             _log.debug("%s: %s %s", self._record.name, action.do, action.target)
             if self._journal_error is None and not self._hastens(action):
-                self._announcer.tell(self._record, view.seen, action)
-            pause = self._perform(action, view, request)
+                self._run.announcer.tell(self._record, view.seen, action)
+            following = perform(self._run, Task(action, view, request))
             self._hiccups = 0
-            return pause
+            return following
         except RefusedError as error:
-            self._acts.refuse(error)
-            return 0.0
+            return self._run.fail_backup(str(error), error.reason)
         except UnknownOutcomeError as error:
-            self._doubt = True
-            self._announcer.event("UnknownOutcome", str(error), warning=True)
-            return _POLL
+            self._run.doubt = True
+            self._run.announcer.event("UnknownOutcome", str(error), warning=True)
+            return Next.wait(_POLL)
         except TransientError as error:
             return self._hiccup(error)
         except PermanentError as error:
@@ -137,8 +123,8 @@ class Driver:
             if self._may_stop():
                 raise
             self._journal_error = error  # the guest comes first
-            self._acts.release_guest()
-            return 0.0
+            self._run.journal.give_up(without_switches(self._record))
+            return AT_ONCE
         except Exception as error:
             if self._may_stop():
                 raise
@@ -150,16 +136,15 @@ class Driver:
         since = self._record.suspended_at or 0.0
         return self._record.guard is Guard.OURS and action.do is not Do.WAIT and boottime() - since < _SWITCH
 
-    def _hiccup(self, error: VMBackupError) -> float:
+    def _hiccup(self, error: VMBackupError) -> Next:
         pause = _HICCUPS[min(self._hiccups, len(_HICCUPS) - 1)]
         self._hiccups += 1
         _log.info("%s: %s", self._record.name, error)
         if self._hiccups == _WORTH_TELLING:
             if isinstance(error, PermanentError) and self._untouched():
-                self._acts.refuse(error)
-                return 0.0
-            self._announcer.event(error.reason, str(error), warning=True)
-        return pause
+                return self._run.fail_backup(str(error), error.reason)
+            self._run.announcer.event(error.reason, str(error), warning=True)
+        return Next.wait(pause)
 
     def _untouched(self) -> bool:
         """Nothing was done to the guest, and nothing asked for that may still happen."""
@@ -174,15 +159,15 @@ class Driver:
     def _observe(self, request: Request) -> View:
         if self._hypervisor.generation != self._generation:
             self._generation = self._hypervisor.generation
-            self._doubt = True
+            self._run.doubt = True
             threading.Event().wait(_RECONNECT_PAUSE)
-        view = self._observer.observe(self._record, doubt=self._doubt)
+        view = self._run.observer.observe(self._record, doubt=self._run.doubt)
         if self._record.call is not None and not view.seen.call_in_flight:
-            self._doubt = True
-            self._acts.write(forget_call(self._record))
-            view = self._observer.observe(self._record, doubt=True)
+            self._run.doubt = True
+            self._run.write(with_call(self._record, None))
+            view = self._run.observer.observe(self._record, doubt=True)
         if view.seen.disks and all(disk.written is not None and disk.written is disk.live for disk in view.seen.disks):
-            self._doubt = False
+            self._run.doubt = False
         return replace(view, seen=with_overdue(self._record, view.seen, request.spec.commit.deadline_seconds))
 
     def _decide(self, request: Request, view: View) -> Action:
@@ -206,41 +191,3 @@ class Driver:
     def _unplanned(self, request: Request) -> bool:
         """Nothing is known of its disks yet. But what an earlier run has frozen is thawed before that."""
         return not self._record.disks and self._record.copy is Copy.OPEN and not (request.deleted or request.cancelled)
-
-    def _perform(self, action: Action, view: View, request: Request) -> Ending | float:
-        self._acts.make_way(action, view.seen)
-        match action.do:
-            case Do.WAIT:
-                if not request.stop and not view.seen.call_in_flight:  # R4: nothing is sent, nor answered, meanwhile
-                    self._acts.tend(view, request)
-                return self._pause(action, view)
-            case Do.RELEASE:
-                self._acts.release(request)
-                return Ending.RELEASED
-            case Do.DONE:
-                return Ending.FINISHED
-            case Do.PLAN:
-                return self._plan(request)
-            case _:
-                return self._acts.perform(action, view, request)
-
-    def _plan(self, request: Request) -> float:
-        pause = self._acts.plan(request)
-        self._doubt = self._doubt or self._record.snapshot is Snapshot.ADOPTED  # who knows how it was left
-        return pause
-
-    def _pause(self, action: Action, view: View) -> float:
-        longest = _POLL_PARKED if action.parked else _POLL
-        if action.until is None:
-            return longest
-        return min(longest, max(0.05, action.until - view.seen.now))
-
-
-def taken_up_again(record: Record, retry: str) -> Record:
-    """The record after a request to try again: all attempts to bring the chain home are open once more.
-
-    A copy that failed stays so: that needs a new VMBackup.
-    """
-    anew = record.with_every_disk(failures=0, retry_at=0.0)
-    finished = record.finished and not record.gave_up
-    return replace(anew, handled_retry=retry, gave_up=False, finished=finished)

@@ -20,9 +20,9 @@ from threading import Event, Thread
 from vmbackup.errors import Cause, PermanentError, VMBackupError
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import release_guest_of
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.reconcile.telling.announcer import tell_suspended
 
 _log = logging.getLogger(__name__)

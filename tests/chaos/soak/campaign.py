@@ -18,8 +18,8 @@ from tests.chaos.soak.tally import Tally
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Guard, Record
-from vmbackup.reconcile.driver import Ending
 from vmbackup.reconcile.state.journal import record_of
+from vmbackup.reconcile.steps.step import Ending
 
 HOME_SECONDS = 180.0  # at most, after the last fault: barriers of 31 s, attempts, a boot
 SUSPENDED_SECONDS = 5.0

@@ -1,160 +1,64 @@
-"""From the frozen base into the store: take every disk, then publish; in the background, while the driver observes."""
+"""COPY, SHIP, FAIL_BACKUP: from the frozen base into the store, or the end of that."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from vmbackup.api.status import Reason
+from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.protocol.terms import Do
+from vmbackup.reconcile.admission.overlay_space import patience
+from vmbackup.reconcile.state.clock import boottime
+from vmbackup.reconcile.steps.step import AT_ONCE, Next, Run, Step, Task
 
-from vmbackup.errors import PermanentError, RefusedError, VMBackupError
-from vmbackup.imaging import CopyControl
-from vmbackup.imaging.copy import reading
-from vmbackup.protocol.record import Copy, Record
-from vmbackup.protocol.terms import Action, Do
-from vmbackup.reconcile.admission.plan import key_of, source_of
-from vmbackup.reconcile.request import Request
-from vmbackup.reconcile.steps.background import Transfer, at_work
-from vmbackup.stores.base import GuestFacts, Published, Store, TakenDisk
-from vmbackup.telemetry.metrics import Metrics
-
-# What leaves images alone, and may be tried again every few seconds for hours, as while a guest agent does not answer
-# or libvirt's configuration cannot be saved: no copy begins anew for that.
-_SETTLING = (Do.REDEFINE, Do.SYNC_CONFIG)
-BESIDE_A_COPY = (Do.COPY, Do.WAIT, Do.THAW, Do.UNTHROTTLE, Do.RESUME, Do.CLEAR_GUARD, *_SETTLING)
+_SHIP_ATTEMPTS = 10
+_SHIP_PAUSE = 5.0  # seconds
+_POLL = 1.0  # seconds
 
 
-@dataclass(frozen=True)
-class _Result:
-    taken: Sequence[TakenDisk]
-    published: Published | None
+def _copy(run: Run, task: Task) -> Next:
+    """Start the copy, or see how far it is."""
+    now = boottime()
+    deadline = task.request.spec.copy.deadline_seconds
+    left = deadline - (now - (run.record.snapshot_at or now))
+    if left <= 0:
+        run.copying.cancel()
+        return run.fail_backup(
+            f"the copy was not complete {deadline} s after the snapshot (spec.copy.deadlineSeconds): "
+            "raise it, or the bandwidth",
+            "CopyDeadlineExceeded",
+        )
+    try:
+        record = run.copying.copy(run.record, run.open_store)
+    except VMBackupError as error:
+        return run.fail_backup(f"the copy failed: {error}", Reason.COPY_FAILED)
+    if record is None:
+        return Next.wait(min(patience(run.record), left))
+    run.write(record)
+    return AT_ONCE
 
 
-class Copying:
-    """The copies of one backup. `copied` is how many bytes of each disk are through, by target.
-
-    `stuck`: nothing is copied since an earlier attempt, which was given up, hangs in the store still.
-    """
-
-    def __init__(self, request: Callable[[], Request], wake: Callable[[], None], metrics: Metrics) -> None:
-        self._request = request
-        self._wake = wake
-        self._metrics = metrics
-        self._transfer: Transfer[_Result] | None = None
-        self._shipping = False
-        self.stuck = False
-        self.copied: dict[str, int] = {}
-        self.last_progress: float | None = None
-
-    def copy(self, record: Record, open_store: Callable[[], Store]) -> Record | None:
-        """Start copying, or see how far it is: the record with the content secured, or None while it runs.
-
-        Where the store made clones, the digests are still missing, and `ship` completes the backup once the chain is
-        home. Raises the errors of the store.
-        """
-        store = open_store()
-        result = self._run(lambda control: self._take(record, store, control), record)
-        if result is None:
-            return None
-        for disk in result.taken:
-            image = disk.images[0]
-            record = record.with_disk(disk.target, file=image.file, total_bytes=image.bytes, copied_bytes=image.bytes)
-        return _stored(record, result.published) if result.published else replace(record, copy=Copy.TAKEN)
-
-    def ship(self, record: Record, open_store: Callable[[], Store]) -> Record | None:
-        """Complete the backup in the store: the record with it, or None while that runs."""
-        store = open_store()
-        self._shipping = True
-        result = self._run(lambda control: _publish(record, store, store.taken(key_of(record)), control), record)
-        return None if result is None or result.published is None else _stored(record, result.published)
-
-    def make_way(self, action: Action) -> None:
-        """End a copy, having let go of every image, unless this action leaves them alone.
-
-        No reader may be left on the base when a commit begins. A shipment, which touches no image in use, goes on.
-        """
-        if not self._shipping and action.do not in BESIDE_A_COPY:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """End whatever runs."""
-        if self._transfer is not None:
-            self._transfer.cancel()
-            self._transfer = None
-        self._shipping = False
-
-    def _run(self, work: Callable[[CopyControl], _Result], record: Record) -> _Result | None:
-        name = f"copy-{record.uid}"
-        if self._transfer is None:
-            self.stuck = at_work(name)  # what it still writes must not meet what is written anew
-            if self.stuck:
-                return None
-            self._transfer = Transfer(work, CopyControl(bandwidth=self._bandwidth), self._wake, name)
-        if not self._transfer.ended:
-            return None
-        transfer, self._transfer, self._shipping = self._transfer, None, False
-        return transfer.result()
-
-    def _bandwidth(self) -> int | None:
-        return self._request().spec.copy.bandwidth
-
-    def _take(self, record: Record, store: Store, control: CopyControl) -> _Result:
-        taken: list[TakenDisk] = []
-        with ExitStack() as others:
-            for disk in record.disks:  # all at once: nobody commits to one while another is copied
-                others.enter_context(reading(Path(disk.base), control))
-            for disk in record.disks:
-                watched = replace(control, progress=self._watch(disk.target))
-                taken.append(store.take(key_of(record), source_of(disk), watched))
-        control.check()
-        if all(image.digest for disk in taken for image in disk.images):
-            return _publish(record, store, taken, control)
-        return _Result(taken, None)
-
-    def _watch(self, target: str) -> Callable[[int, int], None]:
-        def progress(done: int, _total: int) -> None:
-            before = self.copied.get(target, 0)
-            if done > before:
-                self._metrics.copied(done - before)
-                self.last_progress = time.time()
-            self.copied[target] = done
-
-        return progress
+def _ship(run: Run, _task: Task) -> Next:
+    """Start completing the backup in the store, or see how far that is."""
+    try:
+        record = run.copying.ship(run.record, run.open_store)
+    except VMBackupError as error:
+        run.failures[Do.SHIP] += 1
+        if isinstance(error, TransientError) and run.failures[Do.SHIP] < _SHIP_ATTEMPTS:  # no guest waits for it
+            return Next.wait(_SHIP_PAUSE)
+        return run.fail_backup(f"the copy could not be completed in the store: {error}", Reason.SHIPPING_FAILED)
+    if record is None:
+        return Next.wait(_POLL)
+    run.write(record)
+    return AT_ONCE
 
 
-def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
-    """Delete what is stored of a backup: also of a failed one that was published a moment before it was given up.
-
-    Raises PermanentError or TransientError where what is known to be stored is not deleted.
-    """
-    if record.copy is Copy.STORED:
-        try:
-            open_store().delete(record.location, record.uid)
-        except RefusedError as error:  # by the store: nothing of the backup itself is refused any more
-            raise PermanentError(str(error), reason=error.reason) from error
-        return
-    with suppress(VMBackupError):
-        store = open_store()
-        if location := store.published(key_of(record)):
-            store.delete(location, record.uid)
+def _fail_backup(run: Run, task: Task) -> Next:
+    """The way home goes on. Where the VMBackup was deleted, that is the reason, whatever else is wrong."""
+    reason = Reason.DELETED if task.request.deleted else task.action.cause
+    if reason is None and task.view.seen.migrated:
+        reason = Reason.DOMAIN_MIGRATED
+    return run.fail_backup(task.action.reason, reason or "")
 
 
-def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
-    missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
-    if missing and not store.published(key_of(record)):
-        raise PermanentError(f"the store has lost what was taken of {', '.join(sorted(missing))}: back up again")
-    facts = GuestFacts(
-        domain=record.domain,
-        domain_uuid=record.domain_uuid,
-        domain_xml=record.domain_xml,
-        nvram=Path(record.nvram) if record.nvram else None,
-        snapshot_time=record.snapshot_time or 0.0,
-    )
-    return _Result(taken, store.publish(key_of(record), taken, facts, control))
-
-
-def _stored(record: Record, published: Published) -> Record:
-    for target, digest in published.digests.items():
-        record = record.with_disk(target, digest=digest)
-    return replace(record, copy=Copy.STORED, location=published.location)
+COPY = Step(_copy, beside_copy=True)
+SHIP = Step(_ship)
+FAIL_BACKUP = Step(_fail_backup)

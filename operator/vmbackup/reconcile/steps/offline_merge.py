@@ -1,122 +1,44 @@
-"""Overlays of a guest that is off, merged or compared with their base in the background (spec.commit.offline, pivots).
+"""MERGE_OFFLINE, COMPARE: the overlay of a guest that is off, merged into its base or compared with it.
 
-A guest that starts meanwhile is refused by QEMU's locks, so whatever else is to be done comes before, and whoever ends
-this lets go of the images at once.
+Decided by merge_offline, off_on_overlay and off_with_overlay_left (protocol/guest_off.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from vmbackup.api.status import RetryReason
+from vmbackup.errors import TransientError, VMBackupError
+from vmbackup.protocol.terms import Action
+from vmbackup.protocol.transition import attempted, compared, merged_offline
+from vmbackup.reconcile.state.clock import boottime
+from vmbackup.reconcile.steps.step import AT_ONCE, Next, Run, Step, Task
 
-from vmbackup.errors import VMBackupError
-from vmbackup.imaging import CopyControl
-from vmbackup.imaging.copy import reading
-from vmbackup.imaging.merge import HeldOverlay, merge, same_where_written, stamp_of
-from vmbackup.protocol.record import DiskRecord
-from vmbackup.protocol.terms import Action, Do
-from vmbackup.reconcile.observe import Observer
-from vmbackup.reconcile.steps.background import Transfer
-
-# What is done between the merge and the end of the overlay: from the one to the other no guest may start on it.
-HOLDING = (Do.MERGE_OFFLINE, Do.REDEFINE, Do.SYNC_CONFIG, Do.REMOVE_OVERLAY)
+_POLL = 1.0  # seconds
 
 
-def compare(disk: DiskRecord, control: CopyControl) -> str:
-    """The stamp of an overlay that holds nothing which its base lacks; empty if it does. TransientError if in use.
+def _merge_offline(run: Run, task: Task) -> Next:
+    """Start merging, or see how far it is."""
+    if not run.merging.target:
+        run.write(attempted(run.record, task.target, boottime()))
+    target = run.merging.target or task.target
+    try:
+        stamp = run.merging.merge(run.disk(target), task.request.spec.commit.bandwidth)
+    except VMBackupError as error:
+        reason = RetryReason.BUSY if isinstance(error, TransientError) else RetryReason.JOB_FAILED
+        return run.commit_failed(Action(task.action.do, target), str(error), reason)
+    if stamp is None:
+        return Next.wait(_POLL)
+    run.write(merged_offline(run.record, target, stamp))
+    return AT_ONCE
 
-    No guest can start on either meanwhile: what it wrote would be taken for a difference, and quarantined for good.
-    Raises Cancelled.
-    """
-    overlay, base = Path(disk.overlay), Path(disk.base)
-    with reading(overlay, control), reading(base, control):
-        return stamp_of(overlay) if same_where_written(overlay, base, disk.format, control) else ""
+
+def _compare(run: Run, task: Task) -> Next:
+    """Start comparing, or see how far it is."""
+    stamp = run.merging.compare(run.disk(task.target), task.action)
+    if stamp is None:
+        return Next.wait(_POLL)
+    run.write(compared(run.record, task.action, stamp))
+    return AT_ONCE
 
 
-class Merging:
-    """Works on one overlay at a time; one that was merged is held against every start until it is let go."""
-
-    def __init__(self, observer: Observer, wake: Callable[[], None]) -> None:
-        self._observer = observer
-        self._wake = wake
-        self._merge: Transfer[HeldOverlay] | None = None
-        self._compare: Transfer[str] | None = None
-        self._compares: Action | None = None
-        self._held: list[HeldOverlay] = []
-        self._target = ""  # the disk that is worked on
-
-    @property
-    def target(self) -> str:
-        """The disk being merged."""
-        return self._target if self._merge is not None else ""
-
-    def merge(self, disk: DiskRecord, bandwidth: int | None) -> str | None:
-        """Start merging, or see how far it is: the stamp of the overlay once it is merged and held, else None.
-
-        Raises the errors of imaging.merge.
-        """
-        if self._merge is None:
-            self.let_go()
-            overlay, base = Path(disk.overlay), Path(disk.base)
-            self._begin(disk)
-            self._merge = Transfer(
-                lambda control: merge(overlay, base, disk.format, bandwidth, control),
-                CopyControl(),
-                self._wake,
-                f"merge-{disk.target}",
-            )
-        if not self._merge.ended:
-            return None
-        target, merged = self._target, self._merge
-        self._merge = None
-        self._end()
-        held = merged.result()
-        self._held.append(held)
-        self._observer.held.add(target)
-        return held.stamp
-
-    def compare(self, disk: DiskRecord, action: Action) -> str | None:
-        """Start comparing, or see how far it is: None while it runs, else as `compare`, whose errors it raises.
-
-        What was begun for another action, by which P named the other image, counts for nothing.
-        """
-        if self._compare is None or self._compares != action:
-            self.let_go()
-            self._begin(disk)
-            name = f"compare-{disk.target}"
-            self._compare = Transfer(lambda control: compare(disk, control), CopyControl(), self._wake, name)
-            self._compares = action
-        if not self._compare.ended:
-            return None
-        compared, self._compare = self._compare, None
-        self._end()
-        return compared.result()
-
-    def make_way(self, action: Action) -> None:
-        """Let go of what this action does not need: a guest may start on it again."""
-        if action.do not in (HOLDING if self._compare is None else (Do.COMPARE,)):
-            self.let_go()
-
-    def let_go(self) -> None:
-        """End what runs, and let guests start on what was merged."""
-        if self._compare is not None:
-            self._compare.cancel()
-        if self._merge is not None:
-            self._merge.cancel()
-            if self._merge.ended:
-                with suppress(VMBackupError):
-                    self._held.append(self._merge.result())
-        self._compare = self._merge = None
-        self._end()
-        self._observer.held.clear()
-        while self._held:
-            self._held.pop().let_go()
-
-    def _begin(self, disk: DiskRecord) -> None:
-        self._target = disk.target
-        self._observer.merging.add(disk.target)  # before its image is locked
-
-    def _end(self) -> None:
-        self._target = ""
-        self._observer.merging.clear()
+MERGE_OFFLINE = Step(_merge_offline, keeps_merged=True)
+COMPARE = Step(_compare, keeps_comparison=True)

@@ -134,20 +134,20 @@ class Announcer:
         """The guest runs again."""
         self._metrics.resumed(record.domain)
 
-    def calling(self, record: Record, action: Action) -> None:
-        """A call is about to be sent."""
-        if action.do is Do.FREEZE:
-            self._frozen_since = time.time()
+    def freezing(self) -> None:
+        """The guest's file systems are about to be frozen."""
+        self._frozen_since = time.time()
 
-    def answered(self, record: Record, action: Action) -> None:
-        """A call was carried out."""
-        if action.do is Do.RESUME:
-            self._tell_resumed()
-        elif action.do is Do.SUSPEND and record.pause_until:
-            self._paused_since = boottime()
-        elif action.do is Do.THAW and self._frozen_since is not None:
+    def thawed(self) -> None:
+        """They are thawed."""
+        if self._frozen_since is not None:
             self._metrics.frozen(time.time() - self._frozen_since)
             self._frozen_since = None
+
+    def suspended(self, record: Record) -> None:
+        """The guest is suspended."""
+        if record.pause_until:
+            self._paused_since = boottime()
 
     def backup_failed(self, record: Record) -> None:
         """There will be no good copy."""
@@ -237,7 +237,8 @@ class Announcer:
         self._phase, self._phase_since, self._last_progress = report.phase, now, now
         self.event(report.phase, report.message, warning=report.phase is Phase.FAILED)
 
-    def _tell_resumed(self) -> None:
+    def pause_over(self) -> None:
+        """The guest runs again, perhaps after a pause that let a commit converge."""
         if self._paused_since is not None:
             seconds, self._paused_since = boottime() - self._paused_since, None
             self.event("GuestResumed", f"the guest runs again; it was suspended for {seconds:.1f} s to let a commit "
