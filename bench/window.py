@@ -16,9 +16,10 @@ from rich.table import Table
 from sandbox.guest import Guest, make_disk
 from sandbox.libvirtd import Libvirtd
 from tests.support import storage
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, StoreSpec
 from vmbackup.api.status import Outcome, Report
+from vmbackup.api.store import StoreSpec
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node

@@ -24,7 +24,7 @@ for variable in [name for name in os.environ if name.startswith("VMBACKUP_")]:
 
 import kubectl_vmbackup.cli  # noqa: E402
 import vmbackup.cli  # noqa: E402
-from vmbackup.api.spec import CANCEL_ANNOTATION, FINALIZER, RETRY_ANNOTATION  # noqa: E402
+from vmbackup.api.names import CANCEL_ANNOTATION, FINALIZER, RETRY_ANNOTATION  # noqa: E402
 from vmbackup.telemetry.metrics import Metrics  # noqa: E402
 from vmbackup.version import __version__  # noqa: E402
 

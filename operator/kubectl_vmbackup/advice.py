@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from kubectl_vmbackup.backup import Backup, moment
+from vmbackup.api.resource import BackupResource, moment
 from vmbackup.api.status import Reason
 
 _TAKEN_WITHIN = timedelta(seconds=30)
@@ -23,13 +23,13 @@ _WHILE_RUNNING = {
 }
 
 
-def next_step(backup: Backup, now: datetime) -> str:
+def next_step(backup: BackupResource, now: datetime) -> str:
     """One sentence, without a dot at its end."""
     if backup.terminating:
         return _while_deleted(backup, now)
     if not backup.running:
         return _after_the_end(backup)
-    if not backup.seen:
+    if not backup.observed:
         return _unseen(backup, now)
     if backup.reason == Reason.DOMAIN_OFF:
         return (
@@ -46,12 +46,12 @@ def next_step(backup: Backup, now: datetime) -> str:
     return "nothing: it is running"
 
 
-def needs_a_human(backup: Backup, now: datetime) -> bool:
+def needs_a_human(backup: BackupResource, now: datetime) -> bool:
     """Whether something must be done, or nothing makes progress."""
     return not next_step(backup, now).startswith("nothing")
 
 
-def _while_deleted(backup: Backup, now: datetime) -> str:
+def _while_deleted(backup: BackupResource, now: datetime) -> str:
     since = now - (backup.deleted_at or now)
     if not backup.held:
         return f"remove the finalizers of others: {', '.join(backup.finalizers)}"
@@ -63,7 +63,7 @@ def _while_deleted(backup: Backup, now: datetime) -> str:
     )
 
 
-def _after_the_end(backup: Backup) -> str:
+def _after_the_end(backup: BackupResource) -> str:
     if backup.ready:
         return "nothing: it can be restored"
     if backup.reason == Reason.QUARANTINED:
@@ -78,7 +78,7 @@ def _after_the_end(backup: Backup) -> str:
     return f"fix what the message names, then: {_command(backup, 'retry')} --new"
 
 
-def _unseen(backup: Backup, now: datetime) -> str:
+def _unseen(backup: BackupResource, now: datetime) -> str:
     made = moment(backup.metadata.get("creationTimestamp"))
     if made and now - made < _TAKEN_WITHIN:
         return "nothing: the agent of its node is about to take it"
@@ -88,11 +88,11 @@ def _unseen(backup: Backup, now: datetime) -> str:
     )
 
 
-def _command(backup: Backup, verb: str) -> str:
+def _command(backup: BackupResource, verb: str) -> str:
     return f"kubectl vmbackup {verb} {backup.name} -n {backup.namespace}"
 
 
-def _quoted(backup: Backup) -> str:
+def _quoted(backup: BackupResource) -> str:
     domain = str(backup.spec.get("domain", ""))
     plain = all(letter.isalnum() or letter in "-_." for letter in domain)
     return domain if plain else "'" + domain.replace("'", "'\\''") + "'"

@@ -6,7 +6,7 @@ from kubectl_vmbackup.backup import BACKUPS, find
 from kubectl_vmbackup.kubectl import Kubectl, PluginError
 from kubectl_vmbackup.view import outcome
 from kubectl_vmbackup.waiting import wait
-from vmbackup.api.spec import CANCEL_ANNOTATION
+from vmbackup.api.names import CANCEL_ANNOTATION
 
 
 def cancel(kubectl: Kubectl, name: str, *, waits: bool, timeout: float | None) -> int:

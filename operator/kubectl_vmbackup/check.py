@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kubectl_vmbackup import advice, policy
-from kubectl_vmbackup.backup import BACKUPS, STORES, Backup, every, find, now
+from kubectl_vmbackup.backup import BACKUPS, STORES, every, find, now
 from kubectl_vmbackup.kubectl import FAILED, USAGE, Kubectl, KubectlError, Object, PluginError, group
 from kubectl_vmbackup.node import AGENT_LABELS, look
 from kubectl_vmbackup.view import printable
-from vmbackup.api.spec import GROUP
+from vmbackup.api.names import GROUP
+from vmbackup.api.resource import BackupResource
 
 
 class Verdict(StrEnum):
@@ -99,10 +100,10 @@ def _of_manifest(kubectl: Kubectl, body: Object, stores: set[str]) -> Findings:
         yield Finding(Verdict.GOOD, "the API server takes it (tried with --dry-run=server)")
     except KubectlError as error:
         yield Finding(Verdict.BAD, f"the API server refuses it: {error}")
-    yield from _around(kubectl, Backup(body), stores)
+    yield from _around(kubectl, BackupResource(body), stores)
 
 
-def _of_existing(kubectl: Kubectl, backup: Backup) -> Findings:
+def _of_existing(kubectl: Kubectl, backup: BackupResource) -> Findings:
     wrong = not backup.running and not backup.ready
     state = f"{backup.phase}, {backup.reason}: {backup.message}"
     yield Finding(Verdict.BAD if wrong else Verdict.GOOD, state)
@@ -110,7 +111,7 @@ def _of_existing(kubectl: Kubectl, backup: Backup) -> Findings:
     yield Finding(Verdict.OPEN, f"next: {advice.next_step(backup, now())}")
 
 
-def _around(kubectl: Kubectl, backup: Backup, stores: set[str]) -> Findings:
+def _around(kubectl: Kubectl, backup: BackupResource, stores: set[str]) -> Findings:
     """What a VMBackup needs beside itself."""
     store = str(group(backup.spec, "storeRef").get("name", ""))
     yield from _store(kubectl, store, stores)
@@ -137,7 +138,7 @@ def _store(kubectl: Kubectl, store: str, stores: set[str]) -> Findings:
                       "`kubectl get vmbackupstores` shows, or make it")  # fmt: skip
 
 
-def _policy(kubectl: Kubectl, backup: Backup) -> Finding:
+def _policy(kubectl: Kubectl, backup: BackupResource) -> Finding:
     try:
         answer = policy.ask(kubectl, backup)
     except KubectlError as error:
@@ -162,7 +163,7 @@ def _agent(kubectl: Kubectl, name: str) -> Findings:
         yield Finding(Verdict.OPEN, f"{seen}; outside the cluster: systemctl status vmbackup-agent, there")
 
 
-def _others(kubectl: Kubectl, backup: Backup) -> Findings:
+def _others(kubectl: Kubectl, backup: BackupResource) -> Findings:
     """Other VMBackups of the same domain, as far as they may be seen."""
     selector = f"--field-selector=spec.nodeName={backup.node}"
     try:

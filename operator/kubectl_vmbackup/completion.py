@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 
-from kubectl_vmbackup.backup import Backup, every
+from kubectl_vmbackup.backup import every
 from kubectl_vmbackup.kubectl import Kubectl, PluginError
 from kubectl_vmbackup.view import printable
+from vmbackup.api.resource import BackupResource
 
 _FILES, _NO_FILES = 0, 4
 
-_FITTING: dict[str, Callable[[Backup], bool]] = {
+_FITTING: dict[str, Callable[[BackupResource], bool]] = {
     "retry": lambda backup: not backup.running and not backup.terminating,
     "cancel": lambda backup: backup.running and not backup.terminating,
     "forget": lambda backup: backup.held,
@@ -77,7 +78,7 @@ def _names(command: str, before: Sequence[str], kubectl: Kubectl) -> list[str]:
     return [f"{backup.name}\t{_about(backup)}" for backup in backups]
 
 
-def _about(backup: Backup) -> str:
+def _about(backup: BackupResource) -> str:
     return printable(f"{backup.phase}, {backup.spec.get('domain')} on {backup.node}")
 
 

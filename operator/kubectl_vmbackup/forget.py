@@ -13,11 +13,12 @@ from datetime import datetime, timedelta
 
 from kubectl_vmbackup import node
 from kubectl_vmbackup.advice import span
-from kubectl_vmbackup.backup import BACKUPS, Backup, find, now
+from kubectl_vmbackup.backup import BACKUPS, find, now
 from kubectl_vmbackup.kubectl import USAGE, Kubectl, PluginError
 from kubectl_vmbackup.node import Signs
 from kubectl_vmbackup.view import printable
-from vmbackup.api.spec import FINALIZER
+from vmbackup.api.names import FINALIZER
+from vmbackup.api.resource import BackupResource
 
 
 def forget(kubectl: Kubectl, name: str, *, yes: bool, force: bool, silent_for: timedelta) -> int:
@@ -45,7 +46,7 @@ def forget(kubectl: Kubectl, name: str, *, yes: bool, force: bool, silent_for: t
     return 0
 
 
-def signs_of_life(backup: Backup, signs: Signs, at: datetime, silent_for: timedelta) -> Sequence[str]:
+def signs_of_life(backup: BackupResource, signs: Signs, at: datetime, silent_for: timedelta) -> Sequence[str]:
     """Why the agent may yet keep the promise: each with what would make it go away. Pure."""
     found: list[str] = []
     least = span(silent_for)
@@ -71,7 +72,7 @@ def signs_of_life(backup: Backup, signs: Signs, at: datetime, silent_for: timede
     return found
 
 
-def what_remains(backup: Backup) -> list[str]:
+def what_remains(backup: BackupResource) -> list[str]:
     """What is left behind where it was, and what to do with it. Pure."""
     lines = [f"{backup.name} of the domain {backup.spec.get('domain')} on {backup.node} will vanish. What remains:"]
     overlays = [disk for disk in backup.disks if disk.get("overlay")]

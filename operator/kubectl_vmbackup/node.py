@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from kubectl_vmbackup.backup import every, moment
+from kubectl_vmbackup.backup import every
 from kubectl_vmbackup.kubectl import Kubectl, KubectlError, Object, condition
+from vmbackup.api.resource import moment
 
 AGENT_LABELS = "app.kubernetes.io/name=vmbackup,app.kubernetes.io/component=agent"
 

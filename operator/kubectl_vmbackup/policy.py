@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kubectl_vmbackup.backup import Backup
 from kubectl_vmbackup.kubectl import Kubectl, KubectlError, Object, group
+from vmbackup.api.names import GROUP
 from vmbackup.api.policy import Asked, Operation, Rule, allowed, parse_rules, unknown_domain
-from vmbackup.api.spec import GROUP
+from vmbackup.api.resource import BackupResource
 from vmbackup.errors import RefusedError
 
 POLICIES = f"vmbackuppolicies.{GROUP}"
@@ -22,7 +22,7 @@ class Answer:
     text: str
 
 
-def ask(kubectl: Kubectl, backup: Backup) -> Answer:
+def ask(kubectl: Kubectl, backup: BackupResource) -> Answer:
     """What the policies say to this backup. Raises KubectlError."""
     found = _policies(kubectl)
     if not found:
@@ -30,7 +30,7 @@ def ask(kubectl: Kubectl, backup: Backup) -> Answer:
     return judge(found, backup, _labels(kubectl, backup.metadata.get("namespace") or "default"))
 
 
-def judge(policies: Mapping[str, Object], backup: Backup, labels: Mapping[str, str] | None) -> Answer:
+def judge(policies: Mapping[str, Object], backup: BackupResource, labels: Mapping[str, str] | None) -> Answer:
     """What these policies, by name, say to it. `labels` of its namespace; None: not to be seen. Pure."""
     rules: list[Rule] = []
     broken: list[str] = []
@@ -52,7 +52,7 @@ def judge(policies: Mapping[str, Object], backup: Backup, labels: Mapping[str, s
     return Answer(False, f"no VMBackupPolicy allows {where}: ask the administrator for a rule{aside}")
 
 
-def _asked(backup: Backup, labels: Mapping[str, str]) -> Asked:
+def _asked(backup: BackupResource, labels: Mapping[str, str]) -> Asked:
     name, uuid = unknown_domain(str(backup.spec.get("domain", "")))
     return Asked(
         Operation.BACKUP,

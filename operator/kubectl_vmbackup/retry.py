@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from kubectl_vmbackup.backup import BACKUPS, Backup, find, now
+from kubectl_vmbackup.backup import BACKUPS, find, now
 from kubectl_vmbackup.kubectl import FAILED, Kubectl, PluginError
 from kubectl_vmbackup.view import outcome
 from kubectl_vmbackup.waiting import wait
-from vmbackup.api.spec import RETRY_ANNOTATION
+from vmbackup.api.names import RETRY_ANNOTATION
+from vmbackup.api.resource import BackupResource
 
 _LONGEST_PREFIX = 190  # a VMBackup's name may have 200 characters, and the API server adds 5
 
@@ -23,7 +24,7 @@ def retry(kubectl: Kubectl, name: str, *, new: bool, waits: bool, timeout: float
     return _anew(kubectl, backup, waits, timeout) if new else _home(kubectl, backup, waits, timeout)
 
 
-def _home(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) -> int:
+def _home(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float | None) -> int:
     if backup.ready:
         raise PluginError(f"{backup.name} is Ready: there is nothing to try again; --new creates another one like it")
     if not backup.left_on_overlay:
@@ -39,7 +40,7 @@ def _home(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) 
     return _tell(wait(kubectl, backup.name, lambda it: it.handled_retry == value and not it.running, timeout))
 
 
-def _anew(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) -> int:
+def _anew(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float | None) -> int:
     if backup.left_on_overlay:
         print(f"{backup.name} has left its guest on an overlay: that goes home first")
     body = {
@@ -53,6 +54,6 @@ def _anew(kubectl: Kubectl, backup: Backup, waits: bool, timeout: float | None) 
     return _tell(wait(kubectl, made, lambda it: not it.running, timeout)) if waits else 0
 
 
-def _tell(backup: Backup) -> int:
+def _tell(backup: BackupResource) -> int:
     print(outcome(backup))
     return 0 if backup.ready else FAILED

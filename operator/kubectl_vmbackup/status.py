@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kubectl_vmbackup import view
-from kubectl_vmbackup.backup import Backup, every, find, now
+from kubectl_vmbackup.backup import every, find, now
 from kubectl_vmbackup.kubectl import Kubectl, KubectlError, Object
+from vmbackup.api.resource import BackupResource
 
 
 def status(kubectl: Kubectl, names: Sequence[str], *, all_namespaces: bool) -> int:
@@ -24,7 +25,7 @@ def status(kubectl: Kubectl, names: Sequence[str], *, all_namespaces: bool) -> i
     return 0
 
 
-def _events(kubectl: Kubectl, backup: Backup) -> Sequence[Object]:
+def _events(kubectl: Kubectl, backup: BackupResource) -> Sequence[Object]:
     """Its events; none where they may not be read."""
     selector = f"--field-selector=involvedObject.uid={backup.metadata['uid']}"
     try:

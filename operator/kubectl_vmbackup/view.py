@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from kubectl_vmbackup import advice
-from kubectl_vmbackup.backup import Backup, moment
 from kubectl_vmbackup.kubectl import Object, group
+from vmbackup.api.resource import BackupResource, moment
 
 _CONDITIONS = ("Ready", "BackupComplete", "ChainClean")
 _MOST_EVENTS = 12
 _QUIESCED = {"True": ", file systems frozen", "False": ", as after a power cut"}
 
 
-def table(backups: Sequence[Backup], now: datetime, *, namespaces: bool) -> str:
+def table(backups: Sequence[BackupResource], now: datetime, *, namespaces: bool) -> str:
     """All of them, a line each, and below what needs a human."""
     head = ["NAME", "DOMAIN", "NODE", "PHASE", "PROGRESS", "READY", "REASON", "CHAIN", "AGE"]
     rows = [_row(backup, now) for backup in backups]
@@ -30,7 +30,7 @@ def table(backups: Sequence[Backup], now: datetime, *, namespaces: bool) -> str:
     return "\n\n".join([columns([head, *rows]), *map(printable, notes)])
 
 
-def _row(backup: Backup, now: datetime) -> list[str]:
+def _row(backup: BackupResource, now: datetime) -> list[str]:
     status, metadata = backup.status, backup.metadata
     made = moment(metadata.get("creationTimestamp"))
     return [
@@ -46,19 +46,19 @@ def _row(backup: Backup, now: datetime) -> list[str]:
     ]
 
 
-def details(backup: Backup, events: Sequence[Object], now: datetime) -> str:
+def details(backup: BackupResource, events: Sequence[Object], now: datetime) -> str:
     """Everything about one."""
     parts = [_head(backup, now), _conditions(backup), _disks(backup), _events(events, now)]
     parts.append(f"Next: {advice.next_step(backup, now)}.")
     return "\n\n".join(printable(part) for part in parts if part)
 
 
-def outcome(backup: Backup) -> str:
+def outcome(backup: BackupResource) -> str:
     """How it stands, in a line."""
     return printable(f"{backup.name}: {backup.phase}, {backup.reason}: {backup.message}")
 
 
-def _head(backup: Backup, now: datetime) -> str:
+def _head(backup: BackupResource, now: datetime) -> str:
     status, spec = backup.status, backup.spec
     uuid = status.get("domainUUID")
     location = status.get("location")
@@ -74,7 +74,7 @@ def _head(backup: Backup, now: datetime) -> str:
     return columns([row for row in rows if row[1]])
 
 
-def _progress(backup: Backup) -> str:
+def _progress(backup: BackupResource) -> str:
     progress = group(backup.status, "progress")
     if not progress:
         return ""
@@ -85,7 +85,7 @@ def _progress(backup: Backup) -> str:
     return ", ".join(filter(None, words))
 
 
-def _times(backup: Backup, now: datetime) -> str:
+def _times(backup: BackupResource, now: datetime) -> str:
     status = backup.status
     words: list[str] = []
     if taken := moment(status.get("snapshotTime")):
@@ -99,7 +99,7 @@ def _times(backup: Backup, now: datetime) -> str:
     return "; ".join(words)
 
 
-def _conditions(backup: Backup) -> str:
+def _conditions(backup: BackupResource) -> str:
     rows = [["CONDITION", "STATUS", "REASON", "MESSAGE"]]
     for kind in _CONDITIONS:
         if found := backup.condition(kind):
@@ -107,7 +107,7 @@ def _conditions(backup: Backup) -> str:
     return columns(rows) if len(rows) > 1 else ""
 
 
-def _disks(backup: Backup) -> str:
+def _disks(backup: BackupResource) -> str:
     rows = [["DISK", "STATE", "FORMAT", "COPIED", "MERGED", "TRIES", "IMAGE IN USE, AND WHAT IS WRONG"]]
     for disk in backup.disks:
         total = int(disk.get("totalBytes", 0))

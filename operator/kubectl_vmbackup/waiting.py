@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kubectl_vmbackup.backup import Backup, find
+from kubectl_vmbackup.backup import find
 from kubectl_vmbackup.kubectl import Kubectl, PluginError
+from vmbackup.api.resource import BackupResource
 
 _LOOK = 1.0  # seconds
 
 
-def wait(kubectl: Kubectl, name: str, over: Callable[[Backup], bool], seconds: float | None) -> Backup:
+def wait(kubectl: Kubectl, name: str, over: Callable[[BackupResource], bool], seconds: float | None) -> BackupResource:
     """The VMBackup once it is `over`. Raises PluginError if that takes longer than `seconds`; None: no limit."""
     until = None if seconds is None else time.monotonic() + seconds
     while not over(backup := find(kubectl, name)):

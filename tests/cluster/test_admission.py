@@ -20,7 +20,7 @@ from tests.support.agents import SECONDS, Agent
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.installed import AGENT, NAMESPACE, Pods
 from tests.support.manifests import backup
-from vmbackup.api.spec import FINALIZER
+from vmbackup.api.names import FINALIZER
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.errors import VMBackupError
 

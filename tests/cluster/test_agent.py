@@ -12,7 +12,7 @@ from sandbox.kube import KubeApi
 from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, assert_home, assert_stored, manifest
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
-from vmbackup.cluster.status import condition
+from vmbackup.api.resource import condition
 from vmbackup.imaging.locks import hold_reader_lock
 
 

@@ -29,7 +29,8 @@ from tests.support.manifests import (
     rule,
     store,
 )
-from vmbackup.api.spec import GROUP, IMMUTABLE_FIELDS, VERSION, BackupSpec
+from vmbackup.api.backup import IMMUTABLE_FIELDS, BackupSpec
+from vmbackup.api.names import GROUP, VERSION
 from vmbackup.api.status import DiskReport, DiskState, Report
 from vmbackup.cluster.client import BACKUPS, POLICIES, STORES, load_client
 from vmbackup.cluster.status import CONDITION_TYPES, render

@@ -19,10 +19,10 @@ from sandbox.kube import KubeApi
 from tests.support.manifests import backup, store
 from tests.support.stopwatch import Stopwatch
 from vmbackup.api.identity import BackupId
+from vmbackup.api.resource import condition, with_generation
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.cluster.events import Events, NodeRef
-from vmbackup.cluster.status import condition, with_generation
 from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import PermanentError, RefusedError, TransientError
 

@@ -21,10 +21,11 @@ from sandbox.kube import KubeApi
 from tests.support.judge import HEALTH_CHECK
 from tests.support.manifests import backup
 from tests.support.moments import HEALTH, MOMENTS
-from vmbackup.api.spec import FINALIZER
+from vmbackup.api.names import FINALIZER
+from vmbackup.api.resource import with_generation
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.cluster.client import Cluster, load_client
-from vmbackup.cluster.status import render, with_generation
+from vmbackup.cluster.status import render
 
 NAMESPACE = "moments"
 NOW = 1_750_000_000.0  # seconds since the epoch

@@ -16,8 +16,9 @@ from tests.support.backups import SLOW, BackupFactory, RunningBackup, Told
 from tests.support.domains import Domain, DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
 from tests.support.storage import mounted, sha256sum
-from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.status import Outcome, Phase
+from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.reconcile.backup import Backup

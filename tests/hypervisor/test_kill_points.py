@@ -34,9 +34,10 @@ from tests.support.survival import (
     task_of,
     what_is_wrong,
 )
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Outcome
+from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import GuestState
 from vmbackup.reconcile.backup import Backup

@@ -29,7 +29,7 @@ from tests.model.world import (
     saved,
     without_agent,
 )
-from vmbackup.api.spec import StallPolicy
+from vmbackup.api.backup import StallPolicy
 from vmbackup.protocol import decide as machine
 from vmbackup.protocol import transition
 from vmbackup.protocol.record import Call, Copy, DiskRecord, Guard, Image, Record, Snapshot

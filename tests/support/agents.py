@@ -22,7 +22,7 @@ from sandbox.libvirtd import Libvirtd
 from sandbox.processes import Program
 from tests.support.domains import Domain, wait_until, what_is_wrong_with
 from tests.support.manifests import backup, store
-from vmbackup.cluster.status import condition
+from vmbackup.api.resource import condition
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.state import journal as journals
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.support.domains import wait_until
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Phase, Report
+from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.backoff import Backoff
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.record import Record

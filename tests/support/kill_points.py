@@ -32,9 +32,10 @@ import libvirt_qemu
 from tests.support.backups import Told, make_node
 from tests.support.domains import wait_until
 from vmbackup import cli
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
+from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Mirror

@@ -25,7 +25,7 @@ from tests.unit.decisions import (
     seen,
     taken,
 )
-from vmbackup.api.spec import StallPolicy
+from vmbackup.api.backup import StallPolicy
 from vmbackup.protocol.record import Copy, DiskRecord, Freeze, Guard, Record, Throttle
 from vmbackup.protocol.terms import Action, Do, Mirror, Observation, Power
 from vmbackup.protocol.transition import answered, begun, of_this_boot, recorded, resumed_after_crash

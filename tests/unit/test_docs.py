@@ -17,7 +17,8 @@ import vmbackup.cli
 import vmbackup.version
 from tests.model.mutants import MUTANTS
 from tests.model.settings import SETTINGS
-from vmbackup.api.spec import GROUP, VERSION, BackupSpec
+from vmbackup.api.backup import BackupSpec
+from vmbackup.api.names import GROUP, VERSION
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "operator" / "vmbackup"

@@ -16,12 +16,12 @@ import yaml
 import kubectl_vmbackup
 from kubectl_vmbackup import view
 from kubectl_vmbackup.advice import next_step, span
-from kubectl_vmbackup.backup import Backup
 from kubectl_vmbackup.forget import signs_of_life, what_remains
 from kubectl_vmbackup.node import Signs
 from kubectl_vmbackup.policy import judge
 from plugins.build import ARCHIVE, build
-from vmbackup.api.spec import FINALIZER
+from vmbackup.api.names import FINALIZER
+from vmbackup.api.resource import BackupResource
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.cluster.status import render
 
@@ -30,11 +30,11 @@ LONG_AGO = "2026-05-01T10:00:00Z"
 TEN_MINUTES = timedelta(minutes=10)
 
 
-def backup(report: Report | None = None, **metadata: Any) -> Backup:
+def backup(report: Report | None = None, **metadata: Any) -> BackupResource:
     status = render(report, generation=1, previous={}, now=0.0) if report else {"observedGeneration": -1}
     known = {"name": "nightly", "namespace": "default", "creationTimestamp": LONG_AGO, **metadata}
     spec = {"domain": "web", "nodeName": "node-a", "storeRef": {"name": "local"}}
-    return Backup({"metadata": known, "spec": spec, "status": status})
+    return BackupResource({"metadata": known, "spec": spec, "status": status})
 
 
 def ended(reason: str, *, home: bool = True) -> Report:
@@ -60,7 +60,7 @@ def ended(reason: str, *, home: bool = True) -> Report:
         (backup(deletionTimestamp=LONG_AGO, finalizers=["of/another"]), "of/another"),
     ],
 )
-def test_the_next_step_is_named_at_every_moment(given: Backup, says: str):
+def test_the_next_step_is_named_at_every_moment(given: BackupResource, says: str):
     assert says in next_step(given, NOW)
 
 
@@ -89,7 +89,7 @@ DELETED = backup(deletionTimestamp=LONG_AGO)
         (backup(deletionTimestamp=(NOW - timedelta(minutes=3)).isoformat()), signs(), "deleted 3m ago only"),
     ],
 )
-def test_a_sign_of_life_keeps_a_backup_from_being_forgotten(given: Backup, seen: Signs, says: str):
+def test_a_sign_of_life_keeps_a_backup_from_being_forgotten(given: BackupResource, seen: Signs, says: str):
     assert [says in found for found in signs_of_life(given, seen, NOW, TEN_MINUTES)] == [True]
 
 
@@ -102,7 +102,7 @@ def test_a_sign_of_life_keeps_a_backup_from_being_forgotten(given: Backup, seen:
         (DELETED, signs(last_write=NOW - timedelta(minutes=11), pods=[{**READY_POD, "status": {}}])),
     ],
 )
-def test_a_node_without_any_sign_of_life_for_long_enough_is_gone(given: Backup, seen: Signs):
+def test_a_node_without_any_sign_of_life_for_long_enough_is_gone(given: BackupResource, seen: Signs):
     assert signs_of_life(given, seen, NOW, TEN_MINUTES) == []
 
 
@@ -112,9 +112,9 @@ def test_what_remains_says_so_where_the_disks_were_never_seen():
 
 def test_what_a_user_chose_as_a_name_cannot_drive_the_terminal():
     assert view.printable("web\x1b[2J\r\u202eoverlay\n") == "web?[2J??overlay\n"
-    evil = Backup({**backup().body, "spec": {"domain": "web\x1b]0;x\x07", "nodeName": "node-a"}})
+    evil = BackupResource({**backup().body, "spec": {"domain": "web\x1b]0;x\x07", "nodeName": "node-a"}})
     assert "\x1b" not in view.table([evil], NOW, namespaces=True) + view.details(evil, (), NOW)
-    told = Backup({**evil.body, "status": {"phase": "Failed", "message": "no domain web\x1b[2J\u202e"}})
+    told = BackupResource({**evil.body, "status": {"phase": "Failed", "message": "no domain web\x1b[2J\u202e"}})
     assert view.outcome(told).endswith("no domain web?[2J?")
 
 

@@ -15,7 +15,7 @@ from tests.support.manifests import (
     Invalid,
     backup_spec,
 )
-from vmbackup.api.spec import (
+from vmbackup.api.backup import (
     BackupSpec,
     CommitSpec,
     CopySpec,
@@ -23,9 +23,9 @@ from vmbackup.api.spec import (
     Quiesce,
     SnapshotSpec,
     StallPolicy,
-    StoreSpec,
     SwitchPolicy,
 )
+from vmbackup.api.store import StoreSpec
 from vmbackup.errors import RefusedError
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.moments import CODES, MOMENTS, ON_OVERLAY, RUNNING, Moment
+from vmbackup.api.resource import condition, is_finished, with_generation
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
-from vmbackup.cluster.status import condition, is_finished, is_significant, render, with_generation
+from vmbackup.cluster.status import is_significant, render
 
 NOW = 1_750_000_000.0
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.storage import run, sha256sum
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import StoreSpec
+from vmbackup.api.store import StoreSpec
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import Cancelled, CopyControl
 from vmbackup.imaging.image import info

@@ -14,8 +14,8 @@ import pytest
 
 from vmbackup.agent.context import Context
 from vmbackup.agent.leftovers import OrphanPolicy, Orphans
-from vmbackup.agent.runtime import existing_files as presence
-from vmbackup.agent.runtime.existing_files import Presence
+from vmbackup.agent.runtime import existing_files
+from vmbackup.agent.runtime.existing_files import ExistingFiles
 from vmbackup.agent.runtime.queue import Queue
 from vmbackup.agent.runtime.threads import Threads
 from vmbackup.agent.sweep import Sweep
@@ -41,7 +41,7 @@ def dead_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         return stat(path, **how)
 
     monkeypatch.setattr(Path, "stat", hanging)
-    monkeypatch.setattr(presence, "_PATIENCE", 0.2)
+    monkeypatch.setattr(existing_files, "_PATIENCE", 0.2)
     yield mount
     back.set()
 
@@ -60,9 +60,9 @@ def sweep_of(state_dir: Path, lock_dir: Path) -> tuple[Sweep, Metrics]:
     cluster = SimpleNamespace(backups_of=lambda _node: [])
     policies = SimpleNamespace(look=lambda: None)
     context = Context(node, cast(Any, cluster), cast(Any, events), cast(Any, policies), Queue(1), Threads())
-    fleet = SimpleNamespace(uids=set(), unattended=lambda _: set(), vanished=lambda _: None, attends=lambda _: False)
+    registry = SimpleNamespace(uids=set(), unattended=lambda _: set(), vanished=lambda _: None, attends=lambda _: False)
     orphans = Orphans(context, "a", OrphanPolicy.REPORT)
-    return Sweep(context, cast(Any, fleet), orphans, "a", 300.0), metrics
+    return Sweep(context, cast(Any, registry), orphans, "a", 300.0), metrics
 
 
 def test_a_mount_that_is_dead_keeps_neither_the_event_loop_nor_the_start_of_an_agent_waiting(
@@ -110,16 +110,16 @@ def test_where_a_mount_is_dead_one_thread_is_lost_and_no_other(tmp_path: Path, d
             return await super().run(function, name, awaited=awaited)
 
     async def ask() -> list[set[str]]:
-        files = Presence(Counted())
+        files = ExistingFiles(Counted())
         return [await files.of([str(dead_mount / "a"), str(tmp_path)]) for _ in range(3)]
 
     assert asyncio.run(ask()) == [{str(dead_mount / "a"), str(tmp_path)}] * 3
-    assert asked == ["presence"]
+    assert asked == ["existing-files"]
 
 
 def test_of_files_that_can_be_seen_those_that_are_there_are_told(tmp_path: Path) -> None:
     async def ask() -> set[str]:
-        return await Presence(Threads()).of([str(tmp_path), str(tmp_path / "gone")])
+        return await ExistingFiles(Threads()).of([str(tmp_path), str(tmp_path / "gone")])
 
     assert asyncio.run(ask()) == {str(tmp_path)}
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.domains import wait_until
 from tests.support.storage import run, sha256sum
-from vmbackup.api.spec import BackupSpec, CopySpec
+from vmbackup.api.backup import BackupSpec, CopySpec
 from vmbackup.api.status import Reason
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import opened_image

@@ -9,12 +9,12 @@ from contextlib import suppress
 import msgspec
 
 from vmbackup.agent.context import Context
-from vmbackup.agent.duty import Seen
 from vmbackup.agent.runtime.queue import Ticket
 from vmbackup.api.identity import BackupId
 from vmbackup.api.policy import unknown_domain
-from vmbackup.api.spec import StoreSpec
+from vmbackup.api.resource import BackupResource
 from vmbackup.api.status import Phase, Reason, Report
+from vmbackup.api.store import StoreSpec
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
@@ -28,14 +28,14 @@ from vmbackup.stores.registry import open_store
 _log = logging.getLogger(__name__)
 
 
-class Turn:
+class BackupRun:
     """Runs a VMBackup, one time after the other. Belongs to the event loop, except where a method says otherwise.
 
     `seen` and `request` are asked anew all the time, `request` by the threads of the backup.
     """
 
     def __init__(
-        self, context: Context, seen: Callable[[], Seen], request: Callable[[], Request], reporter: Reporter
+        self, context: Context, seen: Callable[[], BackupResource], request: Callable[[], Request], reporter: Reporter
     ) -> None:
         self._context = context
         self._seen = seen
@@ -63,7 +63,7 @@ class Turn:
                 store=None if self._store is None else msgspec.to_builtins(self._store),
                 admit=self._admit,
             )
-            return await context.threads.run(self._backup.run, f"backup-{seen.name}")
+            return await context.threads.run(self._backup.run, f"backup-{seen.full_name}")
         finally:
             self._backup = self._forbidden = None
             if self._ticket is not None:
@@ -90,7 +90,7 @@ class Turn:
             self._store = self._context.cluster.store(self._request().spec.store)
         return open_store(self._store)
 
-    async def _admitted(self, seen: Seen, record: Record | None) -> bool:
+    async def _admitted(self, seen: BackupResource, record: Record | None) -> bool:
         """Wait for its turn, where it needs one. False: it need not run any more."""
         if record is not None and record.done:
             return True
@@ -108,7 +108,7 @@ class Turn:
                 self._show_pending(error.reason, str(error))
                 raise
         since = str(seen.metadata.get("creationTimestamp"))
-        self._ticket = Ticket(seen.uid, seen.name, domain, has_begun, since)
+        self._ticket = Ticket(seen.uid, seen.full_name, domain, has_begun, since)
         self.wake()
         tell = self._log_waiting if has_begun else self._show_queued
         return await self._context.queue.enter(self._ticket, tell) or self._request().cancelled
@@ -127,7 +127,7 @@ class Turn:
 
     def _log_waiting(self, why: str) -> None:
         """Of one that has begun, the status tells more than that it waits."""
-        _log.info("%s waits: %s", self._seen().name, why)
+        _log.info("%s waits: %s", self._seen().full_name, why)
 
     def _looked_up(self) -> str:
         """The UUID of its domain; '' if it cannot be had: then the backup itself will say why. Raises as `_admit`."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmbackup.agent.context import Context
-from vmbackup.agent.duty import Seen
-from vmbackup.agent.runtime.existing_files import Presence
+from vmbackup.agent.runtime.existing_files import ExistingFiles
 from vmbackup.agent.runtime.queue import Ticket
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec
+from vmbackup.api.resource import BackupResource
 from vmbackup.cluster.events import NodeRef, Subject
 from vmbackup.cluster.reporter import OrphanReporter
 from vmbackup.errors import VMBackupError
@@ -71,8 +71,8 @@ class Orphans:
         self._context = context
         self._node = NodeRef(node_name)
         self._policy = policy
-        self._presence = Presence(context.threads)
-        self._strays: dict[str, asyncio.Task[None]] = {}
+        self._files = ExistingFiles(context.threads)
+        self._merging: dict[str, asyncio.Task[None]] = {}
         self._overlays: set[str] = set()
         self._told: set[str] = set()
         self._seen: list[Look] = []
@@ -96,13 +96,13 @@ class Orphans:
             return
         self._context.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
 
-    async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[Seen]) -> None:
+    async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[BackupResource]) -> None:
         """Tell, count and bring home what is left over.
 
         `gone`: those of the records whose VMBackup is gone with something left to do; `backups`: all of this node.
         """
         left = [record for record in records if _is_left(record, gone)]
-        there = await self._presence.of(disk.overlay for record in left for disk in record.disks)
+        there = await self._files.of(disk.overlay for record in left for disk in record.disks)
         found = [*_forgotten(records, gone, self._node, there)]
         found += await self._interrupted(records, there)
         found += await self._unknown(records, {seen.uid[:8]: seen for seen in backups})
@@ -119,12 +119,12 @@ class Orphans:
 
     def bring_home(self, record: Record) -> None:
         """Bring the chain of this record home, whose VMBackup is gone; or only to a safe point, as the policy says."""
-        if record.uid in self._strays or self._stopped:
+        if record.uid in self._merging or self._stopped:
             return
         if self._policy is OrphanPolicy.REPORT and not holds(record):
             self._context.queue.unreserve(record.uid)  # the next backup of its domain adopts what it left
         else:
-            self._strays[record.uid] = asyncio.create_task(self._bring_home(record))
+            self._merging[record.uid] = asyncio.create_task(self._bring_home(record))
 
     # -- what is found
 
@@ -142,7 +142,7 @@ class Orphans:
                 found += [_Orphan(path, self._node, story) for path in left]
         return found
 
-    async def _unknown(self, records: Iterable[Record], listed: Mapping[str, Seen]) -> list[_Orphan]:
+    async def _unknown(self, records: Iterable[Record], listed: Mapping[str, BackupResource]) -> list[_Orphan]:
         """Overlays that no journal knows, nor a VMBackup that is not over: that one adopts its own."""
         known = {disk.overlay for record in records if not record.done for disk in record.disks}
         found: list[_Orphan] = []
@@ -210,7 +210,7 @@ class Orphans:
             await context.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
             context.queue.park(ticket)
             _log.info("%s is gone, its journal is not: bringing the chain %s", name, "to rest" if halfway else "home")
-            await context.threads.run(backup.run, f"stray-{record.name}")
+            await context.threads.run(backup.run, f"merge-{record.name}")
             if halfway and is_orphan_record(record):
                 await context.threads.call(journals.forget, context.node.state_dir, record.uid)
             else:
@@ -220,7 +220,7 @@ class Orphans:
         finally:
             context.queue.leave(ticket)
             context.queue.unreserve(record.uid)
-            self._strays.pop(record.uid, None)
+            self._merging.pop(record.uid, None)
             await self._count()
 
     def _rests(self, record: Record) -> bool:
@@ -261,7 +261,7 @@ class Orphans:
             self._context.events.warning(subject, reason, f"{path}: {story}")
 
     async def _count(self) -> None:
-        self._context.node.metrics.orphans(len(await self._presence.of(self._overlays)))
+        self._context.node.metrics.orphans(len(await self._files.of(self._overlays)))
 
 
 def _forgotten(

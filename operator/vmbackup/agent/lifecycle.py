@@ -11,15 +11,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from vmbackup.agent.backup_run import Turn
+from vmbackup.agent.backup_run import BackupRun
 from vmbackup.agent.context import Context
-from vmbackup.agent.duty import Seen
+from vmbackup.api.backup import BackupSpec, DeletionPolicy
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, DeletionPolicy
+from vmbackup.api.resource import BackupResource, condition, is_finished, with_generation
 from vmbackup.api.status import GUEST_AWAY, Outcome, Phase, Reason, Report
 from vmbackup.backoff import Backoff
 from vmbackup.cluster.reporter import ClusterReporter
-from vmbackup.cluster.status import condition, is_finished, with_generation
 from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
 from vmbackup.protocol.record import Record
@@ -50,13 +49,13 @@ async def _wait(stopped: Stopped) -> None:
     await stopped.wait()
 
 
-class Keeper:
+class Lifecycle:
     """Keeps one VMBackup. Belongs to the event loop; backups run in threads of their own.
 
     `keep` does what is due as long as it is let; `let_go` returns once a deleted VMBackup may vanish.
     """
 
-    def __init__(self, context: Context, seen: Seen) -> None:
+    def __init__(self, context: Context, seen: BackupResource) -> None:
         self._context = context
         self._seen = seen
         self._loop = asyncio.get_running_loop()
@@ -79,7 +78,7 @@ class Keeper:
         self._deleting: bool | None = None  # deleted; and then, whether its stored data goes too
         self._deletion_task: asyncio.Task[None] | None = None
         self._request: Request | None = None
-        self._turn = Turn(context, lambda: self._seen, self._current_request, self.reporter)
+        self._backup_run = BackupRun(context, lambda: self._seen, self._current_request, self.reporter)
         self._released = asyncio.Event()
         self._changed = asyncio.Event()
         self._at_work = asyncio.Lock()
@@ -105,9 +104,9 @@ class Keeper:
     @property
     def name(self) -> str:
         """Namespace and name."""
-        return self._seen.name
+        return self._seen.full_name
 
-    def see(self, seen: Seen, *, gone: bool = False) -> None:
+    def see(self, seen: BackupResource, *, gone: bool = False) -> None:
         """It was seen like this; `gone`: for the last time."""
         self._seen = seen
         self._gone = self._gone or gone
@@ -186,7 +185,7 @@ class Keeper:
                 retry=self._seen.retry,
                 stop=self._stopped,
             )
-            self._turn.wake()
+            self._backup_run.wake()
         self._changed.set()
 
     def _current_request(self) -> Request:
@@ -224,7 +223,7 @@ class Keeper:
         except VMBackupError:
             return
         if found is not None and found["metadata"]["uid"] == self._ref.uid:
-            self.see(Seen(found))
+            self.see(BackupResource(found))
 
     # -- what is due
 
@@ -285,7 +284,7 @@ class Keeper:
         if record is None and self._handled is not None:
             await self._note()  # it is over, and what could be taken up again is not known here any more
             return
-        ending = await self._turn.run(record)
+        ending = await self._backup_run.run(record)
         if ending is Ending.RELEASED:
             await self._part()
         elif ending is Ending.FINISHED:
@@ -307,7 +306,7 @@ class Keeper:
         elif record.orphan and self._seen.held_by_others:
             ending = Ending.RELEASED  # each run would report anew, each report be seen, and each look run it again
         else:
-            ending = await self._turn.run(record)
+            ending = await self._backup_run.run(record)
         if ending is Ending.RELEASED:
             await self._part()
             self._changed.set()
@@ -325,7 +324,7 @@ class Keeper:
     async def _delete_data(self) -> None:
         location = str(self._seen.status.get("location") or "")
         if self._request is not None and self._request.delete_data and location:
-            store = await self._call(self._turn.open_store)
+            store = await self._call(self._backup_run.open_store)
             await self._call(store.delete, location, self._ref.uid)
 
     async def _note(self) -> None:
@@ -337,7 +336,7 @@ class Keeper:
         answer = await self._call(self._context.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
         self._handled = seen.retry
         if answer is not None:
-            self.see(Seen(answer))
+            self.see(BackupResource(answer))
 
     def _refuse(self) -> None:
         """The spec makes no sense. The API server's validation lets nobody come so far."""
@@ -367,7 +366,7 @@ class Keeper:
             if self._writer.gone:
                 self._loop.call_soon_threadsafe(self.vanish)
             if report.reason in _PARKED and report.phase is not Phase.COPYING:
-                self._loop.call_soon_threadsafe(self._turn.park)
+                self._loop.call_soon_threadsafe(self._backup_run.park)
 
     async def _record(self) -> Record | None:
         """What its journal says. Where the spec cannot be read and it has begun, it is carried on by that."""

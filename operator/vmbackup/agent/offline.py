@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 
 from vmbackup.agent.context import Context
-from vmbackup.api.spec import StoreSpec
+from vmbackup.api.store import StoreSpec
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.backup import Backup
@@ -18,10 +18,10 @@ from vmbackup.stores.registry import open_store
 _log = logging.getLogger(__name__)
 
 
-class Alone:
+class OfflineRuns:
     """Runs backups as their journals say that they were asked for. Belongs to the event loop.
 
-    Each is taken over by its keeper once the API server answers: that one tells its VMBackup what became of it.
+    Each is taken over by its lifecycle once the API server answers: that one tells its VMBackup what became of it.
     """
 
     def __init__(self, context: Context) -> None:
@@ -60,6 +60,6 @@ class Alone:
     async def _run(self, record: Record, backup: Backup) -> None:
         _log.warning("%s had begun: it is carried on without the API server", record.full_name)
         try:
-            await self._context.threads.run(backup.run, f"alone-{record.name}")
+            await self._context.threads.run(backup.run, f"offline-{record.name}")
         except Exception:
             _log.exception("%s cannot be carried on without the API server", record.full_name)

@@ -3,13 +3,13 @@
 The traps of kopf 1.45 that this goes around (measured; tests/cluster/test_agent_kopf.py has one test for each):
 
 - A daemon that returns is never started again: so ours ends only when kopf asks it to, or when its VMBackup is gone.
-- The daemon of a VMBackup that is gone without its finalizer is never asked to: so the keeper looks for that itself.
-- A daemon starts before its finalizer is stored: so the keeper waits until the API server shows it.
+- The daemon of a VMBackup that is gone without its finalizer is never asked to: so the lifecycle looks for that itself.
+- A daemon starts before its finalizer is stored: so the lifecycle waits until the API server shows it.
 - Of a VMBackup that is being deleted kopf removes the finalizer at once where no daemon runs, as after a restart, and
   else asks by a write to the object, each second or minute, whether the daemon has ended. So the watching handler,
   which kopf awaits before all this, returns only when the VMBackup may go.
 - Handlers of changes keep a copy of the spec in an annotation: so there are none.
-- A ClusterKopfPeering that somebody made pauses all operators: so this one stands alone.
+- A ClusterKopfPeering that somebody made pauses all operators: so this one stands offline.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import kopf
 from kubernetes.client import ApiClient
 
 from vmbackup.agent.context import Context
-from vmbackup.agent.duty import Seen
 from vmbackup.agent.leftovers import OrphanPolicy, Orphans
 from vmbackup.agent.policies import Policies
-from vmbackup.agent.registry import Fleet
+from vmbackup.agent.registry import Registry
 from vmbackup.agent.runtime import memory
 from vmbackup.agent.runtime.queue import Queue
 from vmbackup.agent.runtime.threads import Threads
 from vmbackup.agent.runtime.watchdog import RESTART_MENDS, Watchdog
 from vmbackup.agent.sweep import Sweep
-from vmbackup.api.spec import FINALIZER, GROUP, VERSION
+from vmbackup.api.names import FINALIZER, GROUP, VERSION
+from vmbackup.api.resource import BackupResource
 from vmbackup.backoff import Backoff
 from vmbackup.cluster.client import BACKUPS, Cluster, authorization, load_client
 from vmbackup.cluster.events import Events
@@ -150,15 +150,15 @@ class _Agent:
             overlay_dir=settings.overlay_dir,
             image_roots=settings.image_roots or (),
             backoff=Backoff(first=settings.commit_backoff),
-            reporter_of=lambda record: self._fleet.reporter_of(record),
+            reporter_of=lambda record: self._backups.reporter_of(record),
         )
         self._threads = Threads()
         policies = Policies(cluster, self._events, self.metrics, settings.node_name)
         queue = Queue(settings.max_concurrent_backups)
         context = Context(node, cluster, self._events, policies, queue, self._threads)
-        self._fleet = Fleet(context)
+        self._backups = Registry(context)
         orphans = Orphans(context, settings.node_name, OrphanPolicy(settings.orphan_policy))
-        self._sweep = Sweep(context, self._fleet, orphans, settings.node_name, settings.relist_interval)
+        self._sweep = Sweep(context, self._backups, orphans, settings.node_name, settings.relist_interval)
         self.watchdog = Watchdog(hypervisor, self._sweep.neglected)
         self._background: list[asyncio.Task[None]] = []
         self.registry = self._register()
@@ -167,7 +167,7 @@ class _Agent:
         """Let running backups come to a safe point; another agent carries on. Commits go on in QEMU meanwhile."""
         if not self._threads.join(_STOP_SECONDS):
             _log.warning("some backups did not come to a safe point within %.0f s", _STOP_SECONDS)
-        self._fleet.flush(_FLUSH_SECONDS)
+        self._backups.flush(_FLUSH_SECONDS)
         self._events.flush(_FLUSH_SECONDS)
         self._events.close()
 
@@ -208,7 +208,7 @@ class _Agent:
     async def _stop(self, **_: Any) -> None:
         for task in self._background:
             task.cancel()
-        self._fleet.stop()
+        self._backups.stop()
         self._sweep.stop()
 
     def _login(self, **_: Any) -> kopf.ConnectionInfo:
@@ -230,16 +230,16 @@ class _Agent:
 
     async def _seen(self, event: kopf.RawEvent, **_: Any) -> None:
         body, gone = event["object"], event["type"] == "DELETED"
-        self._fleet.see(body, gone=gone)
-        seen = Seen(body)
+        self._backups.see(body, gone=gone)
+        seen = BackupResource(body)
         if gone:
             with suppress(VMBackupError, OSError):  # the next sweep sees it too
                 await self._sweep.forget(seen.uid)
         elif seen.terminating and (seen.held or seen.awaits_its_end):
-            await self._fleet.let_go(body)
+            await self._backups.let_go(body)
 
     def _wanted(self, body: kopf.Body, **_: Any) -> bool:
-        return self._fleet.wants(body)
+        return self._backups.wants(body)
 
     async def _keep(self, body: kopf.Body, stopped: Any, **_: Any) -> None:
-        await self._fleet.keep(dict(body), stopped)
+        await self._backups.keep(dict(body), stopped)

@@ -10,14 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from vmbackup.agent.context import Context
-from vmbackup.agent.duty import Body, Seen
 from vmbackup.agent.leftovers import Orphans
-from vmbackup.agent.offline import Alone
-from vmbackup.agent.registry import Fleet
+from vmbackup.agent.offline import OfflineRuns
+from vmbackup.agent.registry import Registry
 from vmbackup.agent.runtime import memory
-from vmbackup.agent.runtime.existing_files import Presence
+from vmbackup.agent.runtime.existing_files import ExistingFiles
+from vmbackup.api.resource import BackupResource, Body, condition
 from vmbackup.api.status import Reason
-from vmbackup.cluster.status import condition
 from vmbackup.errors import VMBackupError
 from vmbackup.protocol.record import Record, Snapshot
 from vmbackup.reconcile.state import journal as journals
@@ -31,16 +30,16 @@ class Sweep:
     """Compares the VMBackups of this node with its journals and its domains.
 
     A journal whose VMBackup is gone is removed if its chain is home; else the chain is brought home now, or stays
-    recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left alone.
+    recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left offline.
     """
 
-    def __init__(self, context: Context, fleet: Fleet, orphans: Orphans, node_name: str, interval: float) -> None:
+    def __init__(self, context: Context, registry: Registry, orphans: Orphans, node_name: str, interval: float) -> None:
         self._context = context
-        self._fleet = fleet
+        self._backups = registry
         self._orphans = orphans
         self._node_name = node_name
         self._interval = interval
-        self._presence = Presence(context.threads)
+        self._files = ExistingFiles(context.threads)
         self._unattended: set[str] = set()
         self._neglected: set[str] = set()
 
@@ -75,22 +74,22 @@ class Sweep:
     async def look(self) -> None:
         """Look once."""
         await self._context.threads.call(self._context.policies.look)
-        kept = self._fleet.uids
+        kept = self._backups.uids
         await self._orphans.see()
         records = await self._records()  # first: whoever has a journal now and is not listed next is gone
         bodies = await self._list()
         if bodies is None:
             return
-        unattended = self._fleet.unattended(bodies)
+        unattended = self._backups.unattended(bodies)
         self._neglected = unattended & self._unattended
         self._unattended = unattended
-        uids = {Seen(body).uid for body in bodies}
-        self._fleet.vanished(kept - uids)
-        gone = [each for each in records if each.spec and each.uid not in uids and not self._fleet.attends(each.uid)]
+        uids = {BackupResource(body).uid for body in bodies}
+        self._backups.vanished(kept - uids)
+        gone = [each for each in records if each.spec and each.uid not in uids and not self._backups.attends(each.uid)]
         for record in gone:
             if record.done:
                 await self._context.threads.call(journals.forget, self._context.node.state_dir, record.uid)
-        await self._orphans.look(records, [each for each in gone if not each.done], map(Seen, bodies))
+        await self._orphans.look(records, [each for each in gone if not each.done], map(BackupResource, bodies))
 
     def neglected(self) -> str:
         """What is wrong with the watch: VMBackups that nobody had heard of at the last two looks. From any thread."""
@@ -116,24 +115,24 @@ class Sweep:
         except VMBackupError as error:
             _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
             return None
-        return [body for body in bodies if not Seen(body).released_by_us]
+        return [body for body in bodies if not BackupResource(body).released_by_us]
 
     async def _list_at_last(self, records: Iterable[Record]) -> list[Body]:
-        alone = Alone(self._context)
-        alone.carry_on(record for record in records if record.begun and record.store and not record.finished)
+        offline = OfflineRuns(self._context)
+        offline.carry_on(record for record in records if record.begun and record.store and not record.finished)
         try:
             while (bodies := await self._list()) is None:
                 await asyncio.sleep(_LIST_AGAIN)
         finally:
-            alone.stop()
-        await alone.ended()
+            offline.stop()
+        await offline.ended()
         return bodies
 
     # -- metrics that alerts depend on
 
     async def _tell_overlays(self, records: Iterable[Record]) -> None:
         taken = [(record, disk) for record in records if record.snapshot is not Snapshot.NONE for disk in record.disks]
-        there = await self._presence.of(disk.overlay for _, disk in taken)
+        there = await self._files.of(disk.overlay for _, disk in taken)
         for record, disk in taken:
             if disk.overlay in there:
                 since = record.snapshot_time or record.started or time.time()
@@ -142,7 +141,7 @@ class Sweep:
     def _tell_ends(self, bodies: Iterable[Body], records: Iterable[Record]) -> None:
         domains = {record.uid: record.domain for record in records}
         for body in bodies:
-            seen, metrics = Seen(body), self._context.node.metrics
+            seen, metrics = BackupResource(body), self._context.node.metrics
             taken, ended = seen.status.get("snapshotTime"), seen.status.get("completionTime")
             ready, reason = (condition(seen.status, "Ready").get(field) for field in ("status", "reason"))
             domain = domains.get(seen.uid) or str(body["spec"]["domain"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vmbackup.api.spec import GROUP, VERSION
+from vmbackup.api.names import GROUP, VERSION
 
 
 @dataclass(frozen=True)

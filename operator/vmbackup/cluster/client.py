@@ -14,7 +14,8 @@ from kubernetes import config as kubernetes_config
 from kubernetes.client import ApiClient, ApiException, Configuration
 from urllib3.exceptions import HTTPError
 
-from vmbackup.api.spec import GROUP, VERSION, StoreSpec
+from vmbackup.api.names import GROUP, VERSION
+from vmbackup.api.store import StoreSpec
 from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.version import __version__
 

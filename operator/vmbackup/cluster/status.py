@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from vmbackup.api.resource import condition
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Reason, Report
 
 # Ready first: kstatus takes Reconciling and Stalled in list order, and people read from the top.
@@ -50,24 +51,6 @@ def render(report: Report, *, generation: int, previous: Mapping[str, Any], now:
         status["progress"] = _progress(report)
         status["disks"] = [_disk(disk) for disk in report.disks]
     return status
-
-
-def is_finished(status: Mapping[str, Any]) -> bool:
-    """Whether the backup with this status is over: Ready is Unknown (or not there yet) exactly while it runs."""
-    return condition(status, "Ready").get("status") in ("True", "False")
-
-
-def condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """The condition of this type, empty if there is none."""
-    conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
-    return next((known for known in conditions if known.get("type") == kind), dict[str, Any]())
-
-
-def with_generation(status: Mapping[str, Any], generation: int) -> dict[str, Any]:
-    """This status, `generation` seen: what an edit of a finished backup needs, else kstatus waits for ever."""
-    conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
-    raised = [{**known, "observedGeneration": generation} for known in conditions]
-    return {**status, "observedGeneration": generation, "conditions": raised}
 
 
 def timestamp(seconds: float | None) -> str | None:

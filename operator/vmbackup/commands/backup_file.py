@@ -11,7 +11,9 @@ from uuid import UUID
 
 import yaml
 
-from vmbackup.api.spec import GROUP, OBJECT_NAME, VERSION, BackupSpec, StoreSpec
+from vmbackup.api.backup import BackupSpec
+from vmbackup.api.names import GROUP, OBJECT_NAME, VERSION
+from vmbackup.api.store import StoreSpec
 from vmbackup.errors import RefusedError
 
 _API_VERSION = f"{GROUP}/{VERSION}"

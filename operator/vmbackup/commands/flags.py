@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmbackup.api.spec import OBJECT_NAME
+from vmbackup.api.names import OBJECT_NAME
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

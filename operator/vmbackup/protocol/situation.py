@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vmbackup.api.spec import StallPolicy
+from vmbackup.api.backup import StallPolicy
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power, Unwanted

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from vmbackup.api.spec import CANCEL_ANNOTATION, StallPolicy
+from vmbackup.api.backup import StallPolicy
+from vmbackup.api.names import CANCEL_ANNOTATION
 from vmbackup.api.status import Reason
 from vmbackup.protocol.record import Guard, Image
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from vmbackup.api.spec import Quiesce, SwitchPolicy
+from vmbackup.api.backup import Quiesce, SwitchPolicy
 from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.protocol.convergence import with_overdue

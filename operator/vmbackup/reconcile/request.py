@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from vmbackup.api.spec import BackupSpec
+from vmbackup.api.backup import BackupSpec
 from vmbackup.errors import RefusedError
 from vmbackup.protocol.record import Record
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmbackup.api.spec import StoreSpec
+from vmbackup.api.store import StoreSpec
 from vmbackup.stores.base import Store
 from vmbackup.stores.directory.store import DirectoryStore
 

@@ -14,7 +14,7 @@ Value = Callable[[], float | None]
 
 
 @dataclass(frozen=True)
-class Level:
+class StateGauge:
     """A gauge that has a sample only while what it tells of is there.
 
     The first `keys` of its labels say what a sample is about, so there is one for each; the others tell of it.
@@ -26,32 +26,32 @@ class Level:
     keys: int
 
 
-class Levels(Collector):
-    """The samples of some levels. All methods may be called from any thread."""
+class StateGauges(Collector):
+    """The samples of some gauges. All methods may be called from any thread."""
 
-    def __init__(self, levels: Sequence[Level]) -> None:
+    def __init__(self, gauges: Sequence[StateGauge]) -> None:
         self._lock = threading.Lock()
-        self._samples: dict[Level, dict[tuple[str, ...], tuple[tuple[str, ...], Value]]] = {
-            level: {} for level in levels
+        self._samples: dict[StateGauge, dict[tuple[str, ...], tuple[tuple[str, ...], Value]]] = {
+            gauge: {} for gauge in gauges
         }
 
-    def put(self, level: Level, labels: tuple[str, ...], value: Value | float = 1.0) -> None:
+    def put(self, gauge: StateGauge, labels: tuple[str, ...], value: Value | float = 1.0) -> None:
         """From now on this is so; it takes the place of what was known of the same."""
         look = value if callable(value) else lambda: value
         with self._lock:
-            self._samples[level][labels[: level.keys]] = (labels, look)
+            self._samples[gauge][labels[: gauge.keys]] = (labels, look)
 
-    def drop(self, level: Level, *key: str) -> None:
+    def drop(self, gauge: StateGauge, *key: str) -> None:
         """Not any more, or it never was."""
         with self._lock:
-            self._samples[level].pop(key, None)
+            self._samples[gauge].pop(key, None)
 
     def collect(self) -> Iterator[Metric]:
         """All that is so, for a scrape."""
         with self._lock:
-            shown = {level: list(samples.values()) for level, samples in self._samples.items()}
-        for level, samples in shown.items():
-            family = GaugeMetricFamily(level.name, level.help, labels=level.labels)
+            shown = {gauge: list(samples.values()) for gauge, samples in self._samples.items()}
+        for gauge, samples in shown.items():
+            family = GaugeMetricFamily(gauge.name, gauge.help, labels=gauge.labels)
             for labels, look in samples:
                 if (value := look()) is not None:
                     family.add_metric(labels, value)

@@ -21,7 +21,7 @@ from prometheus_client import (
 
 from vmbackup.api.status import Outcome, Phase, Reason, Report, RetryReason
 from vmbackup.imaging.sizes import free_bytes
-from vmbackup.telemetry.gauges import Level, Levels
+from vmbackup.telemetry.gauges import StateGauge, StateGauges
 from vmbackup.version import __version__
 
 # 10 ms (a pivot of an idle guest) to 8 hours (a commit of terabytes), three steps to a decade and whole minutes later.
@@ -30,46 +30,48 @@ _FREEZE_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 300.0)
 _ST_BLOCKS_UNIT = 512  # stat(2): st_blocks counts these, whatever the file system
 
 _DOMAIN, _DISK = ("domain",), ("domain", "target")
-_STATE = Level(
+_STATE = StateGauge(
     "vmbackup_backup_state",
     "1 while a backup of a domain runs, with its phase and the reason of its condition Ready.",
     ("domain", "phase", "reason"),
     keys=1,
 )
-_PROGRESSED = Level(
+_PROGRESSED = StateGauge(
     "vmbackup_backup_last_progress_timestamp_seconds",
     "When the running backup of a domain last made progress.",
     _DOMAIN,
     1,
 )
-_COPIED = Level("vmbackup_backup_copied_bytes", "What the running backup of a domain has copied.", _DOMAIN, 1)
-_TOTAL = Level("vmbackup_backup_total_bytes", "What the running backup of a domain has to copy.", _DOMAIN, 1)
-_MERGED = Level(
+_COPIED = StateGauge("vmbackup_backup_copied_bytes", "What the running backup of a domain has copied.", _DOMAIN, 1)
+_TOTAL = StateGauge("vmbackup_backup_total_bytes", "What the running backup of a domain has to copy.", _DOMAIN, 1)
+_MERGED = StateGauge(
     "vmbackup_backup_merged_bytes", "What the running backup of a domain has merged into its bases.", _DOMAIN, 1
 )
-_QUARANTINED = Level("vmbackup_quarantined", "1 while the chain of a domain is quarantined.", _DOMAIN, 1)
-_OVERLAY = Level("vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", _DISK, 2)
-_OVERLAY_FREE = Level(
+_QUARANTINED = StateGauge("vmbackup_quarantined", "1 while the chain of a domain is quarantined.", _DOMAIN, 1)
+_OVERLAY = StateGauge("vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", _DISK, 2)
+_OVERLAY_FREE = StateGauge(
     "vmbackup_overlay_free_bytes", "What is free on the file system of the overlay of a disk.", _DISK, 2
 )
-_OVERLAY_AGE = Level("vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", _DISK, 2)
-_STALLED = Level("vmbackup_commit_stalled", "1 while the commit of a disk is past commit.deadlineSeconds.", _DISK, 2)
-_SUSPENDED = Level("vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", _DOMAIN, 1)
-_SUSPENDED_LIMIT = Level(
+_OVERLAY_AGE = StateGauge("vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", _DISK, 2)
+_STALLED = StateGauge(
+    "vmbackup_commit_stalled", "1 while the commit of a disk is past commit.deadlineSeconds.", _DISK, 2
+)
+_SUSPENDED = StateGauge("vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", _DOMAIN, 1)
+_SUSPENDED_LIMIT = StateGauge(
     "vmbackup_guest_suspended_limit_seconds",
     "How long the backup may keep the guest suspended: commit.stallPauseSeconds during a Pause, else 0.",
     _DOMAIN,
     1,
 )
-_SUCCESS = Level("vmbackup_last_success_timestamp_seconds", "When a domain was last backed up.", _DOMAIN, 1)
-_FAILURE = Level(
+_SUCCESS = StateGauge("vmbackup_last_success_timestamp_seconds", "When a domain was last backed up.", _DOMAIN, 1)
+_FAILURE = StateGauge(
     "vmbackup_last_failure_timestamp_seconds",
     "When the backup of a domain last failed; gone as soon as one has succeeded.",
     _DOMAIN,
     1,
 )
 _RUNNING = (_STATE, _PROGRESSED, _COPIED, _TOTAL, _MERGED)
-_LEVELS = (
+_GAUGES = (
     *_RUNNING, _QUARANTINED, _OVERLAY, _OVERLAY_FREE, _OVERLAY_AGE, _STALLED, _SUSPENDED, _SUSPENDED_LIMIT, _SUCCESS,
     _FAILURE,
 )  # fmt: skip
@@ -131,8 +133,8 @@ class Metrics:
             "For how long the API server has not taken a status that waits for it.",
             registry=registry,
         ).set_function(self._lag)
-        self._levels = Levels(_LEVELS)
-        registry.register(self._levels)
+        self._gauges = StateGauges(_GAUGES)
+        registry.register(self._gauges)
         self._lock = threading.Lock()
         self._succeeded: dict[str, float] = {}  # the snapshot of the last good backup, by domain
         self._ended: dict[str, float] = {}  # and when that backup was over
@@ -170,57 +172,57 @@ class Metrics:
         with self._lock:
             self._here = None if self._here is None else self._here | {domain}
         if report.reason == Reason.QUARANTINED:
-            self._levels.put(_QUARANTINED, (domain,))
+            self._gauges.put(_QUARANTINED, (domain,))
         else:
-            self._levels.drop(_QUARANTINED, domain)
+            self._gauges.drop(_QUARANTINED, domain)
         if report.outcome is not None:
             self.idle(domain)
             return
         progressed = report.last_progress_time or report.start_time or time.time()
-        self._levels.put(_STATE, (domain, str(report.phase), str(report.reason)))
-        self._levels.put(_PROGRESSED, (domain,), progressed)
-        self._levels.put(_COPIED, (domain,), sum(disk.copied_bytes for disk in report.disks))
-        self._levels.put(_TOTAL, (domain,), sum(disk.total_bytes for disk in report.disks))
-        self._levels.put(_MERGED, (domain,), sum(disk.merged_bytes for disk in report.disks))
+        self._gauges.put(_STATE, (domain, str(report.phase), str(report.reason)))
+        self._gauges.put(_PROGRESSED, (domain,), progressed)
+        self._gauges.put(_COPIED, (domain,), sum(disk.copied_bytes for disk in report.disks))
+        self._gauges.put(_TOTAL, (domain,), sum(disk.total_bytes for disk in report.disks))
+        self._gauges.put(_MERGED, (domain,), sum(disk.merged_bytes for disk in report.disks))
 
     def idle(self, domain: str) -> None:
         """No backup works on a domain any more."""
-        for level in _RUNNING:
-            self._levels.drop(level, domain)
+        for gauge in _RUNNING:
+            self._gauges.drop(gauge, domain)
 
     def released(self, domain: str) -> None:
         """The backup that had quarantined a domain is gone."""
-        self._levels.drop(_QUARANTINED, domain)
+        self._gauges.drop(_QUARANTINED, domain)
 
     def overlay(self, domain: str, target: str, path: Path, since: float) -> None:
         """A disk runs on this overlay since then. Its size is looked up at each scrape."""
         disk = (domain, target)
-        self._levels.put(_OVERLAY, disk, partial(_taken, path))
-        self._levels.put(_OVERLAY_FREE, disk, partial(_free, path))
-        self._levels.put(_OVERLAY_AGE, disk, partial(_age, since))
+        self._gauges.put(_OVERLAY, disk, partial(_taken, path))
+        self._gauges.put(_OVERLAY_FREE, disk, partial(_free, path))
+        self._gauges.put(_OVERLAY_AGE, disk, partial(_age, since))
 
     def overlay_gone(self, domain: str, target: str) -> None:
         """A disk is home, or its overlay is accounted for elsewhere."""
-        for level in (_OVERLAY, _OVERLAY_FREE, _OVERLAY_AGE, _STALLED):
-            self._levels.drop(level, domain, target)
+        for gauge in (_OVERLAY, _OVERLAY_FREE, _OVERLAY_AGE, _STALLED):
+            self._gauges.drop(gauge, domain, target)
 
     def stalled(self, domain: str, target: str) -> None:
         """The commit of a disk is past its deadline."""
-        self._levels.put(_STALLED, (domain, target))
+        self._gauges.put(_STALLED, (domain, target))
 
     def converged(self, domain: str, target: str) -> None:
         """It is not any more."""
-        self._levels.drop(_STALLED, domain, target)
+        self._gauges.drop(_STALLED, domain, target)
 
     def suspended(self, domain: str, since: float, limit: float = 0.0) -> None:
         """A guest is suspended by us since then; `limit`: seconds that it may be, as the backup's spec asks for."""
-        self._levels.put(_SUSPENDED, (domain,), partial(_age, since))
-        self._levels.put(_SUSPENDED_LIMIT, (domain,), limit)
+        self._gauges.put(_SUSPENDED, (domain,), partial(_age, since))
+        self._gauges.put(_SUSPENDED_LIMIT, (domain,), limit)
 
     def resumed(self, domain: str) -> None:
         """A guest runs again, or is off: no longer suspended by us."""
-        self._levels.drop(_SUSPENDED, domain)
-        self._levels.drop(_SUSPENDED_LIMIT, domain)
+        self._gauges.drop(_SUSPENDED, domain)
+        self._gauges.drop(_SUSPENDED_LIMIT, domain)
 
     def succeeded(self, domain: str, at: float, ended: float) -> None:
         """A backup of a domain succeeded: its snapshot is of `at`, and it was over at `ended`.
@@ -264,14 +266,14 @@ class Metrics:
     def _tell_last(self, domain: str) -> None:
         here = self._here is None or domain in self._here
         if here and domain in self._succeeded:
-            self._levels.put(_SUCCESS, (domain,), self._succeeded[domain])
+            self._gauges.put(_SUCCESS, (domain,), self._succeeded[domain])
         else:
-            self._levels.drop(_SUCCESS, domain)
+            self._gauges.drop(_SUCCESS, domain)
         failed = self._failed.get(domain)
         if here and failed is not None and failed > self._ended.get(domain, 0.0):
-            self._levels.put(_FAILURE, (domain,), failed)
+            self._gauges.put(_FAILURE, (domain,), failed)
         else:
-            self._levels.drop(_FAILURE, domain)
+            self._gauges.drop(_FAILURE, domain)
 
     def _lag(self) -> float:
         with self._lock:

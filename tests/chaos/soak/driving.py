@@ -19,9 +19,10 @@ from typing import Any
 
 from tests.support.backups import Told, make_node
 from tests.support.kill_points import SNAPSHOT, Boot, When, watch_all
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec, DirectoryStoreSpec, StoreSpec
 from vmbackup.api.status import Report
+from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.reconcile.backup import Backup

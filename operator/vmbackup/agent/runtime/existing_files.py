@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE = 5.0  # seconds
 
 
-class Presence:
+class ExistingFiles:
     """Belongs to the event loop. Asks in one thread at a time, so that none but one is lost where a mount is dead."""
 
     def __init__(self, threads: Threads) -> None:
@@ -28,7 +28,7 @@ class Presence:
             return wanted
         async with self._turn:
             if self._asked is None or self._asked.done():
-                look = self._threads.run(lambda: set(filter(_is_there, wanted)), "presence", awaited=False)
+                look = self._threads.run(lambda: set(filter(_is_there, wanted)), "existing-files", awaited=False)
                 self._asked = asyncio.create_task(look)
                 await asyncio.wait([self._asked], timeout=_PATIENCE)
             if self._asked.done():

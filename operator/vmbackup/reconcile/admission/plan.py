@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
-from vmbackup.api.spec import BackupSpec
 from vmbackup.errors import Cause, PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor

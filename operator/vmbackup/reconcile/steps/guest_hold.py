@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from vmbackup.api.spec import Quiesce
+from vmbackup.api.backup import Quiesce
 from vmbackup.api.status import RetryReason
 from vmbackup.errors import Cause, PermanentError, UnknownOutcomeError, VMBackupError
 from vmbackup.hypervisor.mark import Mark, MarkedDisk

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from vmbackup.api.spec import RETRY_ANNOTATION
+from vmbackup.api.names import RETRY_ANNOTATION
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, DiskRecord, Image, Record, Snapshot

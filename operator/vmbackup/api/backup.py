@@ -1,7 +1,7 @@
-"""The spec of a VMBackup and of a VMBackupStore: what the user asked for, parsed and checked.
+"""The spec of a VMBackup: what the user asked for, parsed and checked.
 
-The API server has checked all of this already by the CRD's schema and CEL rules; `vmbackup run -f` has no API server,
-so parsing checks again and names the field and the cure.
+The API server has checked all of this already, with the CRD's schema and its CEL rules. `vmbackup run -f` has no API
+server, so parsing checks again and names the field and the cure.
 """
 
 from __future__ import annotations
@@ -13,22 +13,12 @@ from enum import StrEnum
 from typing import Any
 
 from vmbackup.api.fields import Fields
-
-GROUP = "vmbackup.dev"
-VERSION = "v1alpha1"
-RETRY_ANNOTATION = f"{GROUP}/retry"
-CANCEL_ANNOTATION = f"{GROUP}/cancel"  # "true": no copy is wanted any more
-FINALIZER = f"{GROUP}/chain-home"
+from vmbackup.api.names import OBJECT_NAME
 
 # What of a spec identifies the backup: it may not change once the resource exists.
 IMMUTABLE_FIELDS = ("nodeName", "domain", "storeRef", "disks", "snapshot", "switchPolicy")
 
-# The same as in crds/, rule by rule.
-OBJECT_NAME = re.compile(
-    r"(?=.{1,253}\Z)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-)  # RFC 1123 subdomain
-_DOMAIN = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")
-_PATH = re.compile(r"(?=.{1,1024}\Z)(/(?!\.\.?(/|\Z))[^/\x00-\x1f\x7f]+)+/?")
+_DOMAIN = re.compile(r"[^/\x00-\x1f\x7f]{1,255}")  # the same as in crds/
 
 
 class Quiesce(StrEnum):
@@ -142,27 +132,3 @@ class BackupSpec:
         if parsed.commit.stall_policy is StallPolicy.PAUSE and parsed.switch_policy is SwitchPolicy.LIVE:
             raise commit.bad("stallPolicy", "give Hold or Throttle, since switchPolicy Live never suspends the guest")
         return parsed
-
-
-@dataclass(frozen=True)
-class DirectoryStoreSpec:
-    """A store that is a directory of the node."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """The spec of a VMBackupStore: exactly one kind of store."""
-
-    directory: DirectoryStoreSpec
-
-    @classmethod
-    def parse(cls, spec: Mapping[str, Any]) -> StoreSpec:
-        """Parse `spec` of a VMBackupStore manifest. Raises RefusedError naming the field and the cure."""
-        top = Fields("spec", spec)
-        directory = Fields("spec.directory", top.group("directory", required=True))
-        path = directory.string("path", _PATH, "give an absolute path below /, without '.' and '..'")
-        directory.refuse_unknown()
-        top.refuse_unknown()
-        return cls(directory=DirectoryStoreSpec(path=path))

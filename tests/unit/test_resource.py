@@ -1,4 +1,4 @@
-"""What a VMBackup asks of its agent, by what the API server shows of it."""
+"""A VMBackup as the API server shows it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from vmbackup.agent.duty import Seen
+from vmbackup.api.resource import BackupResource
 
 ENDED = "2026-01-01T00:00:00Z"
 NEW = {"observedGeneration": -1, "conditions": [{"type": "Ready", "status": "Unknown", "reason": "Pending"}]}
 
 
-def seen(status: dict[str, Any], *, annotations: dict[str, str] | None = None, **spec: Any) -> Seen:
+def seen(status: dict[str, Any], *, annotations: dict[str, str] | None = None, **spec: Any) -> BackupResource:
     metadata = {"namespace": "default", "name": "web", "uid": "u", "generation": 2, "annotations": annotations or {}}
-    return Seen({"metadata": metadata, "spec": spec, "status": status})
+    return BackupResource({"metadata": metadata, "spec": spec, "status": status})
 
 
 def over(ready: str = "True", reason: str = "Succeeded", chain: str = "True", **fields: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ RETRY = {"vmbackup.dev/retry": "2"}
         pytest.param(seen(over(location="/s"), deletionPolicy="Retain"), False, id="its data stays"),
     ],
 )
-def test_a_backup_is_wanted_as_long_as_there_is_something_left_to_do(found: Seen, wanted: bool) -> None:
+def test_a_backup_is_wanted_as_long_as_there_is_something_left_to_do(found: BackupResource, wanted: bool) -> None:
     assert found.wanted is wanted
 
 
