@@ -100,6 +100,16 @@ def base_changed(disk: DiskRecord) -> str:
     )
 
 
+def written_astray(disk: DiskRecord) -> str:
+    """QEMU has opened B by its name while that led to another file, and writes that file now (a deleted one, say)."""
+    return (
+        f"disk {disk.target}: QEMU does not write the file {disk.base}, but one that had this name for a moment, and "
+        f"that may be deleted already: something replaced {disk.base} during the backup (rsync, mv). Do not stop the "
+        f"guest: save what it writes (virsh blockcopy DOMAIN {disk.target} NEW-FILE --wait --pivot), and leave "
+        f"{disk.overlay} in its place until you have compared the files"
+    )
+
+
 def lost_by_libvirt(disk: DiskRecord) -> str:
     """Off, and yet O is open: libvirt 9.0 that is killed while it saves a job may not know the guest any more.
 

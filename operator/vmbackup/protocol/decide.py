@@ -43,4 +43,4 @@ def needs_truth(record: Record, seen: Observation, *, doubt: bool) -> bool:
 def _disagrees(disk: DiskSeen) -> bool:
     """L, `<mirror>`, blockJobInfo and O's lock do not fit together."""
     locked = disk.overlay is not None and disk.overlay.locked
-    return locked is not (disk.live is Image.OVERLAY) or disk.job is (disk.mirror is Mirror.NONE)
+    return disk.astray or locked is not (disk.live is Image.OVERLAY) or disk.job is (disk.mirror is Mirror.NONE)

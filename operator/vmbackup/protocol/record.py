@@ -97,6 +97,9 @@ class DiskRecord:
     virtual_bytes: int = 0
     base_inode: int = 0  # of the file that base is, and how long that is at least; 0: not known, or no file
     base_bytes: int = 0
+    base_locked: bool = (
+        False  # QEMU's locks on base were seen at admission: from then on a missing lock means something
+    )
     room: int = 0  # bytes that were free for overlays on the overlay's file system when this was planned
     backing: tuple[tuple[str, str], ...] = ()  # path and format of the images below base, the template last
     persistent_disk_xml: str = ""  # the <disk> of the persistent XML while on base, to go back to

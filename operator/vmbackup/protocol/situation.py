@@ -115,7 +115,8 @@ class Situation:
     def may_pivot(self, disk: Case) -> bool:
         """The job may be pivoted, P can be settled, and the next attempt is due."""
         due = not self.exhausted(disk) and self.seen.now >= disk.record.retry_at
-        return ready(disk) and due and not self.seen.config_failing and not disk.seen.base_changed
+        right_file = not (disk.seen.base_changed or disk.seen.astray)
+        return ready(disk) and due and not self.seen.config_failing and right_file
 
     def exhausted(self, disk: Case) -> bool:
         """No further attempt is made to bring this disk home."""
@@ -170,6 +171,7 @@ def consistent(disk: Case) -> bool:
         and (disk.on_overlay or disk.overlay is None)
         and (disk.seen.job or disk.seen.mirror is Mirror.NONE)
         and not disk.seen.base_changed
+        and not disk.seen.astray
     )
 
 
@@ -191,6 +193,14 @@ def spare_changed_base(s: Situation) -> Action | None:
     for disk in s.disks:
         if disk.seen.base_changed and (disk.on_overlay or disk.overlay is not None):
             return quarantine(s, advice.base_changed(disk.record))
+    return None
+
+
+def spare_astray_base(s: Situation) -> Action | None:
+    """QEMU opens base by its name: if that led to another file then, neither the overlay nor base may be touched."""
+    for disk in s.disks:
+        if disk.seen.astray:
+            return quarantine(s, advice.written_astray(disk.record))
     return None
 
 

@@ -59,6 +59,7 @@ class DiskSeen:
     foreign_job: bool = False  # somebody else's block job
     written: Image | None = None  # T; None: not asked
     base_changed: bool = False  # base is not the file any more that it was, or was truncated
+    astray: bool = False  # QEMU writes another file than base, though by base's name: base's name led there for a while
 
     @property
     def truth(self) -> Image | None:

@@ -14,6 +14,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
 from vmbackup.imaging.image import overlay_file
+from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import is_unwritten
 from vmbackup.protocol.decide import needs_truth
 from vmbackup.protocol.record import Copy, DiskRecord, Image, Record, Snapshot
@@ -81,7 +82,8 @@ class Observer:
                 overlay=self._overlay(disk),
                 base_changed=_base_changed(disk),
             )
-            disks.append(_with_job(seen, disk.base, live.get(disk.target), job))
+            seen = _with_job(seen, disk.base, live.get(disk.target), job)
+            disks.append(replace(seen, astray=_is_astray(disk, seen)))
         copying = record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN
         defined_off = persistent_xml is not None and not on
         now = boottime()
@@ -143,7 +145,13 @@ class Observer:
             return view
         written = self.guest.written_images()
         disks = tuple(
-            replace(disk, written=_named(record.disk(disk.target), written.get(disk.target))) for disk in seen.disks
+            replace(
+                disk,
+                written=_named(record.disk(disk.target), written.get(disk.target)),
+                # Only QEMU's answer shows that it is alive, for a dead one holds no lock either.
+                astray=disk.astray and _is_astray(record.disk(disk.target), disk),
+            )
+            for disk in seen.disks
         )
         return replace(view, seen=replace(seen, disks=disks))
 
@@ -171,6 +179,21 @@ def _base_changed(disk: DiskRecord) -> bool:
     except OSError:  # not to be seen at the moment, which says nothing about it
         return False
     return status.st_ino != disk.base_inode or status.st_size < disk.base_bytes
+
+
+def _is_astray(disk: DiskRecord, seen: DiskSeen) -> bool:
+    """Whether QEMU, while on, has another file open than the one that is base: its locks are not on that very file.
+
+    QEMU opens base by its name at the snapshot, at the start of a commit and at the pivot (measured on 7.2), and keeps
+    whatever file had the name at that moment.
+    """
+    if not disk.base_locked or seen.base_changed or seen.live not in (Image.BASE, Image.OVERLAY):
+        return False
+    writes = seen.live is Image.BASE or seen.job
+    try:
+        return not (has_writer if writes else is_locked)(Path(disk.base))
+    except VMBackupError:  # not to be seen at the moment, which says nothing about it
+        return False
 
 
 def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:

@@ -16,6 +16,7 @@ from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging import image
 from vmbackup.imaging.errors import errors_of
+from vmbackup.imaging.locks import has_writer
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import DiskRecord, Freeze, Record, Snapshot
 from vmbackup.protocol.transition import planned_anew
@@ -102,6 +103,7 @@ class Planner:
             virtual_bytes=info.virtual_bytes,
             base_inode=status.st_ino if is_file else 0,
             base_bytes=status.st_size if is_file else 0,
+            base_locked=is_file and has_writer(Path(base)),
             total_bytes=info.virtual_bytes,
             backing=tuple((below.path, below.format) for below in disk.chain),
         )
