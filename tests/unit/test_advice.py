@@ -21,6 +21,8 @@ TOLD = {
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
     "foreign image": (advice.foreign_image(DISK), "virsh blockcommit"),
     "base changed": (advice.base_changed(DISK), "Put the original back"),
+    "written astray": (advice.written_astray(DISK), "virsh blockcopy"),
+    "holds a snapshot": (advice.holds_snapshot(DISK), "virsh snapshot-delete"),
     "foreign definition": (advice.foreign_definition(DISK), "virsh edit"),
     "foreign job": (advice.foreign_job(DISK), "virsh blockjob"),
     "image changed": (advice.image_changed(DISK), "create a new VMBackup"),

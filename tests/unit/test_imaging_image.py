@@ -57,7 +57,7 @@ class TestOverlayFile:
 
     def test_an_internal_snapshot_is_content(self, overlay: Path) -> None:
         run("qemu-img", "snapshot", "-c", "one", str(overlay))
-        assert overlay_file(overlay) == UNLOCKED_WITH_DATA
+        assert overlay_file(overlay) == OverlayFile(locked=False, empty=False, holds_snapshot=True)
 
     def test_a_file_whose_creation_was_cut_short_is_empty(self, tmp_path: Path) -> None:
         (tmp_path / "cut.qcow2").touch()

@@ -41,10 +41,14 @@ _LONGEST_L1 = 32 << 20  # bytes, likewise (block/qcow2.h, QCOW_MAX_L1_SIZE)
 
 @dataclass(frozen=True)
 class OverlayFile:
-    """An overlay on disk. `empty`: no cluster allocated, so it holds nothing; None: locked, so not to be known."""
+    """An overlay on disk. `empty`: no cluster allocated, so it holds nothing; None: locked, so not to be known.
+
+    `holds_snapshot`: a user's internal snapshot is in it (virsh snapshot-create-as without --disk-only).
+    """
 
     locked: bool
     empty: bool | None
+    holds_snapshot: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,19 @@ def overlay_file(path: Path) -> OverlayFile | None:
     if not os.path.lexists(path):
         return None
     with errors_of(path), os.fdopen(open_trusted(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        snapshot = _holds_snapshot(file)
         if is_locked_by_another(file.fileno()):
-            return OverlayFile(locked=True, empty=None)
-        return OverlayFile(locked=False, empty=_is_empty_qcow2(file))
+            return OverlayFile(locked=True, empty=None, holds_snapshot=snapshot)
+        file.seek(0)
+        return OverlayFile(locked=False, empty=_is_empty_qcow2(file), holds_snapshot=snapshot)
+
+
+def _holds_snapshot(file: BinaryIO) -> bool:
+    """What the header says, which QEMU writes before it answers that a snapshot is taken."""
+    header = file.read(_QCOW2_HEADER.size)
+    if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
+        return False
+    return _QCOW2_HEADER.unpack(header)[-1] > 0
 
 
 def _is_empty_qcow2(file: BinaryIO) -> bool:

@@ -110,6 +110,15 @@ def written_astray(disk: DiskRecord) -> str:
     )
 
 
+def holds_snapshot(disk: DiskRecord) -> str:
+    """O holds an internal snapshot that a user has taken while the guest was on it."""
+    return (
+        f"disk {disk.target}: {disk.overlay} holds a snapshot that was taken during the backup, and would be deleted "
+        "with it: nothing is merged. Delete the snapshot (virsh snapshot-list, virsh snapshot-delete), or save it "
+        f"first (qemu-img convert -U -l NAME {disk.overlay} NEW-FILE)"
+    )
+
+
 def lost_by_libvirt(disk: DiskRecord) -> str:
     """Off, and yet O is open: libvirt 9.0 that is killed while it saves a job may not know the guest any more.
 

@@ -89,6 +89,10 @@ def off_with_overlay_left(s: Situation) -> Action | None:
             reason = advice.overlay_left_off(disk.record)
             return Action(Do.COMPARE, disk.target, images=((disk.target, Image.BASE),), reason=reason)
         unused = disk.empty and not disk.overlay.locked and disk.seen.persistent is Image.BASE
+        if home and disk.holds_snapshot:
+            if s.record.quarantined:
+                continue
+            return quarantine(s, advice.holds_snapshot(disk.record))
         if home or unused:
             return settle(s, [(disk, Image.BASE)]) or Action(Do.REMOVE_OVERLAY, disk.target)
         if not s.record.quarantined:
@@ -116,13 +120,16 @@ def merge_offline(s: Situation) -> Action | None:
             return action
     if actions:
         until = [action.until for action in actions if action.until is not None]
-        return Action(Do.WAIT, reason=actions[0].reason, until=min(until, default=None))
+        others = any(action.others for action in actions)
+        return Action(Do.WAIT, reason=actions[0].reason, until=min(until, default=None), others=others)
     if not left:
         return None
     return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or let_go(s) or Action(Do.DONE)
 
 
 def _merge(s: Situation, disk: Case) -> Action:
+    if disk.holds_snapshot:
+        return Action(Do.WAIT, disk.target, reason=advice.holds_snapshot(disk.record), others=True)
     if not disk.record.commit_begun:
         return Action(Do.BEGIN_COMMIT, disk.target)
     if s.seen.now < disk.record.retry_at:

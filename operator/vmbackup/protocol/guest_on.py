@@ -167,6 +167,8 @@ def remove_overlay(s: Situation) -> Action | None:
             return action
         if disk.seen.persistent is Image.OTHER:
             return quarantine(s, advice.foreign_definition(disk.record))
+        if disk.holds_snapshot:
+            return quarantine(s, advice.holds_snapshot(disk.record))
         if not disk.done_with and not disk.empty:
             return quarantine(s, advice.overlay_left_on(disk.record))
         return Action(Do.REMOVE_OVERLAY, disk.target)
@@ -218,11 +220,21 @@ def commit_and_pivot(s: Situation) -> Action | None:
     if s.pausing:
         until.append(s.record.pause_until)
     waiting = next((action for action in actions if action.others), Action(Do.WAIT, reason="the commit is running"))
-    return replace(waiting, until=min(until, default=None))
+    meanwhile = _while_a_snapshot_is_kept(s) if any(disk.holds_snapshot for disk in s.on_overlay) else None
+    return meanwhile or replace(waiting, until=min(until, default=None))
+
+
+def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
+    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that."""
+    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
+        return Action(Do.SHIP)
+    return let_go(s)
 
 
 def _way_home(s: Situation, disk: Case) -> Action:
     record, seen = disk.record, disk.seen
+    if disk.holds_snapshot and not seen.job:
+        return Action(Do.WAIT, disk.target, reason=advice.holds_snapshot(record), others=True)
     if not record.commit_begun:
         return Action(Do.BEGIN_COMMIT, disk.target)
     if s.exhausted(disk):

@@ -39,6 +39,11 @@ class Case:
         return self.overlay is not None and self.overlay.empty
 
     @property
+    def holds_snapshot(self) -> bool:
+        """O holds a snapshot of the user, which would go with O: O is neither merged nor removed."""
+        return self.overlay is not None and self.overlay.holds_snapshot
+
+    @property
     def done_with(self) -> bool:
         """Base, where P or L names it, holds all of O: it was pivoted, or merged while the guest was off."""
         return self.record.pivot_intended or (self.overlay is not None and self.overlay.merged)

@@ -42,6 +42,7 @@ class OverlayFile:
     empty: bool
     merged: bool = False
     held: bool = False
+    holds_snapshot: bool = False  # an internal one, of a user: he may want to revert to it
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ class Observer:
             empty=bool(file.empty),
             merged=bool(disk.merged) and is_unwritten(path, disk.merged),
             held=held,
+            holds_snapshot=file.holds_snapshot,
         )
 
     def _migrated(self, record: Record) -> bool:
