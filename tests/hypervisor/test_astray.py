@@ -28,6 +28,7 @@ def while_the_name_leads_elsewhere(base: Path, call: Callable[..., Any]) -> Call
     return swapped
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("call", ["snapshot", "commit", "pivot"])
 def test_a_guest_whose_qemu_has_another_file_than_base_open_is_never_called_home(
     domain: DomainFactory, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch, call: str

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.backups import SLOW, BackupFactory
 from tests.support.domains import DomainFactory, qemu_img
 from vmbackup.api.status import Outcome
 
 
+@pytest.mark.fault(5)
 def test_an_overlay_that_holds_a_snapshot_is_kept_and_said_until_the_snapshot_is_deleted(
     domain: DomainFactory, backup: BackupFactory
 ):
