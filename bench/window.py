@@ -20,7 +20,7 @@ from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
 from vmbackup.api.store import StoreSpec
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request

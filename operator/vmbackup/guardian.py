@@ -17,7 +17,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.output import StderrLog
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run

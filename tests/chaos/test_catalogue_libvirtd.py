@@ -27,7 +27,7 @@ from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.hypervisor import connection
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.steps.step import Ending
 

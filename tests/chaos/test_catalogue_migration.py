@@ -20,7 +20,7 @@ from tests.support.domains import wait_until
 from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.locks import is_locked
 from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in

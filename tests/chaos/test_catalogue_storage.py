@@ -25,8 +25,8 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
 from vmbackup.stores.directory.store import DirectoryStore
 

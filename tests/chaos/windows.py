@@ -16,7 +16,7 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.support.domains import wait_until
 from vmbackup.errors import UnknownOutcomeError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 _SECONDS = 60
 

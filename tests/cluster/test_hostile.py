@@ -18,7 +18,7 @@ from sandbox.kube import KubeApi
 from sandbox.libvirtd import Libvirtd, domain_xml
 from tests.support.agents import Agent, assert_home, assert_stored
 from tests.support.domains import Domain, DomainFactory, make_disk, wait_until
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 PASSWORD = "hunter2?"  # 8 characters are the most that VNC takes
 

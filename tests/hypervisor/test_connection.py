@@ -20,8 +20,8 @@ from tests.support.domains import DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
 from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError
 from vmbackup.hypervisor import connection
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 ROUNDS = 3
 

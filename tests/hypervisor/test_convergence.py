@@ -24,8 +24,8 @@ from tests.support.stopwatch import Stopwatch
 from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.errors import VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Guard
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.clock import boottime

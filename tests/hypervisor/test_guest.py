@@ -18,8 +18,8 @@ from tests.support.storage import mounted
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import ChainImage, Mirror
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 ALL_KINDS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}

@@ -21,7 +21,7 @@ from tests.support.backups import BackupFactory
 from tests.support.domains import at_work, wait_until
 from tests.support.kill_points import Driving, Moment, Task, When, guardians
 from vmbackup.api.status import Outcome
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.protocol.record import Freeze
 from vmbackup.reconcile.steps import guest_hold

@@ -29,8 +29,8 @@ from tests.support.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECON
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.hypervisor import guest as guests_of_libvirt
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Call, Record, Snapshot
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run

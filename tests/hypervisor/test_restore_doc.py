@@ -20,7 +20,7 @@ from tests.support.backups import BackupFactory
 from tests.support.domains import Domain, make_disk, qemu_img
 from tests.support.storage import sha256sum
 from vmbackup.api.status import Outcome
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "restore.md"
 EXAMPLE_FOLDER = "/var/lib/vmbackup/store/default/web-02-1.e7683e29-fbd0-4e1f-ac5a-e98916c7bd54"

@@ -12,8 +12,8 @@ from sandbox.libvirtd import Libvirtd
 from tests.support.backups import SLOW, BackupFactory
 from tests.support.domains import DomainFactory, wait_until
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.protocol.record import Snapshot
 from vmbackup.reconcile.node import Node

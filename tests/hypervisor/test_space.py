@@ -16,8 +16,8 @@ from tests.support.domains import Domain, DomainFactory
 from tests.support.storage import mounted
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.admission.plan import Planner
 from vmbackup.reconcile.admission.survey import survey
 from vmbackup.reconcile.node import Node

@@ -16,7 +16,7 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Phase, Report
 from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.backoff import Backoff
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.backups import BackupFactory, RunningBackup, make_node
 from vmbackup.api.identity import BackupId
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state import clock
 

@@ -17,7 +17,7 @@ from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk as make_ext4
 from sandbox.libvirtd import CRASHED, DiskSpec, Libvirtd, domain_xml
 from tests.support.domains import Domain, DomainFactory, GuestFactory, at_work, make_disk
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 _numbers = count(1)
 

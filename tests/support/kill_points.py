@@ -39,8 +39,8 @@ from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.chain import Mirror
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request

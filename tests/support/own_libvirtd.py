@@ -14,7 +14,7 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.support.fixtures_hypervisor import private_libvirtd
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 
 @pytest.fixture(scope="module")

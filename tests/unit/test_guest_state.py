@@ -10,8 +10,8 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 
 
 @dataclass

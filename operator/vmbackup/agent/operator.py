@@ -40,7 +40,7 @@ from vmbackup.backoff import Backoff
 from vmbackup.cluster.client import BACKUPS, Cluster, authorization, load_client
 from vmbackup.cluster.events import Events
 from vmbackup.errors import RefusedError, VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import guarded, let_guests_run
 from vmbackup.telemetry.health import HealthServer

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmbackup.errors import TransientError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.admission.plan import Planner
 from vmbackup.reconcile.admission.survey import DiskSurvey, DomainSurvey, Verdict, survey
 from vmbackup.reconcile.state import journal

@@ -18,7 +18,7 @@ from vmbackup.api.status import GUEST_AWAY, DiskState, Outcome, Phase, Reason, R
 from vmbackup.commands.backup_file import BackupFile, read
 from vmbackup.commands.screen import LineConsole, Screen
 from vmbackup.errors import Cause, RefusedError, VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record, Snapshot
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node

@@ -17,13 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
-from uuid import UUID
 
 import libvirt
 
-from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, VMBackupError
+from vmbackup.errors import TransientError, VMBackupError
 from vmbackup.hypervisor.errors import away, classify
-from vmbackup.hypervisor.guest import Guest
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ _EVENTS = (
 )
 
 
-class Hypervisor:
+class Connection:
     """A libvirtd that is connected to until `close`. Every method may be called by any thread.
 
     Constructing it never fails because libvirtd is away: calls raise TransientError until it answers. `config_dir` is
@@ -93,30 +91,6 @@ class Hypervisor:
             return False
         return True
 
-    def guest(self, name_or_uuid: str) -> Guest:
-        """The domain of that name or UUID. Raises RefusedError (DomainNotFound), TransientError."""
-        lookups: list[Callable[[libvirt.virConnect], libvirt.virDomain]] = [
-            lambda connection: connection.lookupByUUIDString(name_or_uuid),
-            lambda connection: connection.lookupByName(name_or_uuid),
-        ]
-        for lookup in lookups if _is_uuid(name_or_uuid) else lookups[1:]:
-            try:
-                domain = self.call(f"looking up domain {name_or_uuid}", lookup)
-            except PermanentError as error:
-                if error.reason != Cause.DOMAIN_NOT_FOUND:
-                    raise
-            else:
-                return Guest(self, domain.UUIDString(), domain.name())
-        raise RefusedError(
-            f"domain {name_or_uuid!r} is not defined on this hypervisor: correct spec.domain or spec.nodeName",
-            reason=Cause.DOMAIN_NOT_FOUND,
-        )
-
-    def guests(self) -> list[Guest]:
-        """All domains, running or not. Raises TransientError."""
-        domains = self.call("listing the domains", lambda connection: connection.listAllDomains())
-        return [Guest(self, domain.UUIDString(), domain.name()) for domain in domains]
-
     def subscribe(self, domain_uuid: str, wake: Callable[[], None]) -> Callable[[], None]:
         """Call `wake` whenever something may have happened to the domain; returns the end of the subscription.
 
@@ -137,7 +111,7 @@ class Hypervisor:
         return unsubscribe
 
     def call(self, doing: str, function: Callable[[libvirt.virConnect], Result], *, mutating: bool = False) -> Result:
-        """Run `function` on a connection, with libvirt's errors classified. For Guest alone."""
+        """Run `function` on a connection, with libvirt's errors classified. Used inside hypervisor/ only."""
         with self.one_connection(doing) as connection:
             if not _is_alive(connection):
                 self._lost.set()
@@ -284,14 +258,6 @@ def _is_alive(connection: libvirt.virConnect) -> bool:
         return connection.isAlive() == 1
     except libvirt.libvirtError:
         return False
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _default_config_dir(uri: str) -> Path:

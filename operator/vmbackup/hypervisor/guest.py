@@ -6,26 +6,22 @@ Every method may raise TransientError (observe again), PermanentError and, if it
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
-from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from vmbackup.errors import Cause, PermanentError, TransientError, VMBackupError
+from vmbackup.errors import TransientError
 from vmbackup.hypervisor.chain import disks
+from vmbackup.hypervisor.connection import Connection
+from vmbackup.hypervisor.definition import sync_definition
 from vmbackup.hypervisor.mark import KEY, URI, Mark
-
-if TYPE_CHECKING:
-    from vmbackup.hypervisor.connection import Hypervisor
 
 Result = TypeVar("Result")
 
@@ -76,8 +72,8 @@ class BlockJob:
 class Guest:
     """A domain, named by its UUID; got from Hypervisor.guest()."""
 
-    def __init__(self, hypervisor: Hypervisor, uuid: str, name: str) -> None:
-        self._hypervisor = hypervisor
+    def __init__(self, connection: Connection, uuid: str, name: str) -> None:
+        self._connection = connection
         self.uuid = uuid
         self.name = name
 
@@ -261,17 +257,7 @@ class Guest:
         directory is not here, TransientError (ConfigNotDurable) if its file system fails.
         """
         name = self._read("asking for the name", lambda domain: domain.name())
-        directory = self._hypervisor.config_dir
-        try:
-            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise _config_error(f"{self.name}: libvirt's configuration directory {directory}", error) from error
-        try:
-            return _sync(folder, f"{name}.xml", self.uuid, images)
-        except OSError as error:
-            raise _config_error(f"{name}.xml in libvirt's configuration directory {directory}", error) from error
-        finally:
-            os.close(folder)
+        return sync_definition(self._connection.config_dir, name, self.uuid, images)
 
     # -- how libvirt is called
 
@@ -283,10 +269,10 @@ class Guest:
 
     def _on_domain(self, doing: str, function: Callable[[libvirt.virDomain], Result], *, mutating: bool) -> Result:
         doing = f"{self.name}: {doing}"
-        with self._hypervisor.one_connection(doing):
+        with self._connection.one_connection(doing):
             # apart from the call: a change whose lookup failed was never asked for
-            domain = self._hypervisor.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
-            return self._hypervisor.call(doing, lambda _: function(domain), mutating=mutating)
+            domain = self._connection.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
+            return self._connection.call(doing, lambda _: function(domain), mutating=mutating)
 
     def _while_on(self, doing: str, ask: Callable[[libvirt.virDomain], Result], *, otherwise: Result) -> Result:
         """What `ask` says, or `otherwise` where libvirt can ask it of a running domain only."""
@@ -306,38 +292,8 @@ class Guest:
             domain.agentSetResponseTimeout(timeout)  # else a hung agent blocks the call for ever
             return ask(domain)
 
-        with self._hypervisor.waiting_for_an_agent(thaws=thaws):
+        with self._connection.waiting_for_an_agent(thaws=thaws):
             return self._change(doing, ask_in_time)
-
-
-def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:
-    try:
-        file = os.open(name, os.O_RDONLY, dir_fd=folder)
-    except FileNotFoundError:
-        return False
-    with os.fdopen(file, "rb") as reader:
-        xml = reader.read()
-        try:
-            root = fromstring(xml)
-            sources = {disk.target: disk.source for disk in disks(xml.decode())}
-        except (ElementTree.ParseError, DefusedXmlException, UnicodeDecodeError):  # cut off: it names nothing
-            return False
-        if root.findtext("uuid") != uuid or any(sources.get(target) != image for target, image in images.items()):
-            return False
-        os.fsync(file)
-    os.fsync(folder)
-    return True
-
-
-def _config_error(what: str, error: OSError) -> VMBackupError:
-    """That it is not here is how this agent was installed; anything else is a failure, and proves nothing."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM):
-        cure = "mount it into the agent's container at the same path, or let the agent read it"
-        return PermanentError(
-            f"{what} cannot be read ({error.strerror}): {cure}", reason=Cause.CONFIG_DIRECTORY_MISSING
-        )
-    cure = "see its file system"
-    return TransientError(f"{what} cannot be made durable ({error.strerror}): {cure}", reason=Cause.CONFIG_NOT_DURABLE)
 
 
 def _file_name(name: str) -> str:

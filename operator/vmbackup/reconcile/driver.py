@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from vmbackup.api.backup import Quiesce, SwitchPolicy
 from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, UnknownOutcomeError, VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.convergence import with_overdue
 from vmbackup.protocol.decide import decide
 from vmbackup.protocol.record import Copy, Guard, Record, Snapshot

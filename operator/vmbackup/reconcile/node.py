@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmbackup.backoff import Backoff
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.domain_lock import DIRECTORY

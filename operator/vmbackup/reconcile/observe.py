@@ -11,8 +11,8 @@ from typing import TypeVar
 from vmbackup.api.status import Reason
 from vmbackup.errors import Cause, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.image import overlay_file
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import is_unwritten

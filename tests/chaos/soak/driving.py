@@ -24,7 +24,7 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Report
 from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
 from vmbackup.stores.registry import open_store

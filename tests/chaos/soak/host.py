@@ -17,8 +17,8 @@ from tests.chaos.power import booted_now, cut_off
 from tests.support.kill_points import Boot
 from tests.support.storage import XFS_BYTES, make_xfs, mounted, run
 from vmbackup.errors import TransientError, VMBackupError
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.state.clock import boottime
 
 Answer = TypeVar("Answer")

@@ -12,8 +12,8 @@ from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.errors import Cause, PermanentError, RefusedError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.connection import Hypervisor
 from vmbackup.hypervisor.guest import Guest
+from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging import image
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.locks import has_writer
