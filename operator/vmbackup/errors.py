@@ -1,7 +1,7 @@
-"""The four ways in which anything here can go wrong.
+"""The four kinds of errors.
 
-What to do next depends on these alone, never on the text. The text is for people: it names the thing (disk, file,
-field) and the cure.
+What to do next depends on the kind alone, never on the text. The text is for people: it names the disk, file or field,
+and the cure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Cause(StrEnum):
 
 
 class VMBackupError(Exception):
-    """Base of the taxonomy. `reason` is a CamelCase word for conditions and events."""
+    """Base of the four kinds. `reason` is a CamelCase word for conditions and events."""
 
     default_reason = "Error"
 
@@ -38,24 +38,24 @@ class VMBackupError(Exception):
 
 
 class RefusedError(VMBackupError):
-    """This will not be started as it was asked for: nothing was changed, and a human must change the request."""
+    """The request is not accepted as it is. Nothing was changed; a human must change the request."""
 
     default_reason = "Refused"
 
 
 class TransientError(VMBackupError):
-    """It did not happen, and may work later: retry after a while, having observed again."""
+    """It did not happen, and may work later: observe again after a while, then retry."""
 
     default_reason = "Transient"
 
 
 class UnknownOutcomeError(VMBackupError):
-    """It may or may not have happened, or may still happen: only an observation after the barrier tells."""
+    """It may or may not have happened, or may still happen. Only an observation after the barrier can tell."""
 
     default_reason = "Unknown"
 
 
 class PermanentError(VMBackupError):
-    """It did not happen, and trying again as it is will not help."""
+    """It did not happen, and repeating it unchanged will not help."""
 
     default_reason = "Permanent"

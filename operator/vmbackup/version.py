@@ -1,4 +1,4 @@
-"""Which version of vmbackup this is. Apart from the package itself: looking it up takes 7 MB."""
+"""The version of vmbackup. Not in the package itself, because the lookup takes 7 MB of memory."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -24,10 +24,10 @@ from tests.support.backups import SLOW
 from tests.support.domains import Domain, DomainFactory, qemu_img
 from tests.support.stopwatch import Stopwatch
 from vmbackup import cli
-from vmbackup.commands import run as run_command
+from vmbackup.commands.running import session
 from vmbackup.imaging.locks import hold_reader_lock
 
-VMBACKUP = (sys.executable, "-m", "vmbackup.cli")
+VMBACKUP = (sys.executable, "-m", "vmbackup")
 UID = re.compile(r"uid ([0-9a-f-]{36})")
 NOWHERE = "qemu+unix:///session?socket=/nowhere"
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
@@ -187,14 +187,14 @@ def test_an_ended_run_is_carried_on_by_the_next(domain: DomainFactory, vmbackup:
         assert first.returncode == -signal.SIGKILL
     else:
         assert first.returncode == 130, rest
-        assert "Interrupted   the guest runs on its overlay: run again to carry on" in rest
+        assert "Interrupted   the guest runs on its overlay; run again to continue" in rest
     guest.write("vda", 0x22)
     assert guest.live().source != guest.bases["vda"]
 
     again = vmbackup("run", "-f", vmbackup.manifest(guest.name))
     assert again.returncode == 0, again
     assert UID.findall(again.stdout) == UID.findall(said)
-    assert "Carrying on   default/nightly" in again.stdout
+    assert "Continuing    default/nightly" in again.stdout
     (folder,) = vmbackup.folders
     assert image_holds(folder / "vda.raw", 0x11, "32M"), "the copy is not of the moment of the first run's snapshot"
     assert guest.holds("vda", 0x22)
@@ -283,8 +283,9 @@ def test_a_guest_that_cannot_come_home_exits_3_and_comes_home_on_retry(domain: D
         hold_reader_lock(reader.fileno())  # as a reader that never ends: QEMU cannot write the base
         rest, _ = process.communicate(timeout=60)
     assert process.returncode == 3, rest
-    assert "Failed        CommitLimitReached: the guest runs on its overlay, and lost nothing" in rest
-    assert "run with --retry" in rest
+    assert "Failed        CommitLimitReached: the guest runs on its overlay and lost nothing" in rest
+    assert "fix the cause, then run again with --retry" in rest
+    assert "annotation" not in rest
 
     again = vmbackup("run", "--retry", "-f", file)
     assert again.returncode == 0, again
@@ -310,13 +311,13 @@ def test_a_guest_that_stays_off_on_its_overlay_exits_3(
     process.kill()
     libvirtd.virsh("destroy", guest.name)
 
-    monkeypatch.setattr(run_command, "_OFF_GRACE", 0.1)
+    monkeypatch.setattr(session, "_OFF_GRACE", 0.1)
     for name, value in vmbackup.environment.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["run", "-f", file]) == 3
     said = capfd.readouterr().out
     assert "the guest is off on its overlay (disk vda: " in said
-    assert "the commit goes on when it starts; start it, then run again" in said
+    assert "the commit goes on when it starts; start the guest, then run again" in said
     libvirtd.virsh("start", guest.name, "--paused")
     assert vmbackup("run", "-f", file).returncode == 0
     assert guest.live().source == guest.bases["vda"]
@@ -437,11 +438,11 @@ def test_the_file_may_be_a_variable_and_the_store_a_path(domain: DomainFactory, 
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("VMBACKUP_METRICS_PORT", "none", "VMBACKUP_METRICS_PORT is 'none': give a port from 1 to 65535"),
-        ("VMBACKUP_MAX_CONCURRENT_BACKUPS", "0", "give a whole number, 1 or more"),
-        ("VMBACKUP_COMMIT_BACKOFF", "-1", "give seconds above 0"),
-        ("VMBACKUP_NODE_NAME", "Node_A", "as spec.nodeName has it"),
-        ("VMBACKUP_LOG_LEVEL", "loud", "give one of debug, info, warning, error"),
+        ("VMBACKUP_METRICS_PORT", "none", "VMBACKUP_METRICS_PORT is 'none': must be a port from 1 to 65535"),
+        ("VMBACKUP_MAX_CONCURRENT_BACKUPS", "0", "must be a whole number, 1 or more"),
+        ("VMBACKUP_COMMIT_BACKOFF", "-1", "must be a number of seconds above 0"),
+        ("VMBACKUP_NODE_NAME", "Node_A", "like spec.nodeName"),
+        ("VMBACKUP_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
     ],
 )
 def test_a_bad_value_is_named_with_its_cure(vmbackup: Cli, variable: str, value: str, says: str) -> None:
@@ -532,7 +533,7 @@ def test_an_unfinished_backup_is_told_of_and_not_mistaken_for_another(domain: Do
     process.wait()
     done = vmbackup("run", "-f", vmbackup.manifest(other.name))
     assert done.returncode == 2
-    assert f"is one of the domain {guest.name}: finish that first" in done.stderr
+    assert f"exists for the domain {guest.name}: finish that one first" in done.stderr
     away = vmbackup("run", "-f", vmbackup.manifest(guest.name), VMBACKUP_LIBVIRT_URI=NOWHERE)
     assert away.returncode == 3
     assert "the guest may be on its overlay" in away.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.image import ROOT
-from vmbackup.cli import _AGENT, _COMMON  # pyright: ignore[reportPrivateUsage]
+from vmbackup.commands.agent import VERB
 
 UNIT = ROOT / "packaging/systemd/vmbackup-agent.service"
 
@@ -39,7 +39,7 @@ def test_an_agent_that_is_taken_over_finds_little_to_do(installed: Path):
 
 
 def test_its_settings_are_flags_of_the_agent():
-    known = {flag.variable for flag in (*_AGENT, *_COMMON)}
+    known = {flag.variable for flag in VERB.flags}
     named = set(re.findall(r"^#?(VMBACKUP_\w+)=", (UNIT.parent / "agent.env").read_text(), re.MULTILINE))
     assert "VMBACKUP_NODE_NAME" in named
     assert named <= known

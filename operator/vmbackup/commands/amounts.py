@@ -1,10 +1,10 @@
-"""Times and sizes as people read them."""
+"""Durations and sizes for people."""
 
 from __future__ import annotations
 
 
 def span(seconds: float) -> str:
-    """A time, in its two largest units."""
+    """A duration in seconds, in its two largest units."""
     for size, unit, smaller, its_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= size:
             return f"{int(seconds // size)}{unit} {int(seconds % size // smaller)}{its_unit}"
@@ -12,7 +12,7 @@ def span(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in the unit that suits them."""
+    """A number of bytes, in a suitable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,7 +1,8 @@
-"""`vmbackup check`: what would be backed up, what would be refused, and why."""
+"""`vmbackup check`: shows what would be backed up, what would be refused, and why."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vmbackup.commands import flags
+from vmbackup.commands.flags import Flag
+from vmbackup.commands.verb import Argument, Verb, settings_of
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.admission.plan import Planner
@@ -20,7 +24,31 @@ from vmbackup.reconcile.state import journal
 
 ALL_CAN_BE, SOME_REFUSED = 0, 1  # exit codes
 
-_WIDE = 200  # columns where there is no terminal: a path that is broken up is of no use to grep
+FLAGS = (
+    Flag(
+        "--output",
+        "table or json",
+        flags.one_of("table", "json"),
+        default="table",
+        metavar="FORMAT",
+        short="-o",
+    ),
+)
+
+_EXAMPLES = """\
+examples:
+  vmbackup check                 # every domain
+  vmbackup check web-01
+  vmbackup check -o json | jq '.domains[] | select(.refused != []) | .domain'
+"""
+_EXIT_CODES = """\
+exit codes:
+  0    every domain could be backed up
+  1    at least one would be refused
+  2    usage error, no such domain, or libvirtd does not answer
+"""
+
+_WIDE = 200  # columns without a terminal: grep cannot find a path that is wrapped
 _VERDICTS = {
     Verdict.BACKED_UP: ("backed up", "green"),
     Verdict.LEFT_OUT: ("left out", "dim"),
@@ -43,11 +71,11 @@ class CheckSettings:
 
 
 def check(settings: CheckSettings) -> int:
-    """Look at the domains and print what is found; the exit code. Raises VMBackupError where nothing can be seen."""
+    """Inspect the domains and print the result; the exit code. Raises VMBackupError if they cannot be inspected."""
     hypervisor = Hypervisor(settings.libvirt_uri, config_dir=settings.libvirt_config_dir)
     try:
         if not hypervisor.ping():
-            raise TransientError(f"no libvirtd answers at {settings.libvirt_uri}: start it, or give --libvirt-uri")
+            raise TransientError(flags.no_libvirtd(settings.libvirt_uri))
         guests = [hypervisor.guest(settings.domain)] if settings.domain else hypervisor.guests()
         planner = Planner(hypervisor, settings.overlay_dir, settings.image_roots or ())
         records = list(journal.records(settings.state_dir))
@@ -79,7 +107,7 @@ def _print(domains: Sequence[DomainSurvey]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDE)
     if not domains:
-        console.print("There is no domain.")
+        console.print("There are no domains.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("DOMAIN", "STATE", "DISK", "IMAGE", "FORMAT", "BACKUP"):
@@ -103,3 +131,17 @@ def _cells(disk: DiskSurvey | None) -> tuple[str | Text, ...]:
     word, style = _VERDICTS[disk.verdict]
     shown = "" if disk.verdict is Verdict.REFUSED else disk.message
     return disk.target, disk.image, disk.format, Text.assemble((word, style), f": {shown}" if shown else "")
+
+
+def _start(parsed: argparse.Namespace) -> int:
+    return check(settings_of(CheckSettings, parsed))
+
+
+VERB = Verb(
+    _start,
+    (*FLAGS, *flags.HYPERVISOR),
+    _EXAMPLES,
+    log_level="error",
+    exit_codes=_EXIT_CODES,
+    arguments=(Argument("DOMAIN", "name or UUID; default: every domain"),),
+)

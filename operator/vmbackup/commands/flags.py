@@ -1,4 +1,4 @@
-"""Flags that can be given as environment variables too, and what their values may be."""
+"""Flags, each of which has an environment variable too, and the values that they accept."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `kind` makes its value of text, raising ValueError with the cure; `default` is such a text, or None.
+    """One flag. `kind` parses its text, raising ValueError with the cure; `default` is such a text, or None.
 
-    `default_says` is shown as the default where that is not a fixed text. A `switch` may be given without a value. Of
-    one that `gathers`, whose kind makes tuples, each use adds to those before.
+    `default_says` is shown as the default where the default is not a fixed text. The value of a `switch` may be left
+    out. A flag that `gathers` may be repeated: its kind returns tuples, which are joined.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Flag:
 
     @property
     def variable(self) -> str:
-        """The environment variable of the same meaning; the flag comes first. Empty counts as not set."""
+        """The environment variable of the same meaning. The flag takes precedence. Empty counts as not set."""
         return "VMBACKUP_" + self.name.removeprefix("--").upper().replace("-", "_")
 
     def add_to(self, parser: ArgumentParser) -> None:
-        """Let `parser` know this flag."""
+        """Add this flag to `parser`."""
         from_environment = os.environ.get(self.variable)
         default = _FromEnvironment(from_environment) if from_environment else self.default
         says = self.default_says or self.default
@@ -57,7 +57,7 @@ class Flag:
         )
 
     def _value(self, text: str) -> object:
-        """Argparse calls this for a default that is a text too, unless the flag is given."""
+        """Argparse calls this for a value, and also for a default that is a text unless the flag is set."""
         try:
             return self.kind(text)
         except ValueError as error:
@@ -66,35 +66,35 @@ class Flag:
 
 
 class _Gather(Action):
-    """Adds to what was given before, but takes the place of the default."""
+    """Adds to the values set before, but replaces the default."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        """Argparse calls this for each use; the default is still a text then."""
+        """Argparse calls this for each use of the flag; at the first one the default is still a text."""
         given = getattr(namespace, self.dest)
         setattr(namespace, self.dest, (given if isinstance(given, tuple) else ()) + values)
 
 
 class _FromEnvironment(str):
-    """A text that stands in an environment variable."""
+    """The text of an environment variable."""
 
 
 def path(text: str) -> Path:
-    """A path, absolute from here on."""
+    """An absolute path."""
     return Path(text).expanduser().absolute()
 
 
 def urls(text: str) -> tuple[str, ...]:
-    """URLs, with commas or blanks between them."""
+    """URLs, separated by commas or blanks."""
     found = tuple(text.replace(",", " ").split())
     if not found or not all(url.startswith(("http://", "https://")) for url in found):
-        raise ValueError("give a URL such as http://127.0.0.1:9777/metrics")
+        raise ValueError("must be a URL such as http://127.0.0.1:9777/metrics")
     return found
 
 
 def own_metrics() -> str:
-    """Where an agent with this environment serves /metrics, as in the pod of one: so `top` needs no flag there."""
+    """The URL at which an agent with this environment serves /metrics. In the pod of an agent, `top` needs no flag."""
     host = os.environ.get("VMBACKUP_METRICS_HOST") or "127.0.0.1"
     port = os.environ.get("VMBACKUP_METRICS_PORT") or "9777"
     scheme = "https" if own_certificate() else "http"
@@ -102,44 +102,44 @@ def own_metrics() -> str:
 
 
 def own_certificate() -> str:
-    """The certificate file by which it does so; nothing where that is without TLS."""
+    """The certificate file that the agent with this environment serves /metrics with; empty without TLS."""
     return os.environ.get("VMBACKUP_METRICS_TLS_CERT", "")
 
 
 def paths(text: str) -> tuple[Path, ...]:
-    """Paths, one after the other with ':' between them."""
+    """Paths, separated by ':'."""
     return tuple(path(each) for each in text.split(":") if each)
 
 
 def port(text: str) -> int:
     """A TCP port."""
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise ValueError("give a port from 1 to 65535")
+        raise ValueError("must be a port from 1 to 65535")
     return int(text)
 
 
 def at_least_one(text: str) -> int:
     """A whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError("give a whole number, 1 or more")
+        raise ValueError("must be a whole number, 1 or more")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """A time above 0."""
+    """A duration in seconds, above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value <= 86400:
-        raise ValueError("give seconds above 0, a day at most")
+        raise ValueError("must be a number of seconds above 0, at most 86400 (a day)")
     return value
 
 
 def boolean(text: str) -> bool:
     """True or false."""
     if text.lower() not in ("true", "false"):
-        raise ValueError("give true or false")
+        raise ValueError("must be true or false")
     return text.lower() == "true"
 
 
@@ -148,14 +148,54 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def choose(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"give one of {', '.join(choices)}")
+            raise ValueError(f"must be one of {', '.join(choices)}")
         return text
 
     return choose
 
 
 def node_name(text: str) -> str:
-    """The name of a node, as spec.nodeName has it."""
+    """The name of a node, in the form of spec.nodeName."""
     if OBJECT_NAME.fullmatch(text) is None:
-        raise ValueError("give lower-case letters, digits, '-' and '.', as spec.nodeName has it")
+        raise ValueError("must be made of lower-case letters, digits, '-' and '.', like spec.nodeName")
     return text
+
+
+def no_libvirtd(uri: str) -> str:
+    """What to tell somebody whose --libvirt-uri does not answer."""
+    return f"no libvirtd answers at {uri}: start it, or set --libvirt-uri"
+
+
+HYPERVISOR = (
+    Flag("--libvirt-uri", "the libvirtd to connect to", default="qemu:///system", metavar="URI"),
+    Flag(
+        "--libvirt-config-dir",
+        "libvirt's configuration directory, used to verify that definitions reached the disk",
+        path,
+        metavar="DIR",
+        default_says="that of the URI, /etc/libvirt/qemu for the system's",
+    ),
+    Flag(
+        "--state-dir",
+        "directory for backup journals; must survive reboots",
+        path,
+        default="/var/lib/vmbackup/state",
+        metavar="DIR",
+    ),
+    Flag(
+        "--overlay-dir",
+        "directory for overlays, which take the guest's writes during a backup; required for disks that are block "
+        "devices",
+        path,
+        metavar="DIR",
+        default_says="beside each disk's image",
+    ),
+    Flag(
+        "--image-roots",
+        "only back up disks whose images and backing images are below these directories (links are resolved)",
+        paths,
+        metavar="DIR[:DIR]",
+        default_says="any image that the domain's XML names",
+    ),
+)
+"""The flags of every command that works on the guests of this hypervisor."""

@@ -1,10 +1,11 @@
-"""`vmbackup top`: what agents do at this moment, from their /metrics.
+"""`vmbackup top`: shows what the agents are doing now, from their /metrics.
 
-It judges with the alerts' thresholds, but by one look: no waiting time, no trend of free space.
+It uses the thresholds of the alerts, but judges a single sample: no waiting time, no trend of free space.
 """
 
 from __future__ import annotations
 
+import argparse
 import ssl
 import time
 import urllib.request
@@ -23,13 +24,51 @@ from rich.text import Text
 from vmbackup.api.status import GUEST_AWAY
 from vmbackup.commands import flags
 from vmbackup.commands.amounts import size, span
+from vmbackup.commands.flags import Flag
+from vmbackup.commands.verb import Verb, settings_of
 
 ALL_WELL, LOOK, NO_ANSWER = 0, 1, 2  # exit codes
 
-_WIDE = 200  # columns where there is no terminal
+FLAGS = (
+    Flag(
+        "--url",
+        "the /metrics URL of an agent; repeat the flag, or separate several URLs with commas",
+        flags.urls,
+        default=flags.own_metrics(),
+        metavar="URL",
+        gathers=True,
+        default_says="that of the agent with this environment, http://127.0.0.1:9777/metrics",
+    ),
+    Flag("--interval", "time between two refreshes", flags.seconds, default="2", metavar="SECONDS"),
+    Flag(
+        "--once",
+        "print the table once and exit; the default when the output is not a terminal",
+        flags.boolean,
+        default="false",
+        metavar="BOOL",
+        switch=True,
+    ),
+)
+
+_EXAMPLES = """\
+examples:
+  vmbackup top                                             # the agent of this host
+  vmbackup top --url http://hv-01:9777/metrics --url http://hv-02:9777/metrics
+  kubectl -n vmbackup-system exec ds/vmbackup-agent -- vmbackup top --once
+"""
+_EXIT_CODES = """\
+exit codes with --once:
+  0    no problems
+  1    a guest or an agent has a problem: see the last column and the lines below the table
+  2    usage error, or no agent answers
+
+Without --once, Ctrl-C ends it, with exit code 0.
+"""
+
+_WIDE = 200  # columns without a terminal
 _ANSWER_SECONDS = 5.0
 _HOUR = 3600.0
-_LATE = 300.0  # seconds that a status may wait for the API server
+_LATE = 300.0  # seconds: a status that waits longer for the API server is a problem
 _COLUMNS = ("NODE", "DOMAIN", "PHASE", "DONE", "RATE", "OVERLAY", "FREE", "FOR", "LAST BACKUP", "")
 
 
@@ -44,7 +83,7 @@ class TopSettings:
 
 @dataclass
 class Guest:
-    """What an agent tells of one domain: its samples by name, those of its disks added up or the worst of them."""
+    """One domain in the metrics of an agent: its samples by name; for its disks, the sum or the worst of them."""
 
     domain: str
     phase: str = ""
@@ -52,18 +91,18 @@ class Guest:
     samples: dict[str, float] = field(default_factory=dict[str, float])
 
     def get(self, name: str) -> float:
-        """The value of a sample of it, 0 if there is none."""
+        """The value of one of its samples, 0 if there is none."""
         return self.samples.get(f"vmbackup_{name}", 0.0)
 
     @property
     def moved(self) -> float:
-        """Bytes that its running backup has copied and merged."""
+        """Bytes that its running backup has copied and merged so far."""
         return self.get("backup_copied_bytes") + self.get("backup_merged_bytes")
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one agent said at a moment (seconds since the epoch), or why it said nothing."""
+    """The answer of one agent at a moment (`at`, seconds since the epoch), or the error."""
 
     node: str
     at: float
@@ -75,7 +114,7 @@ class Look:
 
 
 def top(settings: TopSettings) -> int:
-    """Show it, once or until Ctrl-C; the exit code."""
+    """Show the table once, or until Ctrl-C; the exit code."""
     console = Console(highlight=False)
     if settings.once or not console.is_terminal:
         looks = _look(settings.url)
@@ -94,7 +133,7 @@ def top(settings: TopSettings) -> int:
 
 
 def read(text: str, node: str, at: float) -> Look:
-    """What /metrics of an agent says. Raises ValueError where that is not what Prometheus reads."""
+    """Parse the /metrics of an agent. Raises ValueError if the text is not in the format of Prometheus."""
     guests: dict[str, Guest] = {}
     single: dict[str, float] = {}
     version = ""
@@ -116,7 +155,7 @@ def read(text: str, node: str, at: float) -> Look:
 
 
 def troubles(guest: Guest, now: float) -> list[str]:
-    """What an alert would say of a guest, the worst first."""
+    """The problems of a guest that an alert would report, the worst first."""
     suspended = guest.get("guest_suspended_seconds")
     idle, age, free = not guest.phase, guest.get("overlay_age_seconds"), guest.get("overlay_free_bytes")
     last, failed = guest.get("last_success_timestamp_seconds"), guest.get("last_failure_timestamp_seconds")
@@ -131,11 +170,11 @@ def troubles(guest: Guest, now: float) -> list[str]:
         f"FAILED {span(now - failed)} ago": failed > 0,
         "NO RECENT BACKUP": 0 < last < now - 36 * _HOUR,
     }
-    return [words for words, so in found.items() if so]
+    return [problem for problem, present in found.items() if present]
 
 
 def render(looks: Iterable[Look], before: Iterable[Look] = ()) -> RenderableType:
-    """A table of guests, the ones in trouble first, and a line for each agent. `before`: the look before this one."""
+    """A table of guests, those with problems first, and a line for each agent. `before`: the previous answers."""
     earlier = {look.node: look for look in before}
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in _COLUMNS:
@@ -145,7 +184,7 @@ def render(looks: Iterable[Look], before: Iterable[Look] = ()) -> RenderableType
         table.add_row(*_row(look, guest, earlier.get(look.node)))
     lines = [Text.assemble(("vmbackup top  ", "bold"), (time.strftime("%H:%M:%S"), "dim")), Text(), table]
     if not guests:
-        lines.append(Text("no domain is being backed up, or was", style="dim"))
+        lines.append(Text("no domain is being backed up or has been backed up", style="dim"))
     return Group(*lines, Text(), *(_agent(look) for look in looks))
 
 
@@ -167,12 +206,12 @@ def _ask(url: str) -> Look:
 
 
 def _trust(url: str) -> ssl.SSLContext | None:
-    """Of the agent with our environment, its very certificate, whatever name that is for; None: as everywhere."""
+    """For the agent with our environment, trust exactly its certificate, under any name. None: the usual trust."""
     if not (certificate := flags.own_certificate()) or url != flags.own_metrics():
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # it is asked by the address of its pod, which no certificate names
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # who has signed it need not be known here
+    context.check_hostname = False  # the URL has the IP of the pod, which no certificate names
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its issuer need not be known here
     context.load_verify_locations(certificate)
     return context
 
@@ -218,3 +257,10 @@ def _agent(look: Look) -> Text:
     if look.lag > _LATE:
         line.append(f"  status not written for {span(look.lag)}", "bold red")
     return line
+
+
+def _start(parsed: argparse.Namespace) -> int:
+    return top(settings_of(TopSettings, parsed))
+
+
+VERB = Verb(_start, FLAGS, _EXAMPLES, log_level="error", exit_codes=_EXIT_CODES)

@@ -1,4 +1,4 @@
-"""What `vmbackup run` is asked for: one VMBackup and its VMBackupStore, from YAML."""
+"""The input of `vmbackup run`: one VMBackup and its VMBackupStore, from YAML."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vmbackup.api.store import StoreSpec
 from vmbackup.errors import RefusedError
 
 _API_VERSION = f"{GROUP}/{VERSION}"
-_NO_NODE = "localhost"  # spec.nodeName where there is none: the local hypervisor is meant, whatever it says
+_NO_NODE = "localhost"  # the spec.nodeName of a manifest without one; it is ignored, since the backup runs here
 
 
 @dataclass(frozen=True)
 class BackupFile:
-    """One VMBackup. `uid` is empty where the manifest, not being from an API server, has none."""
+    """One VMBackup. `uid` is empty if the manifest has none, because it is not from an API server."""
 
     namespace: str
     name: str
@@ -35,16 +35,16 @@ class BackupFile:
 
 
 def read(file: str, *, store_file: str | None, store_path: Path | None) -> BackupFile:
-    """The VMBackup of `file` (- for stdin), and its store: at `store_path`, or of `store_file`, or of the same file.
+    """Read the VMBackup of `file` (- for stdin), and its store: `store_path`, or from `store_file`, or from `file`.
 
     Raises RefusedError naming the file or the field, and the cure.
     """
     if store_file and store_path:
-        raise RefusedError("give --store or --store-path, not both")
+        raise RefusedError("--store and --store-path exclude each other: set only one of them")
     documents = _documents(file)
     backups = [document for document in documents if document.get("kind") == "VMBackup"]
     if len(backups) != 1:
-        raise RefusedError(f"{file} holds {len(backups)} VMBackups: give a file with exactly one")
+        raise RefusedError(f"{file} contains {len(backups)} VMBackups: it must contain exactly one")
     metadata = _mapping(backups[0], "metadata", file)
     spec = {"nodeName": _NO_NODE, **_mapping(backups[0], "spec", file)}
     if store_path:
@@ -71,7 +71,7 @@ def _documents(file: str) -> list[Mapping[str, Any]]:
     for document in documents:
         found = cast("Mapping[str, Any]", document).get("apiVersion") if isinstance(document, Mapping) else None
         if found != _API_VERSION:
-            raise RefusedError(f"{file} holds a document of apiVersion {found}: {_API_VERSION} is what is known here")
+            raise RefusedError(f"{file} contains a document of apiVersion {found}: only {_API_VERSION} is supported")
     return documents
 
 
@@ -80,22 +80,22 @@ def _store(documents: Iterable[Mapping[str, Any]], name: str) -> StoreSpec:
         if document.get("kind") == "VMBackupStore" and _mapping(document, "metadata", name).get("name") == name:
             return StoreSpec.parse(_mapping(document, "spec", name))
     raise RefusedError(
-        f"spec.storeRef names the VMBackupStore {name!r}, which is not there: add it to the file, or give --store FILE "
-        "or --store-path DIR"
+        f"spec.storeRef names the VMBackupStore {name!r}, which is in none of the files: add it to the file, or set "
+        "--store FILE or --store-path DIR"
     )
 
 
 def _mapping(document: Mapping[str, Any], field: str, origin: str) -> Mapping[str, Any]:
     value = document.get(field)
     if not isinstance(value, Mapping):
-        raise RefusedError(f"{origin}: {field} of the {document.get('kind')} is missing, or no mapping")
+        raise RefusedError(f"{origin}: {field} of the {document.get('kind')} is missing or not a mapping")
     return cast("Mapping[str, Any]", value)
 
 
 def _name(metadata: Mapping[str, Any], field: str, default: str | None = None) -> str:
     value = metadata.get(field, default)
     if not isinstance(value, str) or OBJECT_NAME.fullmatch(value) is None:
-        raise RefusedError(f"metadata.{field} is {value!r}: give lower-case letters, digits, '-' and '.'")
+        raise RefusedError(f"metadata.{field} is {value!r}: it must be made of lower-case letters, digits, '-' and '.'")
     return value
 
 
@@ -104,4 +104,4 @@ def _uid(metadata: Mapping[str, Any]) -> str:
     try:
         return str(UUID(value)) if value else ""
     except (ValueError, AttributeError, TypeError):
-        raise RefusedError(f"metadata.uid is {value!r}: leave it out, or give a UUID") from None
+        raise RefusedError(f"metadata.uid is {value!r}: it must be a UUID, or left out") from None

@@ -1,4 +1,4 @@
-"""What a backup looks like while it runs: a line for each event; on a terminal a progress bar below them."""
+"""The output of `vmbackup run`: a line for each event; on a terminal also a progress bar below them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from vmbackup.api.status import GUEST_AWAY, Phase, Reason, Report
+from vmbackup.commands.amounts import size
 from vmbackup.output import BackgroundOutput
 
-_LINE_EVERY = 10.0  # seconds between lines of mere progress where there is no bar
-_WAITS = (
-    Reason.QUEUED,
-    *GUEST_AWAY,
-    Reason.WAITING_FOR_CALLS,
-    Reason.WAITING_FOR_OTHERS,
-)  # no event tells of them
+_LINE_EVERY = 10.0  # seconds between two progress lines when there is no bar
+_WAITS = (Reason.QUEUED, *GUEST_AWAY, Reason.WAITING_FOR_CALLS, Reason.WAITING_FOR_OTHERS)  # without an event
 
 
 class LineConsole(Console):
-    """A console that a closed pipe or terminal silences: a backup goes on without its audience."""
+    """A console that a closed pipe or terminal only silences: the backup continues without output."""
 
     def on_broken_pipe(self) -> None:
-        """Rich would end the thread."""
+        """Replaces the method of rich, which would end the thread."""
         self.quiet = True
 
 
 class Screen:
-    """Shows one backup, from any thread. Use it as a context manager: the bar is gone afterwards.
+    """Shows one backup, from any thread. Use it as a context manager: it removes the bar at the end.
 
-    Nobody waits for the terminal, which somebody may have stopped, but for the end of it all.
+    The terminal may be stopped (Ctrl-S), so no caller waits for it, except the end of the context.
     """
 
     def __init__(self, console: Console) -> None:
@@ -50,9 +46,9 @@ class Screen:
             transient=True,
         )
         self._task = self._bar.add_task(Phase.PENDING, total=None, bytes="")
-        self._said = ""
+        self._last_message = ""
         self._line_due = time.monotonic() + _LINE_EVERY
-        self._aside = BackgroundOutput("screen")
+        self._output = BackgroundOutput("screen")
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -62,26 +58,26 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._aside.end()
+        self._output.end()
         if self._bar.live.is_started:
             with suppress(OSError):
                 self._bar.stop()
 
     def report(self, report: Report) -> None:
-        """Show how far it is."""
-        self._aside.do(partial(self._report, time.strftime("%H:%M:%S"), report))
+        """Show the progress."""
+        self._output.do(partial(self._report, time.strftime("%H:%M:%S"), report))
 
     def line(self, word: str, message: str, *, style: str = "") -> None:
-        """Say something once: a word, and a sentence about it."""
-        self._aside.do(partial(self._line, time.strftime("%H:%M:%S"), word, message, style))
+        """Print a word and a sentence about it. The same sentence is not printed twice in a row."""
+        self._output.do(partial(self._line, time.strftime("%H:%M:%S"), word, message, style))
 
     def _report(self, clock: str, report: Report) -> None:
         copied = sum(disk.copied_bytes for disk in report.disks)
         total = sum(disk.total_bytes for disk in report.disks)
         merged = sum(disk.merged_bytes for disk in report.disks)
-        done = f"{_mib(copied)} of {_mib(total)}" if total else ""
+        done = f"{size(copied)} of {size(total)}" if total else ""
         if report.phase is Phase.COMMITTING:
-            done = f"{_mib(merged)} merged"
+            done = f"{size(merged)} merged"
         self._bar.update(self._task, description=report.phase, completed=copied, total=total or None, bytes=done)
         if waiting := _waiting_for(report):
             self._line(clock, report.reason, waiting, "")
@@ -89,9 +85,9 @@ class Screen:
             self._line(clock, report.phase, done, "")
 
     def _line(self, clock: str, word: str, message: str, style: str) -> None:
-        if message == self._said:
+        if message == self._last_message:
             return
-        self._said = message
+        self._last_message = message
         self._line_due = time.monotonic() + _LINE_EVERY
         text = Text.assemble((clock, "dim"), "  ", (f"{word:<13}", style or "bold"), " ", message)
         with suppress(OSError):
@@ -99,11 +95,7 @@ class Screen:
 
 
 def _waiting_for(report: Report) -> str:
-    """What the backup waits for, if no event says so."""
+    """What the backup is waiting for, if there is no event for that."""
     if report.reason in _WAITS:
         return report.message
     return report.message if report.reason == Reason.PENDING and not report.disks else ""
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,7 @@
+"""`python -m vmbackup`: the command line."""
+
+import sys
+
+from vmbackup.cli import main
+
+sys.exit(main())
