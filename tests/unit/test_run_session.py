@@ -8,14 +8,15 @@ from typing import Any, cast
 import pytest
 
 from tests.support import manifests
-from vmbackup.api.spec import BackupSpec, StoreSpec
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
+from vmbackup.api.store import StoreSpec
 from vmbackup.commands.running import session, verdict
 from vmbackup.commands.running.backup_file import BackupFile
 from vmbackup.commands.running.screen import Screen
 from vmbackup.protocol.record import Record, Snapshot
-from vmbackup.reconcile.steps.step import Ending
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.steps.step import Ending
 
 STORE = StoreSpec.parse({"directory": {"path": "/srv/store"}})
 FILE = BackupFile("default", "b", "", BackupSpec.parse(manifests.backup("b")["spec"]), STORE)

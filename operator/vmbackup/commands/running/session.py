@@ -18,15 +18,16 @@ from vmbackup.commands.running.screen import Screen
 from vmbackup.errors import Cause, VMBackupError
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.steps.step import Ending
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.stores.registry import open_store
 
 _log = logging.getLogger(__name__)
 
 _OFF_GRACE = 15.0  # seconds: a guest that is off on its overlay may be about to start again
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TOLD_BY_THE_VERDICT = (Phase.FAILED, Reason.COMMIT_LIMIT_REACHED)
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -106,11 +107,11 @@ class Session:
             self._backup.wake()
 
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """See Reporter. The verdict tells the end. A warning before the snapshot waits: it may be the refusal."""
+        """See Reporter. A warning before the snapshot waits for the next report: it may be the refusal."""
         self._tell_held()
         if warning and self._last.phase is Phase.PENDING:
             self._held = (reason, message)
-        elif reason != Phase.FAILED:
+        elif reason not in _TOLD_BY_THE_VERDICT:
             self._screen.line(reason, message, style="yellow" if warning else "")
 
     def _tell_held(self) -> None:
