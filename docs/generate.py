@@ -1,4 +1,4 @@
-"""Write docs/reference.md from what it is about: the CRDs, the command lines, the metrics.
+"""Write docs/reference.md from what it is about: the CRDs, the command lines, the metrics; and the decision table.
 
 python docs/generate.py [--check]    --check: only say whether it is fresh, by the exit code
 """
@@ -25,11 +25,17 @@ for variable in [name for name in os.environ if name.startswith("VMBACKUP_")]:
 import kubectl_vmbackup.cli  # noqa: E402
 import vmbackup.cli  # noqa: E402
 from vmbackup.api.names import CANCEL_ANNOTATION, FINALIZER, RETRY_ANNOTATION  # noqa: E402
+from vmbackup.protocol.decide import decide  # noqa: E402
+from vmbackup.protocol.guest_off import RULES_OFF  # noqa: E402
+from vmbackup.protocol.guest_on import RULES_ON  # noqa: E402
+from vmbackup.protocol.table import rows_of  # noqa: E402
 from vmbackup.telemetry.metrics import Metrics  # noqa: E402
 from vmbackup.version import __version__  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference.md"
+PROTOCOL = ROOT / "docs" / "protocol.md"
+_TABLE = re.compile(r"(?<=<!-- decision table: begin -->\n).*?(?=<!-- decision table: end -->)", re.DOTALL)
 
 _HEAD = """\
 # Reference
@@ -210,18 +216,28 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+def protocol() -> str:
+    """docs/protocol.md with the rows of the rules, in the order in which they are asked."""
+    lines = ["| guest | state | action | why |", "|---|---|---|---|"]
+    for guest, rules in (("any", (decide,)), ("off", RULES_OFF), ("on", RULES_ON)):
+        lines += [f"| {guest} | {row.when} | {row.do} | {row.why} |" for row in rows_of(rules)]
+    table = "".join(f"{line}\n" for line in lines)
+    return _TABLE.sub(lambda _: table, PROTOCOL.read_text())
+
+
 def main() -> int:
-    """Write it, or with --check say whether it is as it would be written."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if it is not fresh")
-    text = reference()
-    if not parser.parse_args().check:
-        REFERENCE.write_text(text)
-        return 0
-    if REFERENCE.exists() and REFERENCE.read_text() == text:
-        return 0
-    print(f"{REFERENCE.relative_to(ROOT)} is not fresh: make docs", file=sys.stderr)
-    return 1
+    """Write both, or with --check say whether they are as they would be written."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if one is not fresh")
+    check = parser.parse_args().check
+    stale = False
+    for path, text in ((REFERENCE, reference()), (PROTOCOL, protocol())):
+        if not check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            stale = True
+            print(f"{path.relative_to(ROOT)} is not fresh: make docs", file=sys.stderr)
+    return int(stale)
 
 
 if __name__ == "__main__":

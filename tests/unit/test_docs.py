@@ -19,6 +19,9 @@ from tests.model.mutants import MUTANTS
 from tests.model.settings import SETTINGS
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.names import GROUP, VERSION
+from vmbackup.protocol.guest_off import RULES_OFF
+from vmbackup.protocol.guest_on import RULES_ON
+from vmbackup.protocol.table import rows_of
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "operator" / "vmbackup"
@@ -132,3 +135,12 @@ def test_every_path_that_the_architecture_names_is_there():
     named = set(re.findall(r"`((?:operator|manifests|crds|tests|docs)/[\w./-]*)`", ARCHITECTURE.read_text()))
     assert len(named) > 30
     assert sorted(path for path in named if not (ROOT / path).exists()) == []
+
+
+def test_the_decision_table_has_the_order_of_the_rules():
+    """Each rule has a row, and they stand in docs/protocol.md in the order in which decide() asks them."""
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    section = text[text.index("<!-- decision table: begin -->") : text.index("<!-- decision table: end -->")]
+    cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith(("| off", "| on"))]
+    expected = [("off", row.when) for row in rows_of(RULES_OFF)] + [("on", row.when) for row in rows_of(RULES_ON)]
+    assert [(guest, when) for guest, when, *_ in cells] == expected

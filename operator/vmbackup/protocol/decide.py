@@ -15,9 +15,15 @@ from vmbackup.protocol.guest_off import RULES_OFF
 from vmbackup.protocol.guest_on import RULES_ON
 from vmbackup.protocol.record import Image, Record
 from vmbackup.protocol.situation import Case, Situation
+from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, Power
 
 
+@row(
+    "a call may be in flight (R4)",
+    "wait",
+    "a call that timed out may still be carried out later, so a decision made now may be wrong by then (V6, V7)",
+)
 def decide(intent: Intent, record: Record, seen: Observation) -> Action:
     """The next action: the first rule that has one. The caller observes anew before each call."""
     if seen.call_in_flight:  # R4

@@ -18,9 +18,15 @@ from vmbackup.protocol.situation import (
     snapshot_wanted,
     spare_changed_base,
 )
+from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, Do
 
 
+@row(
+    "suspended, frozen or throttled by us",
+    "forget that: QEMU is gone",
+    "the next QEMU of this domain is not ours to resume",
+)
 def forget_guest(s: Situation) -> Action | None:
     """QEMU is gone, and with it whatever we had suspended, frozen or slowed down."""
     touched = s.record.guard is not Guard.NONE or s.record.frozen or s.record.throttles_guest or s.record.io_error
@@ -29,6 +35,11 @@ def forget_guest(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "quarantined, the domain is undefined, no O, and B is there",
+    "lift the quarantine",
+    "it was migrated and merged on the other host: nothing is left here",
+)
 def lift_quarantine(s: Situation) -> Action | None:
     """Gone from this host, and so is O, while B is seen: brought home where its guest was migrated to."""
     if not s.record.quarantined or not s.undefined or any(disk.overlay is not None for disk in s.disks):
@@ -38,6 +49,44 @@ def lift_quarantine(s: Situation) -> Action | None:
     return Action(Do.LIFT_QUARANTINE)
 
 
+@row(
+    "P=O, O missing",
+    "settled on B: settle B; migrated: ignore the disk; else quarantine",
+    "settled on B: O was removed only after everything was proven to be in B (V11). Else the guest's newest "
+    "data is gone: no machine may decide that",
+)
+@row(
+    "P=O, pivot intended, settled on B since",
+    "settle B",
+    "somebody has redefined the domain: a guarded guest has not run between the intent and the settling of P "
+    "on B, so it has written nothing to O",
+)
+@row(
+    "P=O, pivot intended",
+    "Guarded: clear the intent. Live: compare; different: quarantine",
+    "Guarded: QEMU died before the guest could write B, so O has everything. Live: the guest may have written "
+    "to either",
+)
+@row(
+    "P=O, not in our journal",
+    "adopt (R7)",
+    "an earlier backup left it: it is merged before this backup takes its own snapshot",
+)
+@row(
+    "P=O, snapshot intended",
+    "record the snapshot",
+    "it was taken, whatever the call said",
+)
+@row(
+    "P=O, merged, and O's lock held by us ever since",
+    "settle B",
+    "proven equal, and no guest could start on O since",
+)
+@row(
+    "P=O, not settled",
+    "settle O",
+    "a power cut could bring back an older P, which names B",
+)
 def off_on_overlay(s: Situation) -> Action | None:
     """P=O: the overlay is what counts, unless it was merged and no guest could start on it since; R6: no compare.
 
@@ -71,6 +120,36 @@ def off_on_overlay(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "P is neither B nor O, O left, pivot intended, not settled on B",
+    "clear the intent",
+    "if P becomes B later, a user did it: that is no proof of a pivot",
+)
+@row(
+    "P=B, O left, pivot intended, Guarded, and not settled on B",
+    "compare; the same: sync; different: clear the intent, quarantine",
+    "libvirt writes P=B only after QEMU's pivot, but a user may write it too: only comparing tells",
+)
+@row(
+    "P=B, all of O is in B, but O holds a snapshot of the user",
+    "quarantine",
+    "the snapshot would be lost with O: the user must delete it first",
+)
+@row(
+    "P=B, O left: pivot intended, or merged and not written since, or empty and unlocked",
+    "settle B, remove O",
+    "everything of O is in B, and everything on disk names B first (V4, V5, V11)",
+)
+@row(
+    "the domain is undefined, O left",
+    "quarantine",
+    "O may be written, and its base committed into, on the host to which the domain was migrated",
+)
+@row(
+    "P is not O, O left, else",
+    "quarantine",
+    "the guest would boot without what O holds (V5, V9)",
+)
 def off_with_overlay_left(s: Situation) -> Action | None:
     """P=B and O is left: R6: libvirt writes P=B only after QEMU's pivot, so with a pivot intended O is done with.
 
@@ -102,6 +181,16 @@ def off_with_overlay_left(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "P=O, copy decided, `commit.offline`, O holds a snapshot of the user",
+    "wait until the user has deleted it",
+    "the snapshot would be lost with O",
+)
+@row(
+    "P=O, copy decided, `commit.offline`; no saved state, not migrated",
+    "journal, merge O into B, hold O's lock, compare, journal; the limit of attempts reached: give up",
+    "`qemu-img commit` under QEMU's locks; what is compared under the lock of O cannot be overtaken by a start",
+)
 def merge_offline(s: Situation) -> Action | None:
     """P=O, settled, and commit.offline: merge, one disk after the other. Failed attempts are made again after a while.
 
@@ -139,6 +228,17 @@ def _merge(s: Situation, disk: Case) -> Action:
     return Action(Do.MERGE_OFFLINE, disk.target)
 
 
+@row(
+    "P=O or O left, copy open",
+    "copy; the copy has failed if deleted, cancelled, migrated, a commit was begun, or only some disks are on O",
+    "base does not change while the guest is off; base alone is no moment of the guest (V3)",
+)
+@row(
+    "P=O or O left, copy decided",
+    "complete the copy in the store; then wait for the guest to start, and commit then. Deleted: record the "
+    "orphan, release",
+    "O is what counts and boots. A finalizer must not wait for a guest that may never start",
+)
 def park(s: Situation) -> Action | None:
     """Nothing can be done for the chain until the guest starts; base is frozen meanwhile, so a copy can go on."""
     if not any(disk.seen.persistent is Image.OVERLAY or disk.overlay is not None for disk in s.disks):
@@ -164,6 +264,11 @@ def park(s: Situation) -> Action | None:
     return let_go(s) or Action(Do.WAIT, reason=reason, parked=True)
 
 
+@row(
+    "no snapshot taken",
+    "refuse",
+    "a disk-only snapshot of a domain that is off succeeds, and is of no use",
+)
 def refuse_off(s: Situation) -> Action | None:
     """Not begun, and there is nobody to back up."""
     if not snapshot_wanted(s):

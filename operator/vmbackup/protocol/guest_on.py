@@ -1,11 +1,13 @@
-"""The rules while the guest is on. The first that has an action decides: their order is part of the protocol."""
+"""The rules while the guest is on. The first that has an action decides: their order is part of the protocol.
+
+Those of a commit are in commit_rules.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vmbackup.api.status import Reason
 from vmbackup.protocol import advice
+from vmbackup.protocol.commit_rules import commit_and_pivot, escalate
 from vmbackup.protocol.record import Copy, Freeze, Guard, Image, Snapshot
 from vmbackup.protocol.situation import (
     OURS,
@@ -16,6 +18,8 @@ from vmbackup.protocol.situation import (
     end,
     fail_unwanted,
     finish,
+    guard_for_switch,
+    guarded,
     let_go,
     quarantine,
     settle,
@@ -27,9 +31,15 @@ from vmbackup.protocol.situation import (
     thaw_guest,
     unthrottle,
 )
-from vmbackup.protocol.terms import Action, Do, Mirror, Power
+from vmbackup.protocol.table import row
+from vmbackup.protocol.terms import Action, Do, Power
 
 
+@row(
+    "the domain is being migrated, saved or backed up by others",
+    "suspended by us: settle P=L, resume; else thaw, wait",
+    "libvirt moves the guest away: no switch of images, and no guest left suspended or frozen",
+)
 def wait_for_migration(s: Situation) -> Action | None:
     """Libvirt refuses a migration during our block job, and we switch nothing during a migration."""
     if not s.seen.migrating:
@@ -39,6 +49,12 @@ def wait_for_migration(s: Situation) -> Action | None:
     return thaw_guest(s) or Action(Do.WAIT, reason=advice.migrating(s.record), others=True)
 
 
+@row(
+    "T≠L",
+    "settle P=T; resume if we suspended; quarantine",
+    "libvirt has lost a save, and its block calls fail until a cold restart (V8, V9): P must name what QEMU "
+    "writes before anything else happens",
+)
 def follow_the_truth(s: Situation) -> Action | None:
     """R3: T≠L, libvirt lost a save, and its block API is of no use until a cold restart."""
     astray = [disk for disk in s.disks if disk.seen.truth is not disk.seen.live]
@@ -57,6 +73,11 @@ def _astray(disk: Case) -> str:
     return advice.written_elsewhere(disk.record, written) if written else advice.written_to_foreign_image(disk.record)
 
 
+@row(
+    "quarantined, and L=P=T with nothing left behind",
+    "lift the quarantine",
+    "a cold restart, or a human, has repaired it: nobody should have to report that",
+)
 def lift_quarantine(s: Situation) -> Action | None:
     """L=P=T again, and nothing left behind: the guest was restarted, or a human has helped."""
     if s.record.quarantined and all(consistent(disk) for disk in s.disks):
@@ -64,6 +85,11 @@ def lift_quarantine(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "L is neither B nor O, and O is there",
+    "quarantine; P and O are not touched",
+    "somebody else's overlay, perhaps on top of ours: merging under it would corrupt it",
+)
 def leave_others_alone(s: Situation) -> Action | None:
     """The guest uses an image that is neither base nor O: somebody else's doing, perhaps with O below it."""
     for disk in s.disks:
@@ -72,6 +98,11 @@ def leave_others_alone(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "paused by an I/O error while it has an overlay",
+    "record it",
+    "to distinguish it later from a pause by a user, who does not want the guest resumed",
+)
 def record_io_error(s: Situation) -> Action | None:
     """Paused while it had an overlay, which may be full: to be resumed once it is home."""
     had_overlay = any(disk.on_overlay or disk.overlay is not None for disk in s.disks)
@@ -79,6 +110,11 @@ def record_io_error(s: Situation) -> Action | None:
     return Action(Do.RECORD_IO_ERROR) if due else None
 
 
+@row(
+    "L=O, snapshot not in our journal",
+    "adopt: no copy, merge it, then take our own snapshot (R7)",
+    "its base may have been committed into already: a copy of it would be no moment of the guest (V13)",
+)
 def adopt(s: Situation) -> Action | None:
     """R7: an overlay that this backup's journal does not know goes home before anything else, and is never copied."""
     if s.on_overlay and s.record.snapshot is Snapshot.NONE:
@@ -86,6 +122,11 @@ def adopt(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "L=O, snapshot intended",
+    "record the snapshot",
+    "an error of the call does not mean that it was not carried out; a second snapshot would stack overlays",
+)
 def record_snapshot(s: Situation) -> Action | None:
     """L=O and a snapshot was intended: it is there, whatever the call said."""
     if s.on_overlay and s.record.snapshot is Snapshot.INTENDED:
@@ -93,6 +134,16 @@ def record_snapshot(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "L≠O and O locked",
+    "quarantine",
+    "QEMU may write O though libvirt names B (V9)",
+)
+@row(
+    "P≠L, one is B and the other O",
+    "settle P=L",
+    "the key invariant: the next power cycle must boot what the guest writes (V1, V4)",
+)
 def correct_persistent(s: Situation) -> Action | None:
     """L=B with O locked is beyond us; P≠L, both ways, is put right at once."""
     for disk in s.disks:
@@ -103,6 +154,11 @@ def correct_persistent(s: Situation) -> Action | None:
     return settle_if_possible(s) if apart else None
 
 
+@row(
+    "suspended by us, no switch due (nor one that an earlier run intended), no commit waited for",
+    "settle P=L (all), resume, clear the record",
+    "the guest comes before the backup, and P before the guest (V1, V8)",
+)
 def resume_guest(s: Situation) -> Action | None:
     """Suspended by us, and neither a switch of images nor a commit needs it: settle P=L (R2), then resume."""
     if s.record.guard is Guard.NONE or s.pivot_due or s.pausing:
@@ -114,18 +170,33 @@ def resume_guest(s: Situation) -> Action | None:
     return settle_if_possible(s) or Action(Do.RESUME)
 
 
+@row(
+    "frozen by us, no longer needed",
+    "thaw; a guest agent that does not answer is asked again, and blocks nothing",
+    "a frozen guest hangs; a guest agent that hangs must not keep its disks on their overlay",
+)
 def thaw(s: Situation) -> Action | None:
     """Frozen by us, and no longer needed."""
     needed = s.record.freeze is Freeze.FROZEN and s.snapshot_due
     return None if needed else thaw_guest(s)
 
 
+@row(
+    "this run is to end",
+    "wait: the next run does what is left",
+    "what we suspended or froze was resumed and thawed by the rules above",
+)
 def stop(s: Situation) -> Action | None:
     """This run is to end: what is suspended or frozen by us comes first, and there is no more to it."""
     until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
     return Action(Do.WAIT, reason="this run is to end", until=until) if s.intent.leaving else None
 
 
+@row(
+    "L=O, pivot intended, job not READY or the next attempt not due",
+    "clear the intent",
+    "L says whether it has pivoted, not the call's answer",
+)
 def clear_pivot(s: Situation) -> Action | None:
     """A pivot was intended; the job is not READY (any more), or the attempt has failed: L says so, not the call."""
     for disk in s.on_overlay:
@@ -134,11 +205,22 @@ def clear_pivot(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "L=O, P not settled, no pivot due",
+    "settle P=L (all)",
+    "the same invariant, as early as possible",
+)
 def settle_overlay(s: Situation) -> Action | None:
     """R2: L=O is made durable in P as soon as it is seen."""
     return settle_if_possible(s) if s.on_overlay and not s.pivot_due else None
 
 
+@row(
+    "L=O, copy open",
+    "I/O error, too little room for the overlay, deleted, cancelled, a commit begun or only some disks on O: "
+    "the copy has failed; else copy",
+    "from the first commit on base is not the point in time any more; and no backup is worth a guest that stops",
+)
 def copy_or_fail(s: Situation) -> Action | None:
     """The frozen base is copied, unless the guest comes first or base is not the point in time any more."""
     if not s.on_overlay or s.record.copy is not Copy.OPEN or s.record.snapshot is Snapshot.ADOPTED:
@@ -158,6 +240,11 @@ def copy_or_fail(s: Situation) -> Action | None:
     return Action(Do.COPY)
 
 
+@row(
+    "L=B, O left",
+    "settle P=L; pivot intended, or merged, or O empty: remove O; else, or if O holds a user snapshot, quarantine",
+    "a power cut after the removal must not bring back a P that names O (V4, V5)",
+)
 def remove_overlay(s: Situation) -> Action | None:
     """L=B and O is left: it goes only on a settled P (R2), and only if it was pivoted, merged or holds nothing."""
     for disk in s.disks:
@@ -175,106 +262,22 @@ def remove_overlay(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "all L=B, I/O error recorded",
+    "resume, once",
+    "it was the overlay that had no room; a second error has another cause",
+)
 def resume_after_io_error(s: Situation) -> Action | None:
     """It was our overlay that had no room; now it is gone. Only once: another error is not ours."""
     due = s.record.io_error and s.seen.power is Power.IO_ERROR and not s.on_overlay
     return Action(Do.RESUME) if due else None
 
 
-def escalate(s: Situation) -> Action | None:
-    """A commit does not converge: slow down the guest's writes, or suspend it, once in an attempt and for a while."""
-    if s.pausing:
-        return Action(Do.SUSPEND) if s.seen.power is Power.RUNNING else None
-    for disk in s.on_overlay:
-        if disk.seen.overdue and s.under_way(disk) and (action := _throttle(s, disk) or _pause(s, disk)):
-            return action
-    return None
-
-
-def _throttle(s: Situation, disk: Case) -> Action | None:
-    throttle = disk.record.throttle
-    due = throttle is None or (not throttle.yielded and s.seen.now >= throttle.next_at)
-    return Action(Do.THROTTLE, disk.target) if due and s.throttling(disk) else None
-
-
-def _pause(s: Situation, disk: Case) -> Action | None:
-    """Never together with a switch of images, nor with the guest frozen; and P is settled: see settle_overlay."""
-    thawed = not s.record.frozen
-    free = s.record.guard is Guard.NONE and s.seen.power is Power.RUNNING and thawed
-    if not s.may_pause or not free or disk.record.pause_used:
-        return None
-    return Action(Do.INTEND_PAUSE, disk.target, until=s.seen.now + s.intent.stall_pause)
-
-
-def commit_and_pivot(s: Situation) -> Action | None:
-    """L=O and the copy is decided: commit, READY, guarded pivot. Failed attempts are made again after a while."""
-    if not s.on_overlay or s.record.gave_up:
-        return None
-    actions = [_way_home(s, disk) for disk in s.on_overlay]
-    for action in actions:
-        if action.do is not Do.WAIT or action.parked:
-            return action
-    if all(s.exhausted(disk) for disk in s.on_overlay):
-        return Action(Do.GIVE_UP)
-    until = [action.until for action in actions if action.until is not None]
-    if s.pausing:
-        until.append(s.record.pause_until)
-    waiting = next((action for action in actions if action.others), Action(Do.WAIT, reason="the commit is running"))
-    meanwhile = _while_a_snapshot_is_kept(s) if any(disk.holds_snapshot for disk in s.on_overlay) else None
-    return meanwhile or replace(waiting, until=min(until, default=None))
-
-
-def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
-    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that."""
-    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
-        return Action(Do.SHIP)
-    return let_go(s)
-
-
-def _way_home(s: Situation, disk: Case) -> Action:
-    record, seen = disk.record, disk.seen
-    if disk.holds_snapshot and not seen.job:
-        return Action(Do.WAIT, disk.target, reason=advice.holds_snapshot(record), others=True)
-    if not record.commit_begun:
-        return Action(Do.BEGIN_COMMIT, disk.target)
-    if s.exhausted(disk):
-        return Action(Do.WAIT, disk.target)
-    if record.commit_running and not seen.job and seen.mirror is Mirror.NONE:
-        return Action(Do.RECORD_FAILURE, disk.target, reason="the commit job ended before it was complete")
-    if s.seen.now < record.retry_at:
-        return Action(Do.WAIT, disk.target, until=record.retry_at)
-    if s.may_pivot(disk):
-        return _pivot(s, disk)
-    if seen.foreign_job:
-        return Action(Do.WAIT, disk.target, reason=advice.foreign_job(disk.record), others=True)
-    if not seen.job and seen.mirror is not Mirror.NONE:
-        return quarantine(s, advice.job_unknown(disk.record))
-    if not seen.job:
-        return Action(Do.COMMIT, disk.target)
-    return Action(Do.WAIT, disk.target)
-
-
-def _pivot(s: Situation, disk: Case) -> Action:
-    if not disk.record.pivot_intended or not _guarded(s):
-        return Action(Do.INTEND_PIVOT, disk.target, guard=_guard(s))
-    if not s.paused and (action := settle_live(s)):  # R2: where the config cannot be saved, the guest is not suspended
-        return action
-    return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.PIVOT, disk.target)
-
-
-def _guarded(s: Situation) -> bool:
-    """The record says who keeps the guest still: us, or somebody who had paused it, and still does."""
-    found_paused = s.record.guard is Guard.FOUND_PAUSED and s.paused
-    return s.record.guard is Guard.OURS or found_paused or not s.intent.guarded
-
-
-def _guard(s: Situation) -> Guard:
-    """Who keeps the guest still during the switch that is about to be intended."""
-    if not s.intent.guarded:
-        return Guard.NONE
-    return Guard.FOUND_PAUSED if s.paused and s.record.guard is not Guard.OURS else Guard.OURS
-
-
+@row(
+    "L=O, given up",
+    "nothing is deleted, the guest keeps running; complete the copy, finish; deleted: record the orphan, release",
+    "trying for ever hides the fault; on its overlay the guest is safe",
+)
 def stay_on_overlay(s: Situation) -> Action | None:
     """The limit is reached: the guest keeps running on its overlay, nothing is deleted."""
     if not s.on_overlay:
@@ -282,6 +285,11 @@ def stay_on_overlay(s: Situation) -> Action | None:
     return end(s) or let_go(s) or Action(Do.DONE)
 
 
+@row(
+    "all L=B, P not settled",
+    "settle B",
+    "before the snapshot as well as after the way home: a power cut must not bring back an older P (V4)",
+)
 def settle_base(s: Situation) -> Action | None:
     """All disks are on base: make that durable, before a snapshot as well as after the way home."""
     if s.record.snapshot is Snapshot.NONE and not snapshot_wanted(s):
@@ -289,6 +297,17 @@ def settle_base(s: Situation) -> Action | None:
     return settle(s, ((disk, Image.BASE) for disk in s.disks))
 
 
+@row(
+    "all L=B, and an earlier run intended the snapshot, or an overlay was adopted",
+    "plan again",
+    "disks, UEFI variables and the room for overlays may have changed since",
+)
+@row(
+    "all L=B, snapshot wanted",
+    "a disk uses another image, or the guest is paused by an I/O error: refuse. Freeze if asked, intent, "
+    "suspend, observe, snapshot",
+    "suspended from before the switch until P is durable (V1, V2)",
+)
 def take_snapshot(s: Situation) -> Action | None:
     """R1: all disks are on base, and this backup wants its snapshot: freeze, intend, suspend, observe, snapshot."""
     if not snapshot_wanted(s):
@@ -309,8 +328,8 @@ def take_snapshot(s: Situation) -> Action | None:
         return Action(Do.FREEZE)
     if s.intent.quiesce_required and s.record.freeze is not Freeze.FROZEN:
         return Action(Do.REFUSE, reason="spec.snapshot.quiesce is Require, and a guest that is paused cannot be frozen")
-    if s.record.snapshot is Snapshot.NONE or not _guarded(s):
-        return Action(Do.INTEND_SNAPSHOT, guard=_guard(s))
+    if s.record.snapshot is Snapshot.NONE or not guarded(s):
+        return Action(Do.INTEND_SNAPSHOT, guard=guard_for_switch(s))
     return Action(Do.SUSPEND) if s.intent.guarded and not s.paused else Action(Do.SNAPSHOT)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vmbackup.api.backup import StallPolicy
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
+from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observation, OverlayFile, Power, Unwanted
 
 
@@ -193,6 +194,12 @@ def quarantine(situation: Situation, reason: str) -> Action:
     return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
 
 
+@row(
+    "B was replaced, removed or truncated, and O is there",
+    "quarantine; no merge and no pivot",
+    "O fits its original base only: merging O into another file destroys both, and a pivot would put the "
+    "guest on a file that is not its disk",
+)
 def spare_changed_base(s: Situation) -> Action | None:
     """Base is another file than the one below O: no copy of it is the snapshot, and O is merged into no other."""
     for disk in s.disks:
@@ -201,6 +208,11 @@ def spare_changed_base(s: Situation) -> Action | None:
     return None
 
 
+@row(
+    "QEMU has another file open than B, though by B's name",
+    "quarantine; no merge, no pivot, no removal of O",
+    "QEMU opens B by its name: it writes the file to which B's name led then, so B lacks what the guest wrote",
+)
 def spare_astray_base(s: Situation) -> Action | None:
     """QEMU opens base by its name: if that led to another file then, neither the overlay nor base may be touched."""
     for disk in s.disks:
@@ -215,6 +227,11 @@ def thaw_guest(s: Situation) -> Action | None:
     return Action(Do.THAW) if due else None
 
 
+@row(
+    "throttled by us, and no attempt is under way",
+    "restore the limits that were there before, also before a quarantine; if somebody else changed them, leave them",
+    "a guest must not stay slow because of a backup that is over",
+)
 def unthrottle(s: Situation) -> Action | None:
     """The end of an attempt, however it ended: the guest writes as fast as before."""
     if s.suspended_by_us:
@@ -246,6 +263,11 @@ def snapshot_wanted(s: Situation) -> bool:
     return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.unwanted
 
 
+@row(
+    "no disk is on O, no O is left",
+    "complete the copy in the store (deleted or cancelled: the copy has failed), finish; deleted: release",
+    "the finalizer is the promise that the chain is home",
+)
 def finish(s: Situation) -> Action | None:
     """Every disk is home (or nothing was ever begun)."""
     if s.record.guard is not Guard.NONE:
@@ -269,3 +291,16 @@ def end(s: Situation) -> Action | None:
     if s.record.copy is Copy.TAKEN:
         return Action(Do.SHIP)
     return thaw_pending(s) or (None if s.record.finished else Action(Do.FINISH))
+
+
+def guarded(s: Situation) -> bool:
+    """The record says who keeps the guest still: us, or somebody who had paused it, and still does."""
+    found_paused = s.record.guard is Guard.FOUND_PAUSED and s.paused
+    return s.record.guard is Guard.OURS or found_paused or not s.intent.guarded
+
+
+def guard_for_switch(s: Situation) -> Guard:
+    """Who keeps the guest still during the switch that is about to be intended."""
+    if not s.intent.guarded:
+        return Guard.NONE
+    return Guard.FOUND_PAUSED if s.paused and s.record.guard is not Guard.OURS else Guard.OURS
