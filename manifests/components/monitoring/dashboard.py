@@ -38,7 +38,7 @@ def increase(metric: str, by: str) -> str:
 
 
 def quantile(share: float, histogram: str) -> str:
-    """So much of what a histogram counted in the range shown is below this."""
+    """This share of what a histogram counted in the range shown is below the value."""
     return f"histogram_quantile({share}, sum by (le) (increase({histogram}_bucket{NODE}[$__range])))"
 
 
@@ -50,13 +50,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             kind="stat", width=4, steps={1: BAD},
         ),
         Panel(
-            "No backup for a day and a half", "Guests whose last good backup is older; not those that never had one.",
+            "No backup for a day and a half",
+            "Guests whose last good backup is older. Guests that never had one are not counted.",
             ((f"count(time() - max by (node, domain) (vmbackup_last_success_timestamp_seconds{GUEST}) > 36 * 3600) "
               "or vector(0)", ""),),
             kind="stat", width=4, steps={1: WARNING},
         ),
         Panel(
-            "Age of the last good backup", "Since the snapshot of each guest's last good backup.",
+            "Age of the last good backup", "Time since the snapshot of each guest's last good backup.",
             ((f"time() - max by (node, domain) (vmbackup_last_success_timestamp_seconds{GUEST})", GUEST_LEGEND),),
             kind="bargauge", unit="s", steps={26 * 3600: WARNING, 36 * 3600: BAD},
         ),
@@ -67,17 +68,17 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Is anything stuck?": (
         Panel(
-            "Not taken by any agent", "VMBackups that no agent has looked at; needs kube-state-metrics.",
+            "Not picked up by any agent", "VMBackups that no agent has looked at; needs kube-state-metrics.",
             (("count(kube_vmbackup_status_observed_generation == -1) or vector(0)", ""),),
             kind="stat", width=4, steps={1: WARNING},
         ),
         Panel(
-            "Running now", "Backups at work, each with its phase and what it does or waits for.",
+            "Running now", "Running backups, each with its phase and what it does or waits for.",
             ((f"vmbackup_backup_state{GUEST}", "{{node}} {{domain}}: {{phase}}, {{reason}}"),),
             kind="table", width=8,
         ),
         Panel(
-            "Since it last made progress", "Since a running backup has copied or merged anything.",
+            "Since it last made progress", "Time since a running backup last copied or merged anything.",
             ((f"time() - vmbackup_backup_last_progress_timestamp_seconds{GUEST}", GUEST_LEGEND),),
             unit="s", width=6, steps={1800: WARNING},
         ),
@@ -89,12 +90,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Is a guest at risk now?": (
         Panel(
-            "Alerts", "Each has its runbook.",
+            "Alerts", "Each has a runbook.",
             (('ALERTS{alertname=~"VMBackup.*", alertstate="firing"}', "{{alertname}} {{node}} {{domain}}"),),
             kind="table",
         ),
         Panel(
-            "Quarantined, and orphans", "Chains that nothing is done to, and overlays that no VMBackup brings home.",
+            "Quarantined, and orphans",
+            "Guests whose disks the agent does not touch, and overlays that belong to no VMBackup.",
             ((f"sum(vmbackup_quarantined{GUEST}) or vector(0)", "quarantined"),
              (f"sum(vmbackup_orphan_overlays{NODE})", "orphans")),
             kind="stat", width=4, steps={1: BAD},
@@ -121,13 +123,13 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             kind="stat", unit="s", width=4,
         ),
         Panel(
-            "Time spent in each phase", "The mean of what has left it in the range shown.",
+            "Time spent in each phase", "Mean of the backups that left the phase in the range shown.",
             ((f"sum by (phase) (increase(vmbackup_phase_duration_seconds_sum{NODE}[$__range])) / "
               f"(sum by (phase) (increase(vmbackup_phase_duration_seconds_count{NODE}[$__range])) > 0)", "{{phase}}"),),
             kind="bargauge", unit="s",
         ),
         Panel(
-            "Copied and merged", "Bytes per second; a commit counts when it is done, its progress before that.",
+            "Copied and merged", "Bytes per second. \"merged\" counts finished commits, \"merging\" running ones.",
             ((f"sum(rate(vmbackup_copied_bytes_total{NODE}[$__rate_interval]))", "copied"),
              (f"sum(rate(vmbackup_commit_merged_bytes_total{NODE}[$__rate_interval]))", "merged"),
              (f"deriv(vmbackup_backup_merged_bytes{GUEST}[$__rate_interval])", "merging " + GUEST_LEGEND)),
@@ -138,22 +140,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ((f"vmbackup_commit_stalled{GUEST}", DISK_LEGEND),), width=8, steps={1: WARNING},
         ),
         Panel(
-            "How far the copies are", "Of what the running backups have to copy.",
+            "How far the copies are", "Share of the bytes that the running backups have to copy.",
             ((f"vmbackup_backup_copied_bytes{GUEST} / (vmbackup_backup_total_bytes{GUEST} > 0)", GUEST_LEGEND),),
             unit="percentunit",
         ),
     ),
     "Is there room?": (
         Panel(
-            "Overlays", "What each takes on disk.",
+            "Overlays", "Space that each overlay takes on disk.",
             ((f"vmbackup_overlay_bytes{GUEST}", DISK_LEGEND),), unit="bytes",
         ),
         Panel(
-            "Free for overlays", "What is left on the file system of each.",
+            "Free for overlays", "Space left on the file system of each overlay.",
             ((f"vmbackup_overlay_free_bytes{GUEST}", DISK_LEGEND),), unit="bytes",
         ),
         Panel(
-            "Full in", "If its file system goes on filling as in the last ten minutes, whoever writes there.",
+            "Full in", "If the file system keeps filling as in the last ten minutes, from all writers.",
             ((f"vmbackup_overlay_free_bytes{GUEST} / (-deriv(vmbackup_overlay_free_bytes{GUEST}[10m]) > 0)",
               DISK_LEGEND),),
             unit="s",
@@ -165,12 +167,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             kind="stat", width=6, steps={0: BAD, 1: GOOD},
         ),
         Panel(
-            "Versions", "How many agents run which.",
+            "Versions", "Number of agents for each version.",
             ((f"count by (version) (vmbackup_build_info{NODE})", "{{version}}"),),
             kind="stat", width=4,
         ),
         Panel(
-            "Status that waits", "For how long the API server has not taken it.",
+            "Waiting status", "Time for which the API server has not accepted a status.",
             ((f"vmbackup_report_lag_seconds{NODE}", "{{node}}"),), unit="s", width=4, steps={300: WARNING},
         ),
         Panel(
