@@ -25,8 +25,9 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
 from vmbackup.stores.directory.store import DirectoryStore
 
@@ -99,7 +100,7 @@ def at_home(guest: Domain, overlays: Path, *patterns: int) -> None:
         saved = {disk.target: disk.source for disk in chain.disks(on_disk)}
         assert [guest.live(target).source, guest.persistent(target).source, saved[target]] == [base] * 3
         assert not what_is_wrong_with(Path(base))
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert not list(overlays.glob("*.vmb-*"))
     for number, pattern in enumerate(patterns):
         assert guest.holds("vda", pattern, offset=f"{number}M")
@@ -178,7 +179,7 @@ def test_a_full_file_system_of_the_base_keeps_the_guest_on_its_overlay_until_the
         message = dict(running.told.events)["CommitRetrying"]
         assert f"could not be merged into {guest.bases['vda']}" in message
         assert "is full" in message
-        assert guest.guest.state()[0] is GuestState.RUNNING
+        assert guest.guest.state()[0] is Power.RUNNING
         free(bases)
         assert running.end().outcome is Outcome.SUCCEEDED
         at_home(guest, overlays, 0x11, 0x22)
@@ -212,7 +213,7 @@ def test_a_configuration_that_cannot_be_saved_after_a_switch_never_keeps_the_gue
         running = backup(guest.name)
         try:
             wait_until(lambda: "ConfigNotDurable" in running.told.reasons, "it is told", 30)
-            wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs")
+            wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "the guest runs")
             assert list(overlays.glob("*.vmb-*")), "an overlay goes on a settled definition only"
             assert "do not power-cycle the guest" in dict(running.told.events)["ConfigNotDurable"]
             guest.write("vda", 0x22, offset="1M")
@@ -249,7 +250,7 @@ def test_a_state_directory_that_fills_up_in_a_switch_never_keeps_the_guest_suspe
         running = backup(guest.name)
         with pytest.raises(PermanentError, match="free space there"):
             running.raise_its_error()
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert guest.persistent().source == guest.live().source
     guest.write("vda", 0x22, offset="1M")
     free(state)
@@ -276,12 +277,12 @@ def test_a_suspended_guest_is_resumed_by_the_next_run_though_the_state_directory
     driving = Driving(task)
     assert driving.wait_until_held()
     driving.kill()
-    assert guest.guest.state()[0] is GuestState.PAUSED
+    assert guest.guest.state()[0] is Power.PAUSED
     fill(state)
     spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
     with pytest.raises(PermanentError, match="free space there"):
         RunningBackup(node, key, spec, guest.directory / "store").raise_its_error()
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     free(state)
     assert RunningBackup(node, key, spec, guest.directory / "store").end().outcome is Outcome.SUCCEEDED
     at_home(guest, overlays, 0x11)
@@ -373,7 +374,7 @@ def test_nothing_is_merged_into_a_base_that_is_another_file_now_until_the_origin
     assert "Put the original back" in report.message
     (overlay,) = overlays.glob("*.vmb-*")
     assert (guest.live().source, guest.persistent().source) == (str(overlay), str(overlay))
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert guest.guest.block_job("vda") is None
     guest.write("vda", 0x44, offset="2M")
     mend()

@@ -9,8 +9,8 @@ import pytest
 from tests.support.agents import SECONDS, SLOW, Agent, CatchBackup, assert_home, assert_stored
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Snapshot
+from vmbackup.protocol.terms import Power
 
 BARRIER = 31  # seconds (PROTOCOL R4), after an agent that died with a libvirt call in flight
 
@@ -43,7 +43,7 @@ def test_killed_in_the_snapshot_the_guest_is_resumed_and_the_backup_becomes_read
     own_agent.kill()
     own_agent.start()
     assert_stored(made.wait(seconds=SECONDS + BARRIER))
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert_home(guest)
 
 

@@ -18,8 +18,8 @@ from sandbox.kube import KubeApi, KubectlError
 from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, assert_stored
 from tests.support.domains import Domain, DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Guard, Snapshot
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import Journal
 
 AWAY = "3Mi"  # bytes per second: a copy of 16 MiB takes its time, and yet ends
@@ -97,7 +97,7 @@ def test_a_guest_that_a_killed_agent_had_suspended_runs_again_though_the_api_ser
     kube_away.apiserver.stop()
     own_agent.start()
     watch = Stopwatch()
-    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", SECONDS)
+    wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "running", SECONDS)
     assert watch.within(5), watch
     kube_away.start_apiserver()
     made.patch({"copy": {"bandwidth": None}})

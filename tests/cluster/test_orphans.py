@@ -16,9 +16,9 @@ from tests.support.agents import SECONDS, Agent, CatchBackup, assert_home, asser
 from tests.support.domains import Domain, DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
 from tests.support.tiers import in_chaos
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.domain_lock import domain_lock
 
 COUNT = "vmbackup_orphan_overlays"
@@ -196,7 +196,7 @@ def test_a_guest_that_a_lost_backup_left_suspended_runs_again_within_seconds_of_
     overlay = suspended_on_its_overlay(guest)
     watch = Stopwatch()
     own_agent.start(orphan_policy=policy)
-    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
+    wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "running again", SECONDS)
     took = watch.seconds
     assert watch.allows(took, 5 + seconds_to_import()), watch
     if policy == "Commit":
@@ -218,7 +218,7 @@ def test_it_runs_again_also_while_the_api_server_is_away(
     suspended_on_its_overlay(guest)
     watch = Stopwatch()
     own_agent.start(kubeconfig=str(elsewhere))
-    wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running again", SECONDS)
+    wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "running again", SECONDS)
     took = watch.seconds
     assert watch.allows(took, 5 + seconds_to_import()), watch
 

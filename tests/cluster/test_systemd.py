@@ -19,7 +19,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.support.agents import SECONDS, Agent, assert_home, assert_stored
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.kill_points import When, guardians
-from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.terms import Power
 
 UNIT = (ROOT / "packaging/systemd/vmbackup-agent.service").read_text()
 GUARDIAN_SECONDS = 10  # on a busy machine; it takes one
@@ -93,7 +93,7 @@ def test_systemd_leaves_the_guardian_of_a_killed_agent_alone_until_the_guest_run
         wait_until(
             lambda: f"the guest {guest.name} runs again" in log.read_text(), "the guest let go", GUARDIAN_SECONDS
         )
-        assert guest.guest.state()[0] is GuestState.RUNNING
+        assert guest.guest.state()[0] is Power.RUNNING
         wait_until(lambda: not guardians(own_agent.state_dir), "the guardian's end", GUARDIAN_SECONDS)
     with boot():
         assert_stored(made.wait())

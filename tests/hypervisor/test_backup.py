@@ -19,8 +19,8 @@ from tests.support.storage import mounted, sha256sum
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import hold_reader_lock
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.steps.step import Ending
@@ -127,7 +127,7 @@ def test_the_uefi_variables_are_those_of_the_snapshot(
 def test_a_guest_that_its_user_had_paused_is_never_resumed(domain: DomainFactory, backup: BackupFactory) -> None:
     guest = domain()
     assert backup(guest.name).end().outcome is Outcome.SUCCEEDED
-    assert guest.guest.state()[0] is GuestState.PAUSED
+    assert guest.guest.state()[0] is Power.PAUSED
 
 
 def test_a_running_guest_runs_again_after_each_switch(
@@ -136,7 +136,7 @@ def test_a_running_guest_runs_again_after_each_switch(
     guest = domain()
     libvirtd.virsh("resume", guest.name)
     assert backup(guest.name).end().outcome is Outcome.SUCCEEDED
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from tests.support.domains import DomainFactory, wait_until
 from tests.support.stopwatch import Stopwatch
 from vmbackup.errors import RefusedError, TransientError, UnknownOutcomeError
 from vmbackup.hypervisor import connection
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Power
 
 ROUNDS = 3
 
@@ -91,7 +91,7 @@ def test_many_threads_call_at_once(hypervisor: Hypervisor, domain: DomainFactory
     generation = hypervisor.generation
     with ThreadPoolExecutor(32) as pool:
         states = list(pool.map(lambda _: guest.state(), range(320)))
-    assert {state for state, _ in states} == {GuestState.PAUSED}
+    assert {state for state, _ in states} == {Power.PAUSED}
     assert hypervisor.generation == generation
 
 
@@ -119,7 +119,7 @@ def test_a_libvirtd_that_is_killed_and_started_again_is_connected_to_again(
     assert since is not None
     assert hypervisor.answering_since is not None
     assert since < hypervisor.answering_since <= time.clock_gettime(time.CLOCK_BOOTTIME)
-    assert guest.state()[0] is GuestState.PAUSED
+    assert guest.state()[0] is Power.PAUSED
 
     woken.clear()
     guest.resume()
@@ -167,7 +167,7 @@ def test_the_outcome_is_unknown_when_libvirtd_falls_silent_and_the_call_happens_
     mortal.cont()
     wait_until(hypervisor.ping, "a new connection")
     assert hypervisor.generation == generation + 1
-    wait_until(lambda: made.guest.state()[0] is GuestState.RUNNING, "the resume that was given up")
+    wait_until(lambda: made.guest.state()[0] is Power.RUNNING, "the resume that was given up")
 
 
 def test_a_change_that_was_never_sent_is_merely_to_be_tried_again(

@@ -24,9 +24,10 @@ from tests.support.stopwatch import Stopwatch
 from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.errors import VMBackupError
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Guard
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.clock import boottime
 from vmbackup.reconcile.state.journal import record_of
@@ -106,7 +107,7 @@ def watched(guest: Guest) -> Iterator[Standstills]:
         since: float | None = None
         while not over.wait(0.01):
             with suppress(VMBackupError):
-                suspended, now = guest.state()[0] is GuestState.PAUSED, time.monotonic()
+                suspended, now = guest.state()[0] is Power.PAUSED, time.monotonic()
                 if suspended and since is None:
                     since = now
                 elif not suspended and since is not None:
@@ -273,7 +274,7 @@ def test_a_pause_that_does_not_suffice_ends_at_its_bound_and_is_not_repeated_in_
         write_on_overlay(running, slow_to_merge)
         wait_for_event(running, "GuestSuspended")
         bound = running.record.pause_until  # it counts from the intent: to stop takes QEMU seconds of a busy disk
-        wait_until(lambda: slow_to_merge.guest.state()[0] is GuestState.PAUSED, "suspended")
+        wait_until(lambda: slow_to_merge.guest.state()[0] is Power.PAUSED, "suspended")
         wait_for_event(running, "GuestResumed")
         late = boottime() - bound
         running.wait_for(lambda _: len(held(running)) > 3, "a few looks at a commit that goes on")
@@ -298,12 +299,12 @@ def test_a_backup_that_is_stopped_leaves_no_guest_paused(slow_to_merge: Domain, 
     commit = stalling("Pause", stallPauseSeconds=300)
     running = backup(slow_to_merge.name, commit=commit, copy={"bandwidth": SLOW})
     write_on_overlay(running, slow_to_merge)
-    wait_until(lambda: slow_to_merge.guest.state()[0] is GuestState.PAUSED and paused(running), "paused", 60)
+    wait_until(lambda: slow_to_merge.guest.state()[0] is Power.PAUSED and paused(running), "paused", 60)
     watch = Stopwatch()
     running.ask(stop=True)
     assert running.ending is Ending.INTERRUPTED
     assert watch.within(5), watch
-    assert slow_to_merge.guest.state()[0] is GuestState.RUNNING
+    assert slow_to_merge.guest.state()[0] is Power.RUNNING
     assert backup(slow_to_merge.name, again=running, commit=FAST).end().outcome is Outcome.SUCCEEDED
 
 
@@ -322,14 +323,14 @@ def test_a_guest_whose_driver_is_killed_during_its_pause_is_resumed_by_the_next_
     def in_its_pause() -> bool:
         record = record_of(task.state_dir, task.uid)
         paused = record is not None and record.pause_until > 0 and record.call is None
-        return paused and guest.state()[0] is GuestState.PAUSED
+        return paused and guest.state()[0] is Power.PAUSED
 
     wait_until(in_its_pause, "paused", 60)
     killed.kill()
-    assert guest.state()[0] is GuestState.PAUSED
+    assert guest.state()[0] is Power.PAUSED
     again = Driving(replace(task, spec={"commit": FAST}))
     watch = Stopwatch()
-    wait_until(lambda: guest.state()[0] is GuestState.RUNNING, "resumed", 60)
+    wait_until(lambda: guest.state()[0] is Power.RUNNING, "resumed", 60)
     assert watch.within(5), watch
     report, _, _ = again.end()
     assert report.outcome is Outcome.SUCCEEDED, report

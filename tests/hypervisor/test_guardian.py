@@ -37,7 +37,7 @@ from tests.support.survival import (
 )
 from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome
-from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import record_of
 
 RSS_MB = 60
@@ -119,7 +119,7 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     process = dying(command, SUSPENDED, tmp_path)
     said, _ = process.communicate(timeout=60)  # returns once the guardian has let go of stderr too
     assert process.returncode == -signal.SIGKILL
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert "may be suspended or frozen by a process that has died" in said
     assert f"the guest {guest.name} runs again" in said
     assert not guardians(tmp_path / "state")
@@ -136,7 +136,7 @@ def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
         process = dying(command, SUSPENDED, tmp_path, says_to=full)
         assert process.wait(60) == -signal.SIGKILL
         watch = Stopwatch()
-        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "the guest runs", 60)
+        wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "the guest runs", 60)
         assert watch.within(SUSPENDED_SECONDS), watch
         wait_until(lambda: not guardians(tmp_path / "state"), "the end of the guardian")
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
@@ -257,7 +257,7 @@ def survive_alone(few_at_once: Semaphore, guest: Domain, moment: Moment) -> str:
         print(f"killed {moment}: let go after {seconds:.1f} s{' in doubt' if in_doubt else ''}")
         if not watch.allows(seconds, SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS):
             wrong.append(f"it was held for {seconds:.1f} s")
-        if guest.guest.state()[0] is not GuestState.RUNNING:
+        if guest.guest.state()[0] is not Power.RUNNING:
             wrong.append("the guest does not run")
         wait_until(lambda: not guardians(task.state_dir), f"{moment}: the end of the guardian", 10)
     if not in_doubt:

@@ -17,9 +17,10 @@ from tests.support.domains import DomainFactory, make_disk, wait_until
 from tests.support.storage import mounted
 from vmbackup.errors import PermanentError, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.chain import ChainImage, Mirror
-from vmbackup.hypervisor.guest import BlockJob, GuestState
+from vmbackup.hypervisor.chain import ChainImage
+from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Mirror, Power
 
 AGENT = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 ALL_KINDS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}
@@ -28,15 +29,15 @@ ALL_KINDS = {"vda": "raw", "vdb": "qcow2", "vdc": "chain"}
 def test_the_states_of_a_guest_and_the_id_of_each_run(domain: DomainFactory) -> None:
     made = domain(start=False)
     guest = made.guest
-    assert guest.state() == (GuestState.OFF, None)
+    assert guest.state() == (Power.OFF, None)
     assert guest.live_xml() is None
     made.libvirtd.virsh("start", made.name, "--paused")
     paused, first = guest.state()
     guest.resume()
-    assert guest.state() == (GuestState.RUNNING, first)
+    assert guest.state() == (Power.RUNNING, first)
     guest.suspend()
     guest.suspend()
-    assert guest.state() == (paused, first) == (GuestState.PAUSED, first)
+    assert guest.state() == (paused, first) == (Power.PAUSED, first)
     made.libvirtd.virsh("destroy", made.name)
     made.libvirtd.virsh("start", made.name, "--paused")
     _, second = guest.state()
@@ -282,7 +283,7 @@ def test_a_call_in_flight_is_seen(domain: DomainFactory) -> None:
         os.kill(qemu, signal.SIGCONT)
     resuming.join(20)
     assert made.guest.control_idle()
-    assert made.guest.state()[0] is GuestState.RUNNING
+    assert made.guest.state()[0] is Power.RUNNING
 
 
 def test_a_job_of_the_whole_domain_is_seen(domain: DomainFactory) -> None:

@@ -29,9 +29,9 @@ from tests.support.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECON
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason
 from vmbackup.hypervisor import guest as guests_of_libvirt
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Call, Record, Snapshot
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import let_guests_run
 from vmbackup.reconcile.state.clock import boot_id, boottime
@@ -56,7 +56,7 @@ def left_at(guest: Domain, hypervisor: Hypervisor, moment: Moment) -> tuple[Node
 
 
 def runs(guest: Domain) -> bool:
-    return guest.guest.state()[0] is GuestState.RUNNING
+    return guest.guest.state()[0] is Power.RUNNING
 
 
 def another(node: Node, guest: Domain) -> RunningBackup:

@@ -12,7 +12,7 @@ from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, qemu_img
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
-from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.steps.step import Ending
 
@@ -175,5 +175,5 @@ def test_uefi_variables_that_lead_to_a_secret_are_not_read_and_the_guest_stays_a
     assert report.outcome in (Outcome.FAILED, Outcome.REFUSED)
     assert f"the UEFI variables {variables} cannot be kept (Too many levels of symbolic links)" in report.message
     assert guest.live().source == guest.persistent().source == guest.bases["vda"]
-    assert guest.guest.state()[0] is GuestState.PAUSED  # as it was before
+    assert guest.guest.state()[0] is Power.PAUSED  # as it was before
     assert not any(b"secret" in file.read_bytes() for file in tmp_path.rglob("*.nvram"))

@@ -39,7 +39,7 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
 from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import TransientError
-from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
@@ -110,7 +110,7 @@ def qemu_dies(
 
 def is_off(guest: Domain) -> bool:
     with suppress(TransientError):  # libvirt is busy with the call in the middle of which QEMU died
-        return guest.guest.state()[0] is GuestState.OFF
+        return guest.guest.state()[0] is Power.OFF
     return False
 
 
@@ -285,7 +285,7 @@ def come_home(guest: Domain, driving: Driving) -> str:
             if record and record.quarantined not in ("", *restarted):
                 restarted.append(record.quarantined)
                 guest.libvirtd.kill_guest(guest.name)
-            if guest.guest.state()[0] is GuestState.OFF:
+            if guest.guest.state()[0] is Power.OFF:
                 starts(guest)  # or later: not while its overlay is compared with its base
 
     watch = Stopwatch()

@@ -16,7 +16,7 @@ from tests.support.storage import run
 from vmbackup.errors import TransientError
 from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import clone_or_copy, copy_file, opened_image
-from vmbackup.imaging.image import OverlayFile, info, overlay_file
+from vmbackup.imaging.image import QcowState, info, qcow_state
 from vmbackup.imaging.locks import has_writer, hold_reader_lock, is_locked
 from vmbackup.imaging.merge import same_where_written
 from vmbackup.protocol.record import DiskRecord
@@ -152,9 +152,9 @@ def test_the_overlay_of_a_running_qemu_is_seen_as_locked_and_afterwards_as_empty
 ) -> None:
     machine, overlay = qemu(image), tmp_path / "overlay.qcow2"
     machine.snapshot(overlay)
-    assert overlay_file(overlay) == OverlayFile(locked=True, empty=None)
+    assert qcow_state(overlay) == QcowState(locked=True, empty=None)
     machine.kill()
-    assert overlay_file(overlay) == OverlayFile(locked=False, empty=True)
+    assert qcow_state(overlay) == QcowState(locked=False, empty=True)
 
 
 def test_what_qemu_wrote_to_the_overlay_makes_it_not_empty(
@@ -164,7 +164,7 @@ def test_what_qemu_wrote_to_the_overlay_makes_it_not_empty(
     machine.snapshot(overlay)
     machine.write(1)
     machine.kill()
-    assert overlay_file(overlay) == OverlayFile(locked=False, empty=False)
+    assert qcow_state(overlay) == QcowState(locked=False, empty=False)
 
 
 def test_a_commit_cannot_write_base_under_our_copy(image: Images, qemu: Callable[..., Qemu], tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from tests.support.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, W
 from tests.support.survival import content, dies, distinct, one_of_each_kind, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.imaging.locks import has_writer, is_locked
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import record_of
 
 GUESTS = 12  # at once: those that wait for PROTOCOL R4's barrier cost nothing
@@ -161,7 +161,7 @@ def survive(guest: Domain, death: Death) -> Iterator[str]:
     """Kill the driver at this moment, let the guest write where that is asked for, and let another driver carry on."""
 
     def begun_anew() -> Task:
-        if guest.guest.state()[0] is GuestState.OFF:  # by an attempt that did not come by
+        if guest.guest.state()[0] is Power.OFF:  # by an attempt that did not come by
             guest.libvirtd.virsh("start", guest.name)
         return task_of(guest, OFFLINE, death.moment, uid=begun(guest, OFFLINE).uid)
 

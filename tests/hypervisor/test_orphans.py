@@ -18,8 +18,8 @@ from tests.support.kill_points import Deed, Driving, Moment, When
 from tests.support.stopwatch import Stopwatch
 from tests.support.survival import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
 from vmbackup.api.status import Outcome
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.mark import URI, Mark
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.leftovers.orphans import take_in
 from vmbackup.reconcile.node import Node
 
@@ -85,7 +85,7 @@ def test_the_mark_is_there_while_the_guest_stands_still_and_never_in_its_definit
     task = task_of(guest, GUARDED, Moment(When.AFTER, "redefining", 2), deed=Deed.HOLD)
     driving = Driving(task)
     assert driving.wait_until_held()
-    assert guest.guest.state()[0] is GuestState.PAUSED
+    assert guest.guest.state()[0] is Power.PAUSED
     mark = Mark.of(guest.guest.live_xml() or "")
     assert mark is not None
     assert mark.uid == task.uid
@@ -114,9 +114,9 @@ def test_a_guest_that_somebody_else_suspended_is_never_resumed(
 ) -> None:
     guest = domain(size="4M")
     assert backup(guest.name).end().outcome is Outcome.SUCCEEDED
-    assert guest.guest.state()[0] is GuestState.PAUSED
+    assert guest.guest.state()[0] is Power.PAUSED
     assert take_in(node, guest.guest, [], SPEC) is None
-    assert guest.guest.state()[0] is GuestState.PAUSED
+    assert guest.guest.state()[0] is Power.PAUSED
 
 
 def test_a_mark_that_was_only_left_is_taken_away_and_means_nothing(

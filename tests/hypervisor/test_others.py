@@ -14,7 +14,7 @@ from tests.support.kill_points import Driving, Moment, Task, When
 from tests.support.survival import task_of
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.chain import Mirror
+from vmbackup.protocol.terms import Mirror
 from vmbackup.reconcile.state.journal import record_of
 
 SLOW = "4Mi"

@@ -12,10 +12,10 @@ from sandbox.libvirtd import Libvirtd
 from tests.support.backups import SLOW, BackupFactory
 from tests.support.domains import DomainFactory, wait_until
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.protocol.record import Snapshot
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import Journal
 
@@ -88,7 +88,7 @@ def test_a_guest_that_stops_while_suspended_is_not_counted_as_suspended_for_ever
     libvirtd.virsh("resume", guest.name)
     monkeypatch.setattr(type(guest.guest), "snapshot", lambda *_: libvirtd.virsh("destroy", guest.name))
     backup(guest.name).end()
-    wait_until(lambda: guest.guest.state()[0] is GuestState.OFF, "off")
+    wait_until(lambda: guest.guest.state()[0] is Power.OFF, "off")
     samples = [sample for metric in node.metrics.registry.collect() for sample in metric.samples]
     assert not [sample for sample in samples if sample.name == "vmbackup_guest_suspended_seconds"]
 

@@ -16,8 +16,8 @@ from tests.support.domains import Domain, DomainFactory
 from tests.support.storage import mounted
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.admission.plan import Planner
 from vmbackup.reconcile.admission.survey import survey
 from vmbackup.reconcile.node import Node
@@ -51,7 +51,7 @@ def test_a_copy_is_given_up_before_a_guest_that_writes_much_fills_its_overlays_f
     while running.report.phase is Phase.COPYING:
         guest.write("vda", 0x22, f"{written}M", f"{STEP}M")  # raises where the overlay cannot grow
         written += STEP
-        assert guest.guest.state()[0] is not GuestState.IO_ERROR
+        assert guest.guest.state()[0] is not Power.IO_ERROR
     report = running.end()
 
     assert written > 40, "given up too early"
@@ -61,7 +61,7 @@ def test_a_copy_is_given_up_before_a_guest_that_writes_much_fills_its_overlays_f
     assert "OverlaySpaceLow" in running.told.reasons
     assert report.chain_clean
     assert not list(overlays.iterdir())
-    assert guest.guest.state()[0] is GuestState.RUNNING
+    assert guest.guest.state()[0] is Power.RUNNING
     assert guest.live().source == guest.bases["vda"]
     assert guest.holds("vda", 0x22, "0", f"{written}M")
 

@@ -18,8 +18,9 @@ from typing import Protocol
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import DiskSpec, Libvirtd
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.chain import Disk, Mirror
+from vmbackup.hypervisor.chain import Disk
 from vmbackup.hypervisor.guest import Guest
+from vmbackup.protocol.terms import Mirror
 
 _LEAKS = 3  # the exit code of qemu-img check for clusters that nothing refers to, and nothing worse
 

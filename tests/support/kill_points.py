@@ -38,10 +38,10 @@ from vmbackup.api.status import Report
 from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.chain import Mirror
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
+from vmbackup.protocol.terms import Mirror, Power
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import guarded
@@ -297,7 +297,7 @@ class _Writer:
 
     def write(self) -> None:
         try:
-            if self._guest.state()[0] is not GuestState.RUNNING:
+            if self._guest.state()[0] is not Power.RUNNING:
                 return
             self._task.diary.write_next(
                 lambda command: self._call("writing", lambda connection: self._write(connection, command))

@@ -17,7 +17,7 @@ from tests.support.storage import sha256sum
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import GuestState
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import records
 
 SUSPENDED = Moment(When.AFTER, "journal call=None", 2)  # the answer of the first suspension is written
@@ -102,7 +102,7 @@ def longest_suspension(guest: Domain, driving: Driving, tend: Callable[[], objec
         now = time.monotonic()
         assert now - started < 120, f"{driving.task.moment}: no end, the guest is {guest.guest.state()}"
         try:
-            suspended = guest.guest.state()[0] is GuestState.PAUSED
+            suspended = guest.guest.state()[0] is Power.PAUSED
         except TransientError:
             since = now
             continue
@@ -137,7 +137,7 @@ def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
 def runs(guest: Domain) -> bool:
     """Whether the guest runs; libvirt may show an event of QEMU late on a busy machine."""
     try:
-        wait_until(lambda: guest.guest.state()[0] is GuestState.RUNNING, "running", seconds=5)
+        wait_until(lambda: guest.guest.state()[0] is Power.RUNNING, "running", seconds=5)
     except TimeoutError:
         return False
     return True

@@ -8,7 +8,6 @@ from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor.chain import (
     ChainImage,
     Disk,
-    Mirror,
     disk_xml,
     disks,
     domain_facts,
@@ -19,6 +18,7 @@ from vmbackup.hypervisor.chain import (
     parse_overlay,
     with_images,
 )
+from vmbackup.protocol.terms import Mirror
 
 OVERLAY = "/images/web.vmb-0123abcd-vda.qcow2"
 PERSISTENT = """\

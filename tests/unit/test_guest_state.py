@@ -10,8 +10,9 @@ from typing import Any, cast
 import libvirt
 import pytest
 
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Power
 
 
 @dataclass
@@ -41,17 +42,17 @@ class OneDomain:
 @pytest.mark.parametrize(
     ("state", "reason", "seen"),
     [
-        (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED, GuestState.RUNNING),
-        (libvirt.VIR_DOMAIN_BLOCKED, 0, GuestState.RUNNING),
-        (libvirt.VIR_DOMAIN_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTDOWN_USER, GuestState.RUNNING),
-        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER, GuestState.PAUSED),
-        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION, GuestState.PAUSED),
-        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR, GuestState.IO_ERROR),
-        (libvirt.VIR_DOMAIN_PMSUSPENDED, 0, GuestState.PAUSED),
-        (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_CRASHED_PANICKED, GuestState.PAUSED),
+        (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_BOOTED, Power.RUNNING),
+        (libvirt.VIR_DOMAIN_BLOCKED, 0, Power.RUNNING),
+        (libvirt.VIR_DOMAIN_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTDOWN_USER, Power.RUNNING),
+        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER, Power.PAUSED),
+        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION, Power.PAUSED),
+        (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR, Power.IO_ERROR),
+        (libvirt.VIR_DOMAIN_PMSUSPENDED, 0, Power.PAUSED),
+        (libvirt.VIR_DOMAIN_CRASHED, libvirt.VIR_DOMAIN_CRASHED_PANICKED, Power.PAUSED),
     ],
 )
-def test_a_domain_that_qemu_runs_is(state: int, reason: int, seen: GuestState) -> None:
+def test_a_domain_that_qemu_runs_is(state: int, reason: int, seen: Power) -> None:
     assert guest(OneDomain(state, reason, 7)).state() == (seen, 7)
 
 
@@ -64,7 +65,7 @@ def test_a_domain_that_qemu_runs_is(state: int, reason: int, seen: GuestState) -
     ],
 )
 def test_a_domain_that_is_off_has_no_id(domain: OneDomain) -> None:
-    assert guest(domain).state() == (GuestState.OFF, None)
+    assert guest(domain).state() == (Power.OFF, None)
 
 
 def guest(domain: OneDomain) -> Guest:

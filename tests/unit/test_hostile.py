@@ -20,7 +20,7 @@ from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.imaging import CopyControl, image
 from vmbackup.imaging import merge as merging
-from vmbackup.imaging.image import images_below, info, overlay_file
+from vmbackup.imaging.image import images_below, info, qcow_state
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import merge
 from vmbackup.imaging.sizes import allocated_bytes, length
@@ -161,7 +161,7 @@ class TestHeaders:
         with path.open("r+b") as file:
             file.seek(36)
             file.write(struct.pack(">IQ", entries, offset))
-        found = overlay_file(path)
+        found = qcow_state(path)
         assert found is not None
         assert found.empty is False
 
@@ -185,7 +185,7 @@ class TestWhatTookThePlaceOfAnImage:
             path.symlink_to(tmp_path / "fifo")
         return path
 
-    @pytest.mark.parametrize("look", [overlay_file, is_locked, has_writer, length, allocated_bytes])
+    @pytest.mark.parametrize("look", [qcow_state, is_locked, has_writer, length, allocated_bytes])
     def test_is_not_opened_whatever_is_asked_of_it(self, look: Callable[[Path], object], planted: Path) -> None:
         with pytest.raises(PermanentError, match=str(planted)):
             look(planted)

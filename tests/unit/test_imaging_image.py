@@ -10,11 +10,11 @@ from tests.support.storage import run
 from vmbackup.errors import PermanentError, TransientError
 from vmbackup.imaging import CopyControl, image
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.imaging.image import OverlayFile, info, overlay_file, rebase
+from vmbackup.imaging.image import QcowState, info, qcow_state, rebase
 from vmbackup.imaging.merge import same_where_written
 
-UNLOCKED_EMPTY = OverlayFile(locked=False, empty=True)
-UNLOCKED_WITH_DATA = OverlayFile(locked=False, empty=False)
+UNLOCKED_EMPTY = QcowState(locked=False, empty=True)
+UNLOCKED_WITH_DATA = QcowState(locked=False, empty=False)
 
 
 @pytest.fixture
@@ -36,41 +36,41 @@ def write(path: Path, command: str) -> None:
     run("qemu-io", "-f", "qcow2", "-c", command, str(path))
 
 
-class TestOverlayFile:
+class TestQcowState:
     def test_no_file_is_none(self, tmp_path: Path) -> None:
-        assert overlay_file(tmp_path / "overlay.qcow2") is None
+        assert qcow_state(tmp_path / "overlay.qcow2") is None
 
     @pytest.mark.parametrize("options", ["compat=1.1", "compat=0.10", "cluster_size=2M", "extended_l2=on"])
     def test_a_fresh_overlay_is_empty_however_full_its_base(self, options: str, base: Path) -> None:
         path = base.with_name("fresh.qcow2")
         run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "-b", base.name, "-F", "raw", str(path))
-        assert overlay_file(path) == UNLOCKED_EMPTY
+        assert qcow_state(path) == UNLOCKED_EMPTY
 
     @pytest.mark.parametrize("command", ["write -P 5 0 512", "write -z 0 64k", "write -P 5 63M 64k"])
     def test_one_write_and_it_is_not_empty(self, command: str, overlay: Path) -> None:
         write(overlay, command)
-        assert overlay_file(overlay) == UNLOCKED_WITH_DATA
+        assert qcow_state(overlay) == UNLOCKED_WITH_DATA
 
     def test_reads_do_not_fill_it(self, overlay: Path) -> None:
         write(overlay, "read 0 64M")
-        assert overlay_file(overlay) == UNLOCKED_EMPTY
+        assert qcow_state(overlay) == UNLOCKED_EMPTY
 
     def test_an_internal_snapshot_is_content(self, overlay: Path) -> None:
         run("qemu-img", "snapshot", "-c", "one", str(overlay))
-        assert overlay_file(overlay) == OverlayFile(locked=False, empty=False, holds_snapshot=True)
+        assert qcow_state(overlay) == QcowState(locked=False, empty=False, holds_snapshot=True)
 
     def test_a_file_whose_creation_was_cut_short_is_empty(self, tmp_path: Path) -> None:
         (tmp_path / "cut.qcow2").touch()
-        assert overlay_file(tmp_path / "cut.qcow2") == UNLOCKED_EMPTY
+        assert qcow_state(tmp_path / "cut.qcow2") == UNLOCKED_EMPTY
 
     @pytest.mark.parametrize("content", [b"QFI\xfb", bytes(1 << 20), b"something else" * 100, b"QFI\xfb" + bytes(68)])
     def test_what_is_not_understood_is_not_called_empty(self, content: bytes, tmp_path: Path) -> None:
         (tmp_path / "odd.qcow2").write_bytes(content)
-        assert overlay_file(tmp_path / "odd.qcow2") == UNLOCKED_WITH_DATA
+        assert qcow_state(tmp_path / "odd.qcow2") == UNLOCKED_WITH_DATA
 
     def test_an_overlay_cut_off_in_its_l1_table_is_not_called_empty(self, overlay: Path) -> None:
         os.truncate(overlay, 3 * 65536 + 1)
-        assert overlay_file(overlay) == UNLOCKED_WITH_DATA
+        assert qcow_state(overlay) == UNLOCKED_WITH_DATA
 
 
 class TestInfo:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import PurePosixPath
 from xml.etree.ElementTree import Element, SubElement, tostring
 from xml.parsers import expat
@@ -17,6 +16,7 @@ from xml.parsers import expat
 from defusedxml.ElementTree import fromstring
 
 from vmbackup.errors import PermanentError, RefusedError
+from vmbackup.protocol.terms import Mirror
 
 _OVERLAY_NAME = re.compile(r"\.vmb-([0-9a-f]{8})-([a-z]+)\.qcow2$")
 _OURS = ("source", "backingStore")  # of a <disk>, with @type and driver/@type: what says which image it is
@@ -31,14 +31,6 @@ class ChainImage:
     path: str
     format: str
     kind: str
-
-
-class Mirror(StrEnum):
-    """An active commit's <mirror>. READY alone does not prove a job: ask for it too (PROTOCOL R3)."""
-
-    NONE = "none"
-    PENDING = "pending"
-    READY = "ready"
 
 
 @dataclass(frozen=True)

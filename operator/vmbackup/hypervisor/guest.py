@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, TypeVar, cast
 from xml.etree import ElementTree
 
@@ -22,6 +21,7 @@ from vmbackup.hypervisor.chain import disks
 from vmbackup.hypervisor.connection import Connection
 from vmbackup.hypervisor.definition import sync_definition
 from vmbackup.hypervisor.mark import KEY, URI, Mark
+from vmbackup.protocol.terms import Power
 
 Result = TypeVar("Result")
 
@@ -42,20 +42,11 @@ BYTE_LIMITS = tuple(
 _PERSISTENT_FLAGS = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
 
 
-class GuestState(StrEnum):
-    """What the guest does, as far as a backup is concerned."""
-
-    OFF = "off"
-    RUNNING = "running"
-    PAUSED = "paused"
-    IO_ERROR = "io-error"  # paused by QEMU: an image could not be written
-
-
 _STATES = {
-    libvirt.VIR_DOMAIN_SHUTOFF: GuestState.OFF,
-    libvirt.VIR_DOMAIN_PAUSED: GuestState.PAUSED,
-    libvirt.VIR_DOMAIN_PMSUSPENDED: GuestState.PAUSED,
-    libvirt.VIR_DOMAIN_CRASHED: GuestState.PAUSED,  # QEMU lives: on_crash is preserve
+    libvirt.VIR_DOMAIN_SHUTOFF: Power.OFF,
+    libvirt.VIR_DOMAIN_PAUSED: Power.PAUSED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: Power.PAUSED,
+    libvirt.VIR_DOMAIN_CRASHED: Power.PAUSED,  # QEMU lives: on_crash is preserve
 }
 
 
@@ -82,17 +73,17 @@ class Guest:
 
     # -- what is: none of these changes anything
 
-    def state(self) -> tuple[GuestState, int | None]:
+    def state(self) -> tuple[Power, int | None]:
         """The state, and the id of this run of the domain (None when off): another id is another QEMU."""
 
-        def ask(domain: libvirt.virDomain) -> tuple[GuestState, int | None]:
+        def ask(domain: libvirt.virDomain) -> tuple[Power, int | None]:
             state, reason = cast("tuple[int, int]", domain.state())
             if state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_IOERROR:
-                return GuestState.IO_ERROR, domain.ID()
-            return _STATES.get(state, GuestState.RUNNING), domain.ID()
+                return Power.IO_ERROR, domain.ID()
+            return _STATES.get(state, Power.RUNNING), domain.ID()
 
         state, run = self._read("asking for the state", ask)
-        return (GuestState.OFF, None) if state is GuestState.OFF or run is None or run < 0 else (state, run)
+        return (Power.OFF, None) if state is Power.OFF or run is None or run < 0 else (state, run)
 
     def has_saved_state(self) -> bool:
         """Whether the next start goes on from a managed save: with the images that its guest had then."""

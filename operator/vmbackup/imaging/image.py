@@ -40,8 +40,8 @@ _LONGEST_L1 = 32 << 20  # bytes, likewise (block/qcow2.h, QCOW_MAX_L1_SIZE)
 
 
 @dataclass(frozen=True)
-class OverlayFile:
-    """An overlay on disk. `empty`: no cluster allocated, so it holds nothing; None: locked, so not to be known.
+class QcowState:
+    """What the file of an overlay says. `empty`: no cluster is allocated; None: locked, so this is unknown.
 
     `holds_snapshot`: a user's internal snapshot is in it (virsh snapshot-create-as without --disk-only).
     """
@@ -64,7 +64,7 @@ class ImageInfo:
     encrypted: bool
 
 
-def overlay_file(path: Path) -> OverlayFile | None:
+def qcow_state(path: Path) -> QcowState | None:
     """The qcow2 overlay at `path`, or None if there is nothing. Takes no lock, so it is never in QEMU's way.
 
     Raises as `imaging.errors` says where it cannot be read, or something else is there: who owns the directory may have
@@ -75,9 +75,9 @@ def overlay_file(path: Path) -> OverlayFile | None:
     with errors_of(path), os.fdopen(open_trusted(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         snapshot = _holds_snapshot(file)
         if is_locked_by_another(file.fileno()):
-            return OverlayFile(locked=True, empty=None, holds_snapshot=snapshot)
+            return QcowState(locked=True, empty=None, holds_snapshot=snapshot)
         file.seek(0)
-        return OverlayFile(locked=False, empty=_is_empty_qcow2(file), holds_snapshot=snapshot)
+        return QcowState(locked=False, empty=_is_empty_qcow2(file), holds_snapshot=snapshot)
 
 
 def _holds_snapshot(file: BinaryIO) -> bool:

@@ -14,7 +14,7 @@ CANCELLED = f"the backup was cancelled (annotation {CANCEL_ANNOTATION})"
 
 
 class Power(StrEnum):
-    """What the guest does. IO_ERROR: paused by QEMU, since a write failed."""
+    """The state of the guest, as far as a backup is concerned. IO_ERROR: QEMU paused it because a write failed."""
 
     OFF = "off"
     RUNNING = "running"
@@ -23,7 +23,7 @@ class Power(StrEnum):
 
 
 class Mirror(StrEnum):
-    """`<mirror job='active-commit'>` in the live XML."""
+    """`<mirror job='active-commit'>` in the live XML. READY does not prove a job: ask for it too (PROTOCOL R3)."""
 
     NONE = "none"
     PENDING = "pending"

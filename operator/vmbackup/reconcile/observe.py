@@ -11,9 +11,9 @@ from typing import TypeVar
 from vmbackup.api.status import Reason
 from vmbackup.errors import Cause, TransientError, VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import BlockJob, Guest, GuestState
+from vmbackup.hypervisor.guest import BlockJob, Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
-from vmbackup.imaging.image import overlay_file
+from vmbackup.imaging.image import qcow_state
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import is_unwritten
 from vmbackup.protocol.decide import needs_truth
@@ -62,7 +62,7 @@ class Observer:
             if error.reason != Cause.DOMAIN_NOT_FOUND:
                 raise
             return Power.OFF, None  # a transient domain that stopped, or one that was undefined
-        return Power(GuestState(state).value), domain_id
+        return state, domain_id
 
     def _look(self, record: Record, power: Power) -> View:
         on = power is not Power.OFF
@@ -104,7 +104,7 @@ class Observer:
     def _overlay(self, disk: DiskRecord) -> OverlayFile | None:
         path = Path(disk.overlay)
         try:
-            file = overlay_file(path)
+            file = qcow_state(path)
         except VMBackupError:  # it is there and cannot be looked at: the worst is assumed, and nothing is unlinked
             return OverlayFile(locked=True, empty=False)
         if file is None:
@@ -203,7 +203,7 @@ def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob 
     ours = job is not None and job.kind == "active-commit" and not elsewhere and seen.live is not Image.BASE
     return replace(
         seen,
-        mirror=Mirror(live.mirror.value) if live and not elsewhere else Mirror.NONE,
+        mirror=live.mirror if live and not elsewhere else Mirror.NONE,
         job=ours,
         job_at_end=job is not None and ours and job.current == job.end > 0,
         foreign_job=(job is not None and not ours) or (live is not None and live.foreign_job),

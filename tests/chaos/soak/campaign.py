@@ -16,8 +16,8 @@ from tests.chaos.soak.guests import Subject
 from tests.chaos.soak.scene import NotNowError, Undo
 from tests.chaos.soak.tally import Tally
 from vmbackup.errors import PermanentError
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Guard, Record
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import record_of
 from vmbackup.reconcile.steps.step import Ending
 
@@ -80,7 +80,7 @@ class Campaign:
         self._wishes: dict[str, object] = {}
         self._may_start = 0.0
         self._off_until = 0.0  # it may still end until then
-        self._state: GuestState | None = None
+        self._state: Power | None = None
         self._standing_since: float | None = None
         self._in_doubt = False
         self._next_look = 0.0
@@ -209,7 +209,7 @@ class Campaign:
         if ended.ending != Ending.INTERRUPTED:
             self._stored_before |= ended.report.reason == "AlreadyStored"
             self._outcome = self._outcome or str(ended.report.outcome or ended.ending)
-            if self._undos or self._state is not GuestState.RUNNING or self._now() < self._off_until:
+            if self._undos or self._state is not Power.RUNNING or self._now() < self._off_until:
                 return False
             if proof.is_home(self.subject):
                 return self._second_has_ended()
@@ -286,16 +286,16 @@ class Campaign:
         state = self._state = self.host.state(self.subject.guest)
         record = self.record()
         self._measure(state, record)
-        if state is GuestState.OFF:
+        if state is Power.OFF:
             self._off_until = 0.0
             if self._now() >= self._may_start:
                 self._start_guest()
-        elif state is GuestState.IO_ERROR and not self._undos:
+        elif state is Power.IO_ERROR and not self._undos:
             self._io_error_since = self._io_error_since or self._now()
             if self._now() - self._io_error_since > _HUMAN_SECONDS:
                 self._help("guest resumed after an I/O error", "resume")
                 self._io_error_since = None
-        elif state is GuestState.RUNNING:
+        elif state is Power.RUNNING:
             self._io_error_since = None
             self._hurry(record)
             self._restart_out_of_quarantine(record)
@@ -333,8 +333,8 @@ class Campaign:
         with suppress(RuntimeError):
             self.host.virsh(*command, self.subject.name)
 
-    def _measure(self, state: GuestState | None, record: Record | None) -> None:
-        ours = state is GuestState.PAUSED and record is not None and record.guard is Guard.OURS
+    def _measure(self, state: Power | None, record: Record | None) -> None:
+        ours = state is Power.PAUSED and record is not None and record.guard is Guard.OURS
         driven = self._restart_at is None and self.driving.ended is None and self.driving.moment is None
         if not (ours and driven):
             self._stand_anew()

@@ -24,8 +24,8 @@ from tests.chaos.soak.user_actions import (
     start_foreign_job,
 )
 from tests.support.storage import run
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Freeze, Guard
+from vmbackup.protocol.terms import Power
 
 _SHUTDOWN_SECONDS = 20.0
 _JUMP_SECONDS = 10 * 365 * 86400.0
@@ -89,18 +89,18 @@ def shut_down(scene: Scene, fault: Fault) -> None:
 def pause(scene: Scene, fault: Fault) -> Undo:
     """A user suspends the guest, and finds it so when he resumes it. Not while it is ours to resume."""
     subject = scene.subject
-    if _is_ours(scene) or scene.host.state(subject.guest) is not GuestState.RUNNING:
+    if _is_ours(scene) or scene.host.state(subject.guest) is not Power.RUNNING:
         raise NotNowError
     virsh(scene, "suspend", subject.name)
     is_his = not _is_ours(scene)
     if is_his:
-        subject.wanted = GuestState.PAUSED
+        subject.wanted = Power.PAUSED
 
     def undo() -> None:
         state = scene.host.state(subject.guest)
-        if is_his and state is GuestState.RUNNING:
+        if is_his and state is Power.RUNNING:
             scene.found("a guest that a user had paused was resumed")
-        subject.wanted = GuestState.RUNNING
+        subject.wanted = Power.RUNNING
         with suppress(NotNowError):
             virsh(scene, "resume", subject.name)
 

@@ -23,7 +23,8 @@ from tests.chaos.soak.host import Host
 from tests.support.agent_channel import Channel, ProxiedGuest
 from tests.support.domains import qemu_img, what_is_wrong_with
 from tests.support.storage import run
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
+from vmbackup.protocol.terms import Power
 
 KINDS = ("plain", "chain", "tight", "linux", "cut")
 MOST_RECORDS = 32767
@@ -71,7 +72,7 @@ class Subject:
         self.guest = Guest(host.hypervisor, str(uuid5(NAMESPACE_DNS, name)), name)
         self.description = ""
         self.edited = (0.0, 0.0)  # the last edit of it, CLOCK_MONOTONIC, in seconds
-        self.wanted = GuestState.RUNNING
+        self.wanted = Power.RUNNING
 
     def start(self) -> None:
         """Define and start it."""

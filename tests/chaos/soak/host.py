@@ -17,8 +17,9 @@ from tests.chaos.power import booted_now, cut_off
 from tests.support.kill_points import Boot
 from tests.support.storage import XFS_BYTES, make_xfs, mounted, run
 from vmbackup.errors import TransientError, VMBackupError
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.clock import boottime
 
 Answer = TypeVar("Answer")
@@ -152,7 +153,7 @@ class Host:
             self._crashes_noticed = crashes
             self.disturb()
 
-    def state(self, guest: Guest) -> GuestState | None:
+    def state(self, guest: Guest) -> Power | None:
         """The state of a domain; None where libvirtd does not tell now."""
         self._up.wait(_TRY_SECONDS)
         try:

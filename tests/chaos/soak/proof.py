@@ -15,8 +15,8 @@ from tests.chaos.soak.guests import Subject
 from tests.support.storage import sha256sum
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import GuestState
 from vmbackup.protocol.record import Freeze, Guard
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import records
 
 _RUN_SECONDS = 10.0  # libvirt may show an event of QEMU late on a busy machine
@@ -77,7 +77,7 @@ def prove_guest(subject: Subject) -> int:
 
 def _wait_until_it_runs(subject: Subject) -> None:
     deadline = time.monotonic() + _RUN_SECONDS
-    while (state := subject.host.state(subject.guest)) is not GuestState.RUNNING:
+    while (state := subject.host.state(subject.guest)) is not Power.RUNNING:
         if time.monotonic() > deadline:
             guards = [(record.guard, record.freeze) for record in records(subject.state_dir)]
             why = subject.host.virsh("domstate", "--reason", subject.name)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from vmbackup.errors import Cause, PermanentError, RefusedError, VMBackupError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.imaging.sizes import allocated_bytes
 from vmbackup.protocol.record import DiskRecord, Record
+from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.admission.overlay_space import with_room
 from vmbackup.reconcile.admission.plan import ImageUse, Planner, choose, image_uses, not_running, source_of
 from vmbackup.reconcile.leftovers.overlays import left_on_overlay
@@ -57,7 +58,7 @@ class DomainSurvey:
 
     name: str
     uuid: str
-    state: GuestState
+    state: Power
     persistent: bool
     guest_agent: str | None
     disks: tuple[DiskSurvey, ...]
@@ -114,10 +115,10 @@ def _survey(planner: Planner, guest: Guest, records: Sequence[Record], uses: Seq
     )
 
 
-def _refuse_state(guest: Guest, state: GuestState) -> None:
-    if state is GuestState.OFF:
+def _refuse_state(guest: Guest, state: Power) -> None:
+    if state is Power.OFF:
         raise not_running(guest.name)
-    if state is GuestState.IO_ERROR:
+    if state is Power.IO_ERROR:
         raise RefusedError("the guest is paused by an I/O error: fix its disk and resume it first", reason="IOError")
 
 
@@ -197,8 +198,8 @@ def _config_notes(guest: Guest, persistent: str | None, planner: Planner) -> Ite
         )
 
 
-def _agent_notes(state: GuestState, agent: str | None) -> Iterator[str]:
-    if state is GuestState.OFF or agent == "connected":
+def _agent_notes(state: Power, agent: str | None) -> Iterator[str]:
+    if state is Power.OFF or agent == "connected":
         return
     why = "no guest agent channel" if agent is None else "its guest agent is not connected"
     yield f"{why}: the snapshot is like after a power cut, and quiesce: Require is refused"

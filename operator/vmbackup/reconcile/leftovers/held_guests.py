@@ -8,9 +8,10 @@ from enum import Enum, auto
 
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor import chain
-from vmbackup.hypervisor.guest import Guest, GuestState
+from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.protocol.record import DiskRecord, Freeze, Guard, Record, Snapshot
+from vmbackup.protocol.terms import Power
 
 
 class Standing(Enum):
@@ -42,7 +43,7 @@ def lost_hold(guest: Guest, live: str | None, records: Iterable[Record]) -> Mark
     mark = Mark.of(live) if live else None
     if mark is None or standing(mark, records) is not Standing.LOST:
         return None
-    return mark if mark.frozen or guest.state()[0] is GuestState.PAUSED else None
+    return mark if mark.frozen or guest.state()[0] is Power.PAUSED else None
 
 
 def taken_back(record: Record, mark: Mark, guest: Guest, live: str, persistent: str | None) -> Record:
@@ -64,7 +65,7 @@ def taken_back(record: Record, mark: Mark, guest: Guest, live: str, persistent: 
         record,
         disks=(*record.disks, *(_on_base(disk, found[disk.target], mark, live, persistent) for disk in lost)),
         snapshot=Snapshot.ADOPTED,
-        guard=Guard.OURS if guest.state()[0] is GuestState.PAUSED else Guard.NONE,
+        guard=Guard.OURS if guest.state()[0] is Power.PAUSED else Guard.NONE,
         freeze=Freeze.THAW_DUE if mark.frozen else Freeze.NONE,
     )
 
