@@ -131,6 +131,15 @@ def test_the_architecture_describes_every_folder_of_the_package_and_no_other():
     assert sorted(described) == sorted(str(each.parent.relative_to(ROOT)) for each in PACKAGE.glob("*/__init__.py"))
 
 
+def test_the_architecture_describes_every_folder_within_a_folder_of_the_package():
+    text = ARCHITECTURE.read_text()
+    inner = {each.parent for each in PACKAGE.glob("*/*/__init__.py")}
+    section = {folder: text[text.index(f"### `{folder.parent.relative_to(ROOT)}/`") :] for folder in inner}
+    assert len(inner) > 5
+    missing = [str(folder) for folder in inner if f"`{folder.name}/`" not in section[folder].split("\n### ")[0]]
+    assert sorted(missing) == []
+
+
 def test_every_path_that_the_architecture_names_is_there():
     named = set(re.findall(r"`((?:operator|manifests|crds|tests|docs)/[\w./-]*)`", ARCHITECTURE.read_text()))
     assert len(named) > 30
