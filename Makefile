@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two workers, each with a libvirtd and an API server of its own, use two cores. A file is the unit that a worker takes, in
 # the order of `testpaths` in pyproject.toml; without a real world a single test is.
 BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
-PURE := -n 2 --dist worksteal tests/unit tests/model
+PURE := -n 2 --dist worksteal tests/unit tests/stores tests/model
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-down image unit check test coverage e2e engines chaos soak lint format model bench dashboard docs picture plugin release lock clean
@@ -26,7 +26,7 @@ image: install ## build the agent's image without a registry (root); elsewhere u
 	@$(BIN)/python -m sandbox.image
 
 unit: install ## seconds: the tests of single functions and classes, nothing real
-	@$(BIN)/pytest tests/unit
+	@$(BIN)/pytest tests/unit tests/stores
 
 check: install lint ## 6 minutes, before a commit: linters, types, layers, unit, model, one backup in each world
 	@$(BIN)/pytest $(PURE)

@@ -37,6 +37,15 @@ def open_trusted(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(fd)
 
 
+def open_plain(path: Path) -> int:
+    """Open a regular file for reading, never through a symbolic link. Raises OSError: ELOOP, or EINVAL as above."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return fd
+
+
 def _walk(path: Path) -> tuple[int, set[int]]:
     """What a path leads to, held open, and who owns the links on the way."""
     ahead = list(reversed(path.absolute().parts))

@@ -28,8 +28,8 @@ from vmbackup.protocol.record import DiskRecord
 from vmbackup.protocol.terms import OverlayFile
 from vmbackup.reconcile.observe import Observer
 from vmbackup.stores.base import DiskSource, GuestFacts, SourceImage
-from vmbackup.stores.directory.manifest import Manifest
 from vmbackup.stores.directory.store import DirectoryStore
+from vmbackup.stores.manifest import Manifest
 
 MIB = 1 << 20
 KEY = BackupId("tenant", "web", "6f0b1f9e")

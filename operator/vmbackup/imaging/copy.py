@@ -17,7 +17,7 @@ from vmbackup.imaging.control import CopyControl
 from vmbackup.imaging.digest import CHUNK, Digester
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.imaging.throttle import TokenBucket
-from vmbackup.paths import open_trusted
+from vmbackup.paths import open_plain, open_trusted
 
 FICLONE = 0x40049409  # linux/fs.h; in Python's fcntl since 3.14
 FICLONERANGE = 0x4020940D
@@ -84,6 +84,12 @@ def clone_or_copy(source: Path, destination: Path, control: CopyControl) -> Copi
         return _copy(source, source_fd, destination, destination_fd, control)
 
 
+def copy_stored(source: Path, destination: Path, control: CopyControl) -> Copied:
+    """As `copy_file`, of a file that no guest uses: no symbolic link is followed, and QEMU's locks are not taken."""
+    with _opened_plain(source) as source_fd, created(destination) as destination_fd:
+        return _copy(source, source_fd, destination, destination_fd, control)
+
+
 @contextmanager
 def _locked_pair(source: Path, destination: Path, control: CopyControl) -> Generator[tuple[int, int]]:
     with reading(source, control) as source_fd, created(destination) as destination_fd:
@@ -102,12 +108,8 @@ def _copy(source: Path, source_fd: int, destination: Path, destination_fd: int, 
 
 def digest_file(path: Path, control: CopyControl) -> str:
     """The digest `sha256:<hex>` of a file, holes as zeros, as sha256sum prints it. Raises as `copy_file`."""
-    with errors_of(path):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with _opened_plain(path) as fd:
         return _transfer(fd, path, size_of(fd), control, None)
-    finally:
-        os.close(fd)
 
 
 @contextmanager
@@ -115,6 +117,16 @@ def opened_image(path: Path) -> Generator[int]:
     """The image of a guest open for reading (paths.open_trusted). Errors of opening it are raised as ours."""
     with errors_of(path):
         fd = open_trusted(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _opened_plain(path: Path) -> Generator[int]:
+    with errors_of(path):
+        fd = open_plain(path)
     try:
         yield fd
     finally:

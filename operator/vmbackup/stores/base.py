@@ -1,4 +1,8 @@
-"""What every store can do, and the terms it is spoken to in."""
+"""The contract of a store: what it must do, and the types in which callers speak to it.
+
+A location is an opaque string. Only the store that gave it knows what it means; everyone else keeps it and shows it.
+tests/stores/conformance.py proves the contract for each store.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Protocol
 
 from vmbackup.api.identity import BackupId
 from vmbackup.imaging import CopyControl
+from vmbackup.stores.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class GuestFacts:
 
 @dataclass(frozen=True)
 class Published:
-    """A backup that can be restored: where it is, and the digest (`sha256:<hex>`) of each disk by target."""
+    """A backup that can be restored: its location, and the digest (`sha256:<hex>`) of each disk by target."""
 
     location: str
     digests: Mapping[str, str]
@@ -71,11 +76,27 @@ class Published:
 class Writes:
     """What taking a disk writes: `bytes` that have to be copied, 0 where all is cloned.
 
-    `device`: the file system (st_dev) of this node on which they go; None if they go elsewhere.
+    `device`: the file system of this node (st_dev) that takes them; None if they leave the node.
     """
 
     bytes: int
     device: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredBackup:
+    """A published backup whose manifest is readable. Nothing is said about the content of its images."""
+
+    location: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class DamagedBackup:
+    """Something at the place of a published backup that cannot be restored. `problem` is for people."""
+
+    location: str
+    problem: str
 
 
 class Store(Protocol):
@@ -87,7 +108,7 @@ class Store(Protocol):
     def check(self, key: BackupId, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
         """What `take` of each disk would write, more rather than less, by target.
 
-        Refuses (RefusedError, with a reason) what cannot go well: not writable, no room, stored already.
+        Refuses (RefusedError, with a reason) what cannot succeed: not writable, no space, stored already.
         """
         ...
 
@@ -111,7 +132,7 @@ class Store(Protocol):
         ...
 
     def published(self, key: BackupId) -> str:
-        """Where the backup is, perhaps by a run that was killed before it could note that; '' if it is not there."""
+        """The location of the backup, also if the run that published it died at once; '' if it is not there."""
         ...
 
     def discard(self, key: BackupId) -> None:
@@ -119,5 +140,37 @@ class Store(Protocol):
         ...
 
     def delete(self, location: str, uid: str) -> None:
-        """Delete a published backup, if it is in this store and is that of `uid`. May be repeated."""
+        """Delete a published backup, if it is in this store and has this `uid`. May be repeated."""
+        ...
+
+    def list(self) -> Sequence[StoredBackup | DamagedBackup]:
+        """All published backups, in any order. Reads manifests and no image.
+
+        A damaged backup is an entry of the list, and does not hide the others. What is no backup is left out. Raises
+        where the store itself cannot be read: an empty list says that the store is there and has no backup.
+        """
+        ...
+
+    def open(self, location: str, uid: str) -> StoredBackup:
+        """One published backup, if it is in this store and has this `uid`.
+
+        Raises RefusedError (NotOurs) if not, PermanentError if it is gone (NotFound) or damaged (BadManifest).
+        """
+        ...
+
+    def read(self, backup: StoredBackup, file: str) -> bytes:
+        """The domain XML or the UEFI variables of a backup. Raises PermanentError (NotFound) for any other file."""
+        ...
+
+    def fetch(self, backup: StoredBackup, file: str, destination: Path, control: CopyControl) -> None:
+        """Copy one image of a backup to a new sparse file of this node, durable but for its directory entry.
+
+        It is the image as it is stored: one with a backing image names that by its name in the manifest. Raises
+        PermanentError if the backup has no such image (NotFound), or as `verify` does. What an error leaves of the
+        destination is worthless.
+        """
+        ...
+
+    def verify(self, backup: StoredBackup, file: str, control: CopyControl) -> None:
+        """Read one image of a backup back. Raises PermanentError (DigestMismatch) if it is not as the manifest says."""
         ...

@@ -1,4 +1,4 @@
-"""Which kind of store a VMBackupStore describes: one line for each kind."""
+"""The kinds of stores. One more kind is one more folder here, one more line below, and one more conformance test."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmbackup.errors import PermanentError
 from vmbackup.imaging.errors import classified, errors_of
-from vmbackup.paths import held, name_of
+from vmbackup.paths import held, name_of, open_plain
 
 FOLDER_MODE = 0o700  # guests' disks are for the administrator alone
 FILE_MODE = 0o600
@@ -63,6 +63,6 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a small file, which is no symbolic link. Errors are ours, naming the file."""
-    with errors_of(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    """The content of a small file, never through a symbolic link. Errors are ours, naming the file."""
+    with errors_of(path), os.fdopen(open_plain(path), "rb") as file:
         return file.read()

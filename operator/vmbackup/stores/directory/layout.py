@@ -1,4 +1,4 @@
-"""Where things are in a directory store, from names that are checked before they become paths."""
+"""The paths of a directory store. Names are checked before they become parts of a path."""
 
 from __future__ import annotations
 
@@ -18,30 +18,44 @@ _LONGEST_FILE_NAME = 255  # bytes, on every file system of Linux
 
 @dataclass(frozen=True)
 class Places:
-    """The paths of one backup, whose folder is named `folder`, in the folder of its namespace."""
+    """The paths of one backup, in the folder `namespace`."""
 
     namespace: Path
-    folder: str
+    key: BackupId
 
     @classmethod
     def of(cls, root: Path, key: BackupId) -> Places:
-        """Those in the store `root`. Raises RefusedError if a name of the key is not fit for a path."""
+        """Those in the store `root`. Raises RefusedError (BadName) if a name of the key cannot be part of a path."""
         _check("namespace", key.namespace, _NAMESPACE)
         _check("name", key.name, _NAME)
         _check("uid", key.uid, _UID)
-        folder = f"{key.name}.{key.uid}"
-        if len(f".{folder}.taken.json.new") > _LONGEST_FILE_NAME:
+        places = cls(root / key.namespace, key)
+        if len(f"{places.notes.name}.new") > _LONGEST_FILE_NAME:
             raise RefusedError(f"the name {key.name} is too long for a folder: choose a shorter one", reason="BadName")
-        return cls(root / key.namespace, folder)
+        return places
 
     @classmethod
     def of_location(cls, root: Path, location: str, uid: str) -> Places:
-        """Those of a published backup. Raises RefusedError if it is not a backup of this store with this uid."""
+        """Those of a published backup. Raises RefusedError (NotOurs) if it cannot be in this store, with this uid."""
         path = Path(location)
-        name = path.name.removesuffix(f".{uid}")
-        if path.parent.parent != root or name == path.name:
+        places = cls.of_folder(root, path.parent.name, path.name) if path.parent.parent == root else None
+        if places is None or places.key.uid != uid:
             raise RefusedError(f"{location} is not a backup with the uid {uid} in {root}", reason="NotOurs")
-        return cls.of(root, BackupId(path.parent.name, name, uid))
+        return places
+
+    @classmethod
+    def of_folder(cls, root: Path, namespace: str, folder: str) -> Places | None:
+        """Those of the published backup with this folder; None if no backup can have a folder of this name."""
+        name, _, uid = folder.rpartition(".")
+        try:
+            return cls.of(root, BackupId(namespace, name, uid))
+        except RefusedError:
+            return None
+
+    @property
+    def folder(self) -> str:
+        """The name of the published backup's folder."""
+        return f"{self.key.name}.{self.key.uid}"
 
     @property
     def final(self) -> Path:
@@ -55,7 +69,7 @@ class Places:
 
     @property
     def notes(self) -> Path:
-        """What was taken of it so far."""
+        """The disks that were taken so far (notes.py)."""
         return self.namespace / f".{self.folder}.taken.json"
 
     @property
@@ -65,12 +79,12 @@ class Places:
 
 
 def checked_target(target: str) -> str:
-    """The disk target, if it is fit for a file name. Raises RefusedError."""
+    """The disk target, if it can be part of a file name. Raises RefusedError."""
     return _check("disk target", target, _TARGET)
 
 
 def checked_format(image_format: str) -> str:
-    """The image format, if it is fit for a file name. Raises RefusedError."""
+    """The image format, if it can be part of a file name. Raises RefusedError."""
     return _check("image format", image_format, re.compile(r"[a-z0-9]{1,16}"))
 
 

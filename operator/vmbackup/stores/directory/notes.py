@@ -14,7 +14,7 @@ from vmbackup.imaging.errors import errors_of
 from vmbackup.paths import name_of
 from vmbackup.stores.base import TakenDisk, TakenImage
 from vmbackup.stores.directory.files import fsync_folder, read_file, write_private
-from vmbackup.stores.directory.manifest import FILE
+from vmbackup.stores.manifest import FILE
 
 
 def read(path: Path) -> tuple[TakenDisk, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from vmbackup.stores.directory.manifest import Manifest, StoredDisk
+from vmbackup.stores.manifest import Manifest, StoredDisk
 
 FILE_NAME = "README.txt"
 

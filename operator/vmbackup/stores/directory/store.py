@@ -1,7 +1,7 @@
-"""A store that is a directory: `<root>/<namespace>/<name>.<uid>/`, ordinary files that restore without this project.
+"""A store that is a directory: `<root>/<namespace>/<name>.<uid>/`, ordinary files that restore without vmbackup.
 
-A backup is built beside its final place, in `.<name>.<uid>.partial/`, and appears by rename. What was taken so far is
-noted in `.<name>.<uid>.taken.json`, so that a restarted agent can go on.
+A backup is built beside its final place, in `.<name>.<uid>.partial/`, and appears by rename. The disks that were taken
+are noted in `.<name>.<uid>.taken.json`, so that a restarted agent can continue.
 """
 
 from __future__ import annotations
@@ -24,13 +24,24 @@ from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.image import info, rebase
 from vmbackup.imaging.sizes import allocated_bytes, free_bytes, length
 from vmbackup.paths import name_of, read_trusted
-from vmbackup.stores.base import DiskSource, GuestFacts, Published, SourceImage, TakenDisk, TakenImage, Writes
-from vmbackup.stores.directory import manifest as manifests
-from vmbackup.stores.directory import notes
+from vmbackup.stores import manifest as manifests
+from vmbackup.stores.base import (
+    DamagedBackup,
+    DiskSource,
+    GuestFacts,
+    Published,
+    SourceImage,
+    StoredBackup,
+    TakenDisk,
+    TakenImage,
+    Writes,
+)
+from vmbackup.stores.directory import notes, reading
 from vmbackup.stores.directory import readme as readmes
-from vmbackup.stores.directory.files import fsync_file, fsync_folder, opened_folder, read_file, write_private
+from vmbackup.stores.directory.files import fsync_file, fsync_folder, opened_folder, write_private
 from vmbackup.stores.directory.layout import Places, checked_format, checked_target
-from vmbackup.stores.directory.manifest import Manifest, StoredDisk, StoredImage
+from vmbackup.stores.directory.reading import manifest_of
+from vmbackup.stores.manifest import Manifest, StoredDisk, StoredImage
 
 DOMAIN_XML = "domain.xml"
 NVRAM = "nvram.fd"
@@ -107,7 +118,7 @@ class DirectoryStore:
                         control.check()
                         here.partial.rename(here.final)
                         fsync_folder(here.namespace)
-            found = _manifest_of(here, key.uid)
+            found = manifest_of(here)
         self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
@@ -133,11 +144,31 @@ class DirectoryStore:
             return
         with self._opened(places) as here:
             if os.path.lexists(here.final):
-                _manifest_of(here, uid)
+                manifest_of(here)
                 with errors_of(here.final):
                     here.final.rename(here.deleted)
                     fsync_folder(here.namespace)
             _remove_folder(here.deleted)
+
+    def list(self) -> Sequence[StoredBackup | DamagedBackup]:
+        """See Store."""
+        return tuple(reading.list_backups(self._root))
+
+    def open(self, location: str, uid: str) -> StoredBackup:
+        """See Store."""
+        return reading.open_backup(self._root, location, uid)
+
+    def read(self, backup: StoredBackup, file: str) -> bytes:
+        """See Store."""
+        return reading.read_document(self._root, backup, file)
+
+    def fetch(self, backup: StoredBackup, file: str, destination: Path, control: CopyControl) -> None:
+        """See Store."""
+        reading.fetch_image(self._root, backup, file, destination, control)
+
+    def verify(self, backup: StoredBackup, file: str, control: CopyControl) -> None:
+        """See Store."""
+        reading.verify_image(self._root, backup, file, control)
 
     @contextmanager
     def _opened(self, places: Places, *, make: bool = False) -> Generator[Places]:
@@ -281,18 +312,6 @@ def _stored_disk(disk: TakenDisk) -> StoredDisk:
     return StoredDisk(
         top.file, top.format, top.bytes, top.digest, top.backing, target=disk.target, virtual_bytes=disk.virtual_bytes
     )
-
-
-def _manifest_of(places: Places, uid: str) -> Manifest:
-    """The manifest of a published backup. Raises RefusedError if it is not that of `uid`."""
-    with opened_folder(places.namespace, places.folder) as final:
-        path = final / manifests.FILE_NAME
-        found = Manifest.from_json(read_file(path).decode(errors="replace"), name_of(path))
-    if found.uid != uid:
-        raise RefusedError(
-            f"{name_of(places.final)} belongs to the VMBackup with the uid {found.uid}, not {uid}", reason="NotOurs"
-        )
-    return found
 
 
 def _remove_all_but(folder: Path, kept: set[str]) -> None:

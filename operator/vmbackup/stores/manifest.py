@@ -1,4 +1,7 @@
-"""The manifest of a stored backup, schemaVersion 1: what outsiders rely on. It names all other files."""
+"""The manifest of a stored backup, schemaVersion 1: the same in every store. It names all other files of the backup.
+
+Programs of others rely on it. A change that breaks a reader needs another schemaVersion.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ from vmbackup.errors import PermanentError
 FILE_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")  # never a path, and no name of ours for what is unfinished
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")  # no path, and no dot first, as unfinished files have it
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """One image file of the folder. `bytes` is its length, `backing` the file it stands on (None: on its own)."""
+    """One image file. `bytes` is its length, `backing` the file of its backing image (None: it has none)."""
 
     file: str
     format: str
@@ -31,7 +34,7 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class StoredDisk(StoredImage):
-    """The image that is a disk of the guest."""
+    """An image that is a disk of the guest."""
 
     target: str
     virtual_bytes: int
@@ -39,7 +42,7 @@ class StoredDisk(StoredImage):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole backup. `images` are the backing images of the disks; `snapshot_time` is in UTC."""
+    """A complete backup. `images` are the backing images of the disks; `snapshot_time` is in UTC."""
 
     uid: str
     namespace: str
@@ -52,8 +55,12 @@ class Manifest:
     disks: tuple[StoredDisk, ...]
     images: tuple[StoredImage, ...]
 
+    def image(self, file: str) -> StoredImage | None:
+        """The disk or backing image of this name."""
+        return next((image for image in (*self.disks, *self.images) if image.file == file), None)
+
     def to_json(self) -> str:
-        """The manifest as it stands in the folder."""
+        """The content of manifest.json."""
         content = {
             "schemaVersion": SCHEMA_VERSION,
             "uid": self.uid,
@@ -73,9 +80,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> Manifest:
-        """Read and check a manifest; fields that are not known are left to later versions.
+        """Read and check a manifest. Unknown fields are ignored: a later version may add some.
 
-        Raises PermanentError naming `origin` (where the text is from) and the field.
+        Raises PermanentError (BadManifest) naming `origin` (where the text is from) and the field.
         """
         try:
             values: object = json.loads(text)

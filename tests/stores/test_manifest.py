@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from vmbackup.errors import PermanentError
-from vmbackup.stores.directory.manifest import Manifest, StoredDisk, StoredImage
 from vmbackup.stores.directory.readme import readme
+from vmbackup.stores.manifest import Manifest, StoredDisk, StoredImage
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 

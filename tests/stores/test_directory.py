@@ -1,63 +1,45 @@
+"""What a directory store does beyond the contract: its layout, its README, its way of writing, and what it reads."""
+
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from tests.stores.conformance import StoreConformance
+from tests.support.images import MIB, GuestImages
 from tests.support.storage import run, sha256sum
 from vmbackup.api.identity import BackupId
 from vmbackup.api.store import StoreSpec
 from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.imaging import Cancelled, CopyControl
 from vmbackup.imaging.image import info
-from vmbackup.stores.base import DiskSource, GuestFacts, Published, SourceImage, Store, TakenDisk
+from vmbackup.stores.base import DamagedBackup, DiskSource, GuestFacts, Published, Store, StoredBackup, TakenDisk
 from vmbackup.stores.registry import open_store
 
 pytest_plugins = ("tests.support.fixtures_storage",)
 
-MIB = 1 << 20
 KEY = BackupId("default", "web-01.nightly", "6f0b1f9e-8c1c")
 FOLDER = "default/web-01.nightly.6f0b1f9e-8c1c"
 FACTS = GuestFacts("web-01", "11111111-2222", "<domain><password>x</password></domain>", None, 1_790_000_000.0)
 CONTROL = CopyControl()
 
 
-class Guest:
-    """Images of a guest in a folder: vda on a chain of three, vdb on the same template, vdc raw."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder = folder
-        template = self._image("template.raw", "raw", "64M", write=b"1 0 4M")
-        middle = self._image("middle.qcow2", "qcow2", backing=template, write=b"2 2M 4M")
-        self.vda = self._disk(
-            "vda", self._image("vda.qcow2", "qcow2", backing=middle, write=b"3 5M 4M"), middle, template
-        )
-        self.vdb = self._disk("vdb", self._image("vdb.qcow2", "qcow2", backing=template, write=b"4 0 1M"), template)
-        self.vdc = self._disk("vdc", self._image("vdc.raw", "raw", "20000256", write=b"5 1M 2M"))
-        self.disks = (self.vda, self.vdb, self.vdc)
-
-    def _image(
-        self, name: str, image_format: str, size: str = "", backing: SourceImage | None = None, write: bytes = b""
-    ) -> SourceImage:
-        path = str(self.folder / name)
-        below = ("-b", backing.path, "-F", backing.format) if backing else ()
-        run("qemu-img", "create", "-q", "-f", image_format, *below, path, *([size] if size else []))
-        run("qemu-io", "-f", image_format, "-c", f"write -P {write.decode()}", path)
-        return SourceImage(path, image_format)
-
-    def _disk(self, target: str, *chain: SourceImage) -> DiskSource:
-        return DiskSource(target, chain, info(Path(chain[0].path), chain[0].format).virtual_bytes)
+def directory_store(root: Path) -> Store:
+    return open_store(StoreSpec.parse({"directory": {"path": str(root)}}))
 
 
 @pytest.fixture
-def guest(tmp_path: Path) -> Guest:
-    return Guest(tmp_path / "guest")
+def guest(tmp_path: Path) -> GuestImages:
+    return GuestImages(tmp_path / "guest")
 
 
 @pytest.fixture
@@ -67,14 +49,14 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(root: Path) -> Store:
-    return open_store(StoreSpec.parse({"directory": {"path": str(root)}}))
+    return directory_store(root)
 
 
-def take_all(store: Store, guest: Guest) -> tuple[TakenDisk, ...]:
+def take_all(store: Store, guest: GuestImages) -> tuple[TakenDisk, ...]:
     return tuple(store.take(KEY, disk, CONTROL) for disk in guest.disks)
 
 
-def publish(store: Store, guest: Guest, facts: GuestFacts = FACTS) -> Published:
+def publish(store: Store, guest: GuestImages, facts: GuestFacts = FACTS) -> Published:
     return store.publish(KEY, take_all(store, guest), facts, CONTROL)
 
 
@@ -82,9 +64,55 @@ def content(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@dataclass(frozen=True)
+class DirectoryPlace:
+    """See StorePlace."""
+
+    folder: Path
+
+    def open(self) -> Store:
+        root = self.folder / "store"
+        root.mkdir(exist_ok=True)
+        return directory_store(root)
+
+    def damage_image(self, backup: StoredBackup, file: str) -> None:
+        path = Path(backup.location, file)
+        with path.open("r+b") as image:
+            image.seek(path.stat().st_size // 2)
+            byte = image.read(1)
+            image.seek(-1, os.SEEK_CUR)
+            image.write(bytes([byte[0] ^ 1]))
+
+    def damage_manifest(self, location: str) -> None:
+        os.truncate(f"{location}/manifest.json", 100)
+
+    def add_foreign(self) -> None:
+        root = self.folder / "store"
+        for folder in ("lost+found", "default/notes", "default/.hidden.folder", "empty"):
+            (root / folder).mkdir()
+        (root / "README").touch()
+        (root / "default" / "web.file").touch()
+
+
+class TestCopying(StoreConformance):
+    """Where the file system cannot clone."""
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> DirectoryPlace:
+        return DirectoryPlace(tmp_path)
+
+
+class TestCloning(StoreConformance):
+    """Where it can."""
+
+    @pytest.fixture
+    def place(self, xfs: Path) -> DirectoryPlace:
+        return DirectoryPlace(xfs)
+
+
 class TestPublished:
     def test_the_folder_holds_the_disks_each_backing_image_once_and_what_explains_them(
-        self, store: Store, guest: Guest, root: Path
+        self, store: Store, guest: GuestImages, root: Path
     ) -> None:
         assert publish(store, guest).location == str(root / FOLDER)
         assert content(root / FOLDER) == {
@@ -93,7 +121,7 @@ class TestPublished:
         }  # fmt: skip
         assert content(root / "default") == {(root / FOLDER).name}
 
-    def test_the_manifest_agrees_with_the_files(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_the_manifest_agrees_with_the_files(self, store: Store, guest: GuestImages, root: Path) -> None:
         published = publish(store, guest)
         manifest = json.loads((root / FOLDER / "manifest.json").read_text())
         assert manifest["schemaVersion"] == 1
@@ -108,32 +136,20 @@ class TestPublished:
         assert published.digests == {disk["target"]: disk["digest"] for disk in manifest["disks"]}
 
     def test_plain_cp_restores_it_elsewhere_with_the_originals_gone(
-        self, store: Store, guest: Guest, root: Path, tmp_path: Path
+        self, store: Store, guest: GuestImages, root: Path, tmp_path: Path
     ) -> None:
-        expected = tmp_path / "expected"
-        expected.mkdir()
-        for disk in guest.disks:
-            run(
-                "qemu-img",
-                "convert",
-                "-f",
-                disk.chain[0].format,
-                "-O",
-                "raw",
-                disk.chain[0].path,
-                f"{expected}/{disk.target}",
-            )
+        expected = guest.contents(tmp_path / "expected")
         publish(store, guest)
         shutil.rmtree(guest.folder)
         run("cp", "-r", "--sparse=always", str(root / FOLDER), str(tmp_path / "restored"))
         for disk in guest.disks:
             restored = tmp_path / "restored" / f"{disk.target}.{disk.chain[0].format}"
-            run("qemu-img", "compare", "-F", "raw", str(restored), str(expected / disk.target))
+            run("qemu-img", "compare", "-F", "raw", str(restored), str(expected[disk.target]))
             assert info(restored).virtual_bytes == disk.virtual_bytes
             if disk.chain[0].format == "qcow2":
                 run("qemu-img", "check", "-q", str(restored))
 
-    def test_it_is_for_the_administrator_alone(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_it_is_for_the_administrator_alone(self, store: Store, guest: GuestImages, root: Path) -> None:
         publish(store, guest)
         for path in (root, root / "default", root / FOLDER):
             assert path.stat().st_mode & 0o777 == 0o700
@@ -141,26 +157,15 @@ class TestPublished:
             assert path.stat().st_mode & 0o777 == 0o600
         assert (root / FOLDER / "domain.xml").read_text() == FACTS.domain_xml
 
-    def test_the_uefi_variables_come_along(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_the_uefi_variables_come_along(self, store: Store, guest: GuestImages, root: Path) -> None:
         nvram = guest.folder / "web-01_VARS.fd"
         nvram.write_bytes(b"variables")
         publish(store, guest, replace(FACTS, nvram=nvram))
         assert (root / FOLDER / "nvram.fd").read_bytes() == b"variables"
         assert json.loads((root / FOLDER / "manifest.json").read_text())["nvram"] == "nvram.fd"
 
-    def test_publishing_again_returns_the_same(self, store: Store, guest: Guest) -> None:
-        taken = take_all(store, guest)
-        first = store.publish(KEY, taken, FACTS, CONTROL)
-        assert store.published(KEY) == first.location
-        assert store.taken(KEY) == ()
-        assert store.publish(KEY, (), FACTS, CONTROL) == first
-
-    def test_what_is_only_taken_is_not_published(self, store: Store, guest: Guest) -> None:
-        take_all(store, guest)
-        assert store.published(KEY) == ""
-
     def test_a_crash_after_the_rename_is_made_good_by_publishing_again(
-        self, store: Store, guest: Guest, root: Path
+        self, store: Store, guest: GuestImages, root: Path
     ) -> None:
         taken = take_all(store, guest)
         notes = next(path for path in (root / "default").iterdir() if path.suffix == ".json")
@@ -170,51 +175,29 @@ class TestPublished:
         assert store.publish(KEY, store.taken(KEY), FACTS, CONTROL) == first
         assert not notes.exists()
 
-    def test_nothing_is_published_of_what_was_not_taken(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_nothing_is_published_of_what_was_not_taken(self, store: Store, guest: GuestImages, root: Path) -> None:
         taken = take_all(store, guest)
         store.discard(KEY)
         with pytest.raises(PermanentError, match="No such file"):
             store.publish(KEY, taken, FACTS, CONTROL)
         assert content(root / "default") == set()
 
-    def test_a_cancelled_publish_can_be_repeated(self, store: Store, guest: Guest) -> None:
-        taken = take_all(store, guest)
-        cancelled = threading.Event()
-        cancelled.set()
-        with pytest.raises(Cancelled):
-            store.publish(KEY, taken, FACTS, CopyControl(cancelled=cancelled))
-        assert store.publish(KEY, taken, FACTS, CONTROL).digests.keys() == {"vda", "vdb", "vdc"}
-
 
 class TestTaken:
-    def test_nothing_is_visible_before_it_is_published(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_nothing_is_visible_before_it_is_published(self, store: Store, guest: GuestImages, root: Path) -> None:
         take_all(store, guest)
         assert all(name.startswith(".") for name in content(root / "default"))
 
-    def test_a_restarted_agent_knows_what_was_taken(self, store: Store, guest: Guest, root: Path) -> None:
-        taken = take_all(store, guest)
-        after_restart = open_store(StoreSpec.parse({"directory": {"path": str(root)}}))
-        assert after_restart.taken(KEY) == taken
-        after_restart.publish(KEY, after_restart.taken(KEY), FACTS, CONTROL)
-
     @pytest.mark.parametrize("damage", [b"", b"[{}]", b"[1]", b"{"])
     def test_damaged_notes_are_an_error_with_its_cure(
-        self, damage: bytes, store: Store, guest: Guest, root: Path
+        self, damage: bytes, store: Store, guest: GuestImages, root: Path
     ) -> None:
         store.take(KEY, guest.vdc, CONTROL)
         next((root / "default").glob(".*.taken.json")).write_bytes(damage)
         with pytest.raises(PermanentError, match=r"is damaged .*: delete it"):
             store.taken(KEY)
 
-    def test_a_disk_taken_again_starts_over_and_the_others_stay(self, store: Store, guest: Guest) -> None:
-        take_all(store, guest)
-        run("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 1M", guest.vda.chain[0].path)
-        again = store.take(KEY, guest.vda, CONTROL)
-        assert {disk.target for disk in store.taken(KEY)} == {"vda", "vdb", "vdc"}
-        published = store.publish(KEY, store.taken(KEY), FACTS, CONTROL)
-        run("qemu-img", "compare", guest.vda.chain[0].path, f"{published.location}/{again.images[0].file}")
-
-    def test_a_copy_that_was_cut_off_leaves_nothing_behind(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_a_copy_that_was_cut_off_leaves_nothing_behind(self, store: Store, guest: GuestImages, root: Path) -> None:
         store.take(KEY, guest.vdb, CONTROL)
         cancelled = threading.Event()
         with pytest.raises(Cancelled):
@@ -224,7 +207,7 @@ class TestTaken:
         partial = next(path for path in (root / "default").iterdir() if path.is_dir())
         assert content(partial) == {"vdb.qcow2", "backing-1.raw", "vda.qcow2", "backing-2.qcow2"}
 
-    def test_progress_counts_every_new_image_of_the_chain(self, store: Store, guest: Guest) -> None:
+    def test_progress_counts_every_new_image_of_the_chain(self, store: Store, guest: GuestImages) -> None:
         seen: list[tuple[int, int]] = []
         control = CopyControl(progress=lambda done, total: seen.append((done, total)))
         taken = store.take(KEY, guest.vda, control)
@@ -235,10 +218,10 @@ class TestTaken:
         taken = store.take(KEY, guest.vdb, control)
         assert seen[-1] == (taken.images[0].bytes, taken.images[0].bytes)
 
-    def test_copies_have_their_digest_and_publish_adds_the_missing(self, store: Store, guest: Guest) -> None:
+    def test_copies_have_their_digest_and_publish_adds_the_missing(self, store: Store, guest: GuestImages) -> None:
         assert store.take(KEY, guest.vdc, CONTROL).images[0].digest == sha256sum(Path(guest.vdc.chain[0].path))
 
-    def test_discarding_leaves_nothing_and_may_be_repeated(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_discarding_leaves_nothing_and_may_be_repeated(self, store: Store, guest: GuestImages, root: Path) -> None:
         take_all(store, guest)
         store.discard(KEY)
         store.discard(KEY)
@@ -246,7 +229,7 @@ class TestTaken:
         assert store.taken(KEY) == ()
 
     def test_on_a_file_system_with_reflinks_taking_copies_nothing(self, xfs: Path) -> None:
-        guest, store = Guest(xfs / "guest"), open_store(StoreSpec.parse({"directory": {"path": str(xfs / "store")}}))
+        guest, store = GuestImages(xfs / "guest"), directory_store(xfs / "store")
         taken = take_all(store, guest)
         assert {image.digest for disk in taken for image in disk.images} == {""}
         published = store.publish(KEY, taken, FACTS, CONTROL)
@@ -254,8 +237,8 @@ class TestTaken:
         assert published.digests["vdc"] == sha256sum(Path(guest.vdc.chain[0].path))
         run("qemu-img", "compare", guest.vda.chain[0].path, f"{published.location}/vda.qcow2")
 
-    def test_a_full_store_is_named_with_its_cure(self, guest: Guest, small_disk: Path) -> None:
-        store = open_store(StoreSpec.parse({"directory": {"path": str(small_disk / "store")}}))
+    def test_a_full_store_is_named_with_its_cure(self, guest: GuestImages, small_disk: Path) -> None:
+        store = directory_store(small_disk / "store")
         with pytest.raises(PermanentError, match="No space left on device: free space") as error:
             take_all(store, guest)
         assert error.value.reason == "NoSpace"
@@ -263,7 +246,7 @@ class TestTaken:
 
 
 class TestCheck:
-    def test_a_good_request_passes_and_leaves_only_folders(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_a_good_request_passes_and_leaves_only_folders(self, store: Store, guest: GuestImages, root: Path) -> None:
         store.check(KEY, guest.disks)
         assert [path for path in root.rglob("*") if not path.is_dir()] == []
 
@@ -272,56 +255,40 @@ class TestCheck:
             store.check(KEY, sources)
         assert error.value.reason == reason
 
-    def test_a_backup_that_is_stored_already(self, store: Store, guest: Guest) -> None:
+    def test_a_backup_that_is_stored_already(self, store: Store, guest: GuestImages) -> None:
         publish(store, guest)
         self.refused(store, guest.disks, "AlreadyStored", "is there already")
 
-    def test_too_little_space(self, guest: Guest, small_disk: Path) -> None:
-        store = open_store(StoreSpec.parse({"directory": {"path": str(small_disk)}}))
+    def test_too_little_space(self, guest: GuestImages, small_disk: Path) -> None:
+        store = directory_store(small_disk)
         self.refused(store, guest.disks, "NoSpace", r"has \d+ bytes free, and the backup may need \d+: free space")
 
     def test_clones_need_no_space(self, xfs: Path) -> None:
-        guest, store = Guest(xfs / "guest"), open_store(StoreSpec.parse({"directory": {"path": str(xfs / "store")}}))
+        guest, store = GuestImages(xfs / "guest"), directory_store(xfs / "store")
         ballast = xfs / "ballast"
         free = os.statvfs(xfs)
         run("fallocate", "-l", str(free.f_bavail * free.f_frsize - 30 * MIB), str(ballast))
         store.check(KEY, guest.disks)
 
     def test_what_will_be_written_is_known_beforehand_and_nothing_where_all_is_cloned(
-        self, store: Store, guest: Guest, root: Path, xfs: Path
+        self, store: Store, guest: GuestImages, root: Path, xfs: Path
     ) -> None:
         written = store.check(KEY, guest.disks)["vda"]
         allocated = sum(Path(image.path).stat().st_blocks * 512 for image in guest.vda.chain)
         assert (written.bytes, written.device) == (allocated, root.stat().st_dev)
-        there, cloning = Guest(xfs / "guest"), open_store(StoreSpec.parse({"directory": {"path": str(xfs / "store")}}))
+        there, cloning = GuestImages(xfs / "guest"), directory_store(xfs / "store")
         assert cloning.check(KEY, there.disks)["vda"].bytes == 0
 
-    def test_a_store_that_cannot_be_written(self, guest: Guest, xfs: Path) -> None:
-        store = open_store(StoreSpec.parse({"directory": {"path": "/proc/vmbackup"}}))
+    def test_a_store_that_cannot_be_written(self, guest: GuestImages, xfs: Path) -> None:
+        store = directory_store(Path("/proc/vmbackup"))
         self.refused(store, guest.disks, "NotFound", "/proc/vmbackup")
 
-    def test_a_folder_that_is_a_symbolic_link(self, store: Store, guest: Guest, root: Path, tmp_path: Path) -> None:
+    def test_a_folder_that_is_a_symbolic_link(
+        self, store: Store, guest: GuestImages, root: Path, tmp_path: Path
+    ) -> None:
         root.mkdir()
         (root / "default").symlink_to(tmp_path)
         self.refused(store, guest.disks, "NotAFolder", "default is a symbolic link, or no folder")
-
-    def test_a_missing_image(self, store: Store, guest: Guest) -> None:
-        Path(guest.vdc.chain[0].path).unlink()
-        self.refused(store, (guest.vdc,), "NotFound", r"vdc\.raw: No such file")
-
-    def test_a_chain_that_libvirt_does_not_know_wholly(self, store: Store, guest: Guest) -> None:
-        cut = replace(guest.vda, chain=guest.vda.chain[:1])
-        self.refused(store, (cut,), "ChainMismatch", r"has the backing file .*middle\.qcow2")
-
-    def test_a_chain_below_a_raw_image(self, store: Store, guest: Guest) -> None:
-        odd = replace(guest.vdc, chain=guest.vdc.chain + guest.vdb.chain[-1:])
-        self.refused(store, (odd,), "ChainMismatch", "has the backing file none")
-
-    def test_an_external_data_file(self, store: Store, tmp_path: Path) -> None:
-        path = tmp_path / "disk.qcow2"
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/data.raw", str(path), "1M")
-        disk = DiskSource("vda", (SourceImage(str(path), "qcow2"),), MIB)
-        self.refused(store, (disk,), "ExternalDataFile", r"data\.raw.*convert it")
 
     @pytest.mark.parametrize(
         "key",
@@ -338,27 +305,21 @@ class TestCheck:
             replace(KEY, uid=""),
         ],
     )
-    def test_names_that_are_not_fit_for_a_path(self, key: BackupId, store: Store, guest: Guest, root: Path) -> None:
+    def test_names_that_are_not_fit_for_a_path(
+        self, key: BackupId, store: Store, guest: GuestImages, root: Path
+    ) -> None:
         with pytest.raises(RefusedError) as error:
             store.check(key, guest.disks)
         assert error.value.reason == "BadName"
         assert not root.exists()
 
     @pytest.mark.parametrize("target", ["../vda", "vda.raw", "backing-1", ""])
-    def test_targets_that_are_not_fit_for_a_file_name(self, target: str, store: Store, guest: Guest) -> None:
+    def test_targets_that_are_not_fit_for_a_file_name(self, target: str, store: Store, guest: GuestImages) -> None:
         self.refused(store, (replace(guest.vdc, target=target),), "BadName", "cannot be part of a path")
 
 
 class TestDelete:
-    def test_a_published_backup_goes_and_only_that(self, store: Store, guest: Guest, root: Path) -> None:
-        other = replace(KEY, uid="another-uid")
-        kept = store.publish(other, [store.take(other, guest.vdc, CONTROL)], FACTS, CONTROL)
-        published = publish(store, guest)
-        store.delete(published.location, KEY.uid)
-        store.delete(published.location, KEY.uid)
-        assert content(root / "default") == {Path(kept.location).name}
-
-    def test_a_deletion_that_was_cut_off_is_finished(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_a_deletion_that_was_cut_off_is_finished(self, store: Store, guest: GuestImages, root: Path) -> None:
         published = publish(store, guest)
         (root / FOLDER).rename(root / "default" / f".{(root / FOLDER).name}.deleted")
         store.delete(published.location, KEY.uid)
@@ -367,14 +328,16 @@ class TestDelete:
     @pytest.mark.parametrize(
         "location", ["/etc", "{root}", "{root}/default", "{root}/../x/default/{name}", "{root}/a/b/{name}"]
     )
-    def test_nothing_else_is_deleted(self, location: str, store: Store, guest: Guest, root: Path) -> None:
+    def test_nothing_else_is_deleted(self, location: str, store: Store, guest: GuestImages, root: Path) -> None:
         published = publish(store, guest)
         with pytest.raises(RefusedError) as error:
             store.delete(location.format(root=root, name=Path(published.location).name), KEY.uid)
         assert error.value.reason == "NotOurs"
         assert Path(published.location).exists()
 
-    def test_a_folder_whose_manifest_names_another_backup_stays(self, store: Store, guest: Guest, root: Path) -> None:
+    def test_a_folder_whose_manifest_names_another_backup_stays(
+        self, store: Store, guest: GuestImages, root: Path
+    ) -> None:
         publish(store, guest)
         manifest = root / FOLDER / "manifest.json"
         manifest.write_text(manifest.read_text().replace(KEY.uid, "another"))
@@ -382,10 +345,76 @@ class TestDelete:
             store.delete(str(root / FOLDER), KEY.uid)
         assert manifest.exists()
 
-    def test_a_symbolic_link_is_not_followed(self, store: Store, guest: Guest, root: Path, tmp_path: Path) -> None:
+    def test_a_symbolic_link_is_not_followed(
+        self, store: Store, guest: GuestImages, root: Path, tmp_path: Path
+    ) -> None:
         published = publish(store, guest)
         (root / FOLDER).rename(tmp_path / "elsewhere")
         (root / FOLDER).symlink_to(tmp_path / "elsewhere")
         with pytest.raises(PermanentError, match="symbolic link"):
             store.delete(published.location, KEY.uid)
         assert (tmp_path / "elsewhere" / "vdc.raw").exists()
+
+
+class TestList:
+    def test_a_thousand_backups_take_less_than_a_second(self, store: Store, guest: GuestImages, root: Path) -> None:
+        store.publish(KEY, [store.take(KEY, guest.vdc, CONTROL)], FACTS, CONTROL)
+        manifest = (root / FOLDER / "manifest.json").read_text()
+        for number in range(999):
+            folder = root / f"namespace-{number % 10}" / f"web.uid-{number}"
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text(manifest.replace(KEY.uid, f"uid-{number}"))
+        started = time.process_time()  # what other processes take of the CPUs does not count
+        listed = store.list()
+        assert time.process_time() - started < 1
+        assert len([entry for entry in listed if isinstance(entry, StoredBackup)]) == 1000
+
+    def test_a_store_that_is_not_there_is_an_error_and_no_empty_list(self, store: Store, root: Path) -> None:
+        with pytest.raises(PermanentError, match=re.escape(str(root))) as error:
+            store.list()
+        assert error.value.reason == "NotFound"
+
+    @pytest.mark.parametrize("spoil", ["no manifest", "another uid", "a FIFO", "a link", "not UTF-8"])
+    def test_what_has_the_place_of_a_backup_and_is_none_is_damaged(
+        self, spoil: str, store: Store, guest: GuestImages, root: Path
+    ) -> None:
+        location = publish(store, guest).location
+        manifest = root / FOLDER / "manifest.json"
+        content = manifest.read_bytes()
+        manifest.unlink()
+        match spoil:
+            case "another uid":
+                manifest.write_bytes(content.replace(KEY.uid.encode(), b"another"))
+            case "a FIFO":
+                os.mkfifo(manifest)
+            case "a link":
+                (root / "manifest.json").write_bytes(content)
+                manifest.symlink_to(root / "manifest.json")
+            case "not UTF-8":
+                manifest.write_bytes(content.replace(b"web-01", b"\xff\xfe", 1)[:-3])
+            case _:
+                pass
+        (entry,) = store.list()
+        assert isinstance(entry, DamagedBackup)
+        assert entry.location == location
+        assert location in entry.problem
+
+    def test_a_namespace_that_is_a_link_is_not_followed(
+        self, store: Store, guest: GuestImages, root: Path, tmp_path: Path
+    ) -> None:
+        publish(store, guest)
+        (root / "default").rename(tmp_path / "elsewhere")
+        (root / "default").symlink_to(tmp_path / "elsewhere")
+        assert store.list() == ()
+
+    @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/etc/passwd")], ids=["a FIFO", "a link"])
+    def test_what_took_the_place_of_an_image_is_not_read(
+        self, put: Callable[[Path], None], store: Store, guest: GuestImages, root: Path, tmp_path: Path
+    ) -> None:
+        backup = store.open(publish(store, guest).location, KEY.uid)
+        (root / FOLDER / "vdc.raw").unlink()
+        put(root / FOLDER / "vdc.raw")
+        with pytest.raises(PermanentError, match=r"vdc\.raw"):
+            store.verify(backup, "vdc.raw", CONTROL)
+        with pytest.raises(PermanentError, match=r"vdc\.raw"):
+            store.fetch(backup, "vdc.raw", tmp_path / "fetched", CONTROL)
