@@ -22,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,6 +56,23 @@ class Journal:
         records = f"records 1 to {self.last}, the last written at {self.written:%H:%M:%S} UTC" if self.written else ""
         bulk = f"{self.bulk_blocks * BLOCK_BYTES >> 20} MiB of bulk data" if self.bulk_blocks else ""
         return f"{records or 'no records'}{', and ' if bulk else ''}{bulk}: all intact"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The last record that a snapshot may hold, by target of the disk.
+
+    At least what was acknowledged before it was begun; at most one more than was acknowledged once it had been taken,
+    where `at_most` is empty if nobody can say.
+    """
+
+    at_least: Mapping[str, int]
+    at_most: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @classmethod
+    def around(cls, before: Mapping[str, int], after: Mapping[str, int]) -> Bounds:
+        """From the last acknowledged record of each disk before the snapshot, and after it."""
+        return cls(before, {target: number + 1 for target, number in after.items()})
 
 
 def read_image(image: Path, *, image_format: str = "") -> Journal:
@@ -137,6 +154,25 @@ def prove_one_moment(journals: Sequence[Journal]) -> None:
     lasts = [journal.last for journal in journals]
     if lasts != sorted(lasts, reverse=True) or lasts[0] - lasts[-1] > 1:
         raise ProofError(f"the disks end with records {lasts}: that is not one moment of the guest")
+
+
+def prove_snapshot(images: Mapping[str, Path], bounds: Bounds, *, formats: Mapping[str, str] = {}) -> list[Journal]:
+    """Prove that images, by target, are those of one snapshot: each is sound and within the bounds, all of one moment.
+
+    Returns what each holds, in the order of the targets. The formats are probed where they are not given. Raises
+    ProofError.
+    """
+    found = [
+        prove(
+            images[target],
+            acknowledged_at_least=bounds.at_least[target],
+            at_most=bounds.at_most[target] if bounds.at_most else None,
+            image_format=formats.get(target, ""),
+        )
+        for target in sorted(images)
+    ]
+    prove_one_moment(found)
+    return found
 
 
 def _dumped(raw: Path, name: str, directory: str) -> bytes:

@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from sandbox.demo.proof import Bounds, acknowledged, prove_copy, prove_guest
+from sandbox.demo.proof import acknowledged, prove_copy, prove_guest
 from sandbox.demo.view import Story, View
 from sandbox.demo.watch import condition, statuses
 from sandbox.demo.world import DOMAIN, World
 from sandbox.guest import Guest
-from sandbox.oracle import ProofError
+from sandbox.oracle import Bounds, ProofError
 from sandbox.processes import SandboxError
 
 
@@ -78,7 +78,7 @@ def _back_up(world: World, view: View, guest: Guest) -> tuple[str, Bounds]:
     if ".vmb-" in during:
         view.step("virsh domblklist, during the backup:")
         view.detail(during)
-    return name, Bounds(before, after or acknowledged(guest))
+    return name, Bounds.around(before, after or acknowledged(guest))
 
 
 def _what_next(world: World, view: View, name: str, folder: Path) -> None:

@@ -6,19 +6,10 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox.guest import Guest
-from sandbox.oracle import Journal, ProofError, prove, prove_one_moment
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The last acknowledged record of each disk at a moment before the snapshot, and at one after it."""
-
-    before: dict[str, int]
-    after: dict[str, int]
+from sandbox.oracle import Bounds, ProofError, prove, prove_snapshot
 
 
 def acknowledged(guest: Guest) -> dict[str, int]:
@@ -29,21 +20,16 @@ def acknowledged(guest: Guest) -> dict[str, int]:
 def prove_copy(folder: Path, bounds: Bounds) -> Iterator[str]:
     """Prove the folder of a backup, from its own files only; yields each proven statement. Raises ProofError."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    journals: list[Journal] = []
-    for disk in manifest["disks"]:
-        image, target = folder / disk["file"], disk["target"]
+    disks = {disk["target"]: disk for disk in manifest["disks"]}
+    images = {target: folder / disk["file"] for target, disk in disks.items()}
+    for target, image in images.items():
+        disk = disks[target]
         if (digest := f"sha256:{_sha256(image)}") != disk["digest"]:
             raise ProofError(f"{image}: its digest is {digest}, the manifest has {disk['digest']}")
-        found = prove(
-            image,
-            acknowledged_at_least=bounds.before[target],
-            at_most=bounds.after[target] + 1,
-            image_format=disk["format"],
-        )
-        journals.append(found)
-        yield f"{target}: sha256 as in the manifest, no errors found by fsck, {found}"
-    prove_one_moment(journals)
-    ends = ", ".join(str(journal.last) for journal in journals)
+    found = prove_snapshot(images, bounds, formats={target: disk["format"] for target, disk in disks.items()})
+    for target, journal in zip(sorted(images), found, strict=True):
+        yield f"{target}: sha256 as in the manifest, no errors found by fsck, {journal}"
+    ends = ", ".join(str(journal.last) for journal in found)
     yield f"the disks are from the same moment: they end with records {ends}"
 
 

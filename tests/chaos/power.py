@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.libvirtd import Libvirtd, domain_xml
-from tests.support.domains import make_disk, qemu_img, wait_until, what_is_wrong_with
-from tests.support.kill_points import Boot, Deed, Driving, Moment, Task, records_in
-from tests.support.storage import make_xfs, run, sha256sum
+from tests.support.domains import make_disk, wait_until
+from tests.support.kill_points import Boot, Deed, Driving, Moment, Task
+from tests.support.proof import copies, every_source, sources, wrong_digests, wrong_records
+from tests.support.storage import make_xfs, run
 from vmbackup.api.status import Report
-from vmbackup.hypervisor import chain
 from vmbackup.protocol.record import Copy, Guard, Record, Snapshot
 from vmbackup.reconcile.state.journal import record_of
 
@@ -169,7 +169,7 @@ class PoweredGuest:
     def start(self) -> None:
         """Start it from its persistent XML, see that it has all that was acknowledged, and let it write."""
         self.machine.libvirtd.virsh("start", self.name)
-        wrong = list(self._stale(self._sources()))
+        wrong = list(self._stale(sources(self.machine.libvirtd, self.name)))
         assert not wrong, f"{self.name} went back in time: {'; '.join(wrong)}"
         self.write(3)
 
@@ -200,48 +200,22 @@ class PoweredGuest:
             yield f"the guest is {state}"
         if left := [path.name for path in self.images.glob("*.vmb-*")]:
             yield f"overlays are left: {left}"
-        on_disk = (self.machine.libvirtd.config_dir / f"{self.name}.xml").read_text()
-        named = [
-            self._sources(),
-            self._sources("--inactive"),
-            {disk.target: disk.source for disk in chain.disks(on_disk)},
-        ]
-        if any(sources != self.bases for sources in named):
+        named = every_source(self.machine.libvirtd, self.name)
+        if any(images != self.bases for images in named.values()):
             yield f"live XML, persistent XML and the one on disk name {named}"
         yield from self._stale(self.bases)
 
     def _wrong_copies(self, task: Task, folder: Path) -> Iterator[str]:
-        expected = task.diary.snapshots(task.uid)
-        for target in self.bases:
-            (copy,) = folder.glob(f"{target}.*")
-            if (count := records_in(_content(copy))) not in expected:
-                yield f"the copy of {target} holds {count} records, there were {sorted(expected)} at the snapshot"
-            if sha256sum(copy) not in (folder / "manifest.json").read_text():
-                yield f"{copy.name} has another digest"
-            if wrong := what_is_wrong_with(copy, leaks=True):
-                yield wrong
+        stored = copies(folder)
+        if stored.keys() != self.bases.keys():
+            yield f"{folder} holds copies of {sorted(stored)}"
+        yield from wrong_digests(folder)
+        yield from wrong_records(stored, task.diary.snapshots(task.uid), _RECORDS)
 
     def _stale(self, images: Mapping[str, str]) -> Iterator[str]:
         acknowledged = self.task("").diary.acknowledged
-        for image in images.values():
-            if (count := records_in(_content(Path(image)))) not in (acknowledged, acknowledged + 1):
-                yield f"of {acknowledged} records {image} holds {count}"
-            if wrong := what_is_wrong_with(Path(image), leaks=True):
-                yield wrong
-
-    def _sources(self, *options: str) -> dict[str, str]:
-        lines = self.machine.libvirtd.virsh("domblklist", self.name, *options).splitlines()
-        return {words[0]: words[1] for words in (line.split(maxsplit=1) for line in lines)}
-
-
-def _content(image: Path) -> bytes:
-    """What a guest sees of its records on this disk; it may be running."""
-    if image.suffix == ".raw":
-        return image.read_bytes()[:_RECORDS]
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "raw")
-        qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", str(image), str(raw))
-        return raw.read_bytes()[:_RECORDS]
+        paths = {target: Path(image) for target, image in images.items()}
+        yield from wrong_records(paths, (acknowledged, acknowledged + 1), _RECORDS)
 
 
 def copying(record: Record) -> bool:

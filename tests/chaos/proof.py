@@ -10,9 +10,8 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from sandbox import oracle
 from sandbox.guest import Guest as WritingGuest
 from sandbox.guest import make_disk
 from sandbox.libvirtd import DiskSpec, Libvirtd
+from sandbox.oracle import Bounds
 from tests.support.backups import RunningBackup
-from tests.support.domains import qemu_img, what_is_wrong_with
-from tests.support.storage import run, sha256sum
+from tests.support.domains import qemu_img
+from tests.support.proof import copies, damaged, every_source, not_on_base, sources, wrong_digests
+from tests.support.storage import run
 from vmbackup.api.status import DiskState, Report
-from vmbackup.hypervisor import chain
 from vmbackup.protocol.terms import Action, Do
 from vmbackup.reconcile.state.journal import Journal
 from vmbackup.reconcile.steps import step
@@ -35,16 +35,6 @@ from vmbackup.reconcile.steps import step
 FILE_SYSTEM_MIB = 64
 TAIL_MIB = 96  # behind the file system, where the test writes as it likes
 _RESTED = ("running", "shut off", "crashed")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a snapshot holds: by target, at least the records acknowledged when it was begun, and at most one more than
-    were acknowledged when it had been taken. `at_most` is empty where nobody can say.
-    """
-
-    at_least: Mapping[str, int]
-    at_most: Mapping[str, int]
 
 
 def make_guest(
@@ -102,7 +92,7 @@ class Witness:
 
     def source(self, target: str, *, inactive: bool = False) -> str:
         """The image of a disk in the live XML, or in the persistent one."""
-        return self._sources(*["--inactive"] * inactive)[target]
+        return sources(self.libvirtd, self.name, inactive=inactive)[target]
 
     def watch_snapshots(self, patch: pytest.MonkeyPatch) -> None:
         """From now on note what is acknowledged around each snapshot that a backup in this process takes.
@@ -125,14 +115,13 @@ class Witness:
 
     def snapshot_begins(self, uid: str) -> None:
         """The snapshot of this backup is taken from now on."""
-        self._bounds[uid] = Bounds(self.acknowledged(), {})
+        self._bounds[uid] = Bounds(self.acknowledged())
 
     def snapshot_is_over(self, uid: str) -> None:
         """The snapshot of this backup, if it was begun, is not taken any more."""
         bounds = self._bounds.get(uid)
         if bounds is not None and not bounds.at_most:
-            at_most = {target: number + 1 for target, number in self.acknowledged().items()}
-            self._bounds[uid] = Bounds(bounds.at_least, at_most)
+            self._bounds[uid] = Bounds.around(bounds.at_least, self.acknowledged())
 
     # -- what is proven of it
 
@@ -171,21 +160,15 @@ class Witness:
 
     def _prove_image(self, target: str, copy: Path, acknowledged: int) -> None:
         oracle.prove(copy, acknowledged_at_least=acknowledged, at_most=acknowledged + 1)
-        check_image(copy, leaks=len(self.guest.starts(target)) > 1)  # a QEMU that was killed leaves some
+        killed = len(self.guest.starts(target)) > 1  # a QEMU that was killed leaves unused clusters
+        assert not (wrong := list(damaged([copy], leaks=killed))), wrong
         if target in self._tails:
             pattern, mebibytes = self._tails[target]
             assert _holds(copy, pattern, mebibytes), f"{target}: what was written behind its file system is lost"
 
     def _prove_home(self, targets: Collection[str]) -> None:
-        on_disk = (self.libvirtd.config_dir / f"{self.name}.xml").read_text()
-        named = {
-            "live XML": self._sources(),
-            "persistent XML": self._sources("--inactive"),
-            "XML on disk": {disk.target: disk.source for disk in chain.disks(on_disk)},
-        }
-        for target in targets:
-            for what, sources in named.items():
-                assert sources[target] == self.bases[target], f"{target}: the {what} names {sources[target]}"
+        bases = {target: self.bases[target] for target in targets}
+        assert not (wrong := list(not_on_base(every_source(self.libvirtd, self.name), bases))), wrong
         if len(targets) == len(self.bases):
             assert not self.overlays(), f"overlays are left: {self.overlays()}"
 
@@ -216,10 +199,6 @@ class Witness:
             if number := re.search(r"virtio-disk(\d+)", device.get("qdev") or ""):
                 found[f"vd{chr(ord('a') + int(number[1]))}"] = device["inserted"]["file"]
         return found
-
-    def _sources(self, *options: str) -> dict[str, str]:
-        lines = self.libvirtd.virsh("domblklist", self.name, *options).splitlines()
-        return {words[0]: words[1] for words in (line.split(maxsplit=1) for line in lines)}
 
     @contextmanager
     def _standing_still(self, state: str) -> Generator[None]:
@@ -256,20 +235,8 @@ def assert_told(
 
 def assert_restorable(folder: Path, bounds: Bounds) -> None:
     """Assert that a complete backup restores to exactly what the guest had written at its snapshot, all disks alike."""
-    moments: dict[str, oracle.Journal] = {}
-    for disk in json.loads((folder / "manifest.json").read_text())["disks"]:
-        target, copy = disk["target"], folder / disk["file"]
-        assert sha256sum(copy) == disk["digest"], f"{copy} has another digest"
-        check_image(copy)
-        moments[target] = oracle.prove(
-            copy, acknowledged_at_least=bounds.at_least[target], at_most=bounds.at_most.get(target)
-        )
-    oracle.prove_one_moment([moments[target] for target in sorted(moments)])
-
-
-def check_image(image: Path, *, leaks: bool = False) -> None:
-    """Assert that `qemu-img check` finds nothing wrong with an image."""
-    assert not (wrong := what_is_wrong_with(image, leaks=leaks)), wrong
+    assert not (wrong := [*wrong_digests(folder), *damaged(copies(folder).values())]), wrong
+    oracle.prove_snapshot(copies(folder), bounds)
 
 
 def _copied(image: Path, scratch: Path) -> Path:

@@ -19,12 +19,12 @@ from tests.chaos.proof import Witness
 from tests.support.backups import SLOW, BackupFactory, RunningBackup
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.proof import sources_on_disk
 from tests.support.storage import mounted, run
 from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase
 from vmbackup.errors import PermanentError
-from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.terms import Power
@@ -95,9 +95,8 @@ def afterwards(patch: pytest.MonkeyPatch, method: str, then: Callable[[], object
 
 def at_home(guest: Domain, overlays: Path, *patterns: int) -> None:
     """Prove that the guest runs on its own images, by every XML, and has what was written at 0 M, 1 M, …"""
-    on_disk = (guest.libvirtd.config_dir / f"{guest.name}.xml").read_text()
+    saved = sources_on_disk(guest.libvirtd, guest.name)
     for target, base in guest.bases.items():
-        saved = {disk.target: disk.source for disk in chain.disks(on_disk)}
         assert [guest.live(target).source, guest.persistent(target).source, saved[target]] == [base] * 3
         assert not what_is_wrong_with(Path(base))
     assert guest.guest.state()[0] is Power.RUNNING

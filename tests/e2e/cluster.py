@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import image
-from sandbox.demo.proof import Bounds, acknowledged, prove_copy
+from sandbox.demo.proof import acknowledged, prove_copy
 from sandbox.guest import Guest
 from sandbox.host import IMAGES, URI, HostLibvirtd
 from sandbox.kube import KubeApi, KubectlError
 from sandbox.node import Node
+from sandbox.oracle import Bounds
 from tests.support.agents import VMBackup, manifest
 from tests.support.domains import wait_until
 
@@ -139,7 +140,7 @@ class Cluster:
         wait_until(lambda: "snapshotTime" in made.status, "a snapshot", SECONDS)
         after = acknowledged(self.guest)
         yield made
-        self.prove(made, Bounds(before, after))
+        self.prove(made, Bounds.around(before, after))
 
     def prove(self, made: VMBackup, bounds: Bounds) -> None:
         """Wait until it is Ready, and prove its copy, and that the guest has lost nothing."""

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from sandbox.demo.proof import Bounds, acknowledged, prove_guest
+from sandbox.demo.proof import acknowledged, prove_guest
 from sandbox.kube import KubeApi, KubectlError
+from sandbox.oracle import Bounds
 from tests.e2e.cluster import SECONDS, Cluster, agent_process
 from tests.support.agents import VMBackup
 from tests.support.domains import wait_until
@@ -68,7 +69,7 @@ def test_a_guest_that_stands_still_when_its_agent_is_killed_runs_again(cluster: 
 
     assert time.monotonic() - started < RESUMED_WITHIN
     made.wait(seconds=SECONDS)
-    cluster.prove(made, Bounds(before, acknowledged(cluster.guest)))
+    cluster.prove(made, Bounds.around(before, acknowledged(cluster.guest)))
 
 
 def _kill_while_suspended(cluster: Cluster, made: VMBackup, states: int) -> int | None:

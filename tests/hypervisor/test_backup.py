@@ -11,9 +11,10 @@ import pytest
 
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import Libvirtd
-from sandbox.oracle import prove, prove_one_moment
+from sandbox.oracle import Bounds, prove, prove_snapshot
 from tests.support.backups import SLOW, BackupFactory, RunningBackup, Told
 from tests.support.domains import Domain, DomainFactory, wait_until
+from tests.support.proof import copies, damaged, wrong_digests
 from tests.support.stopwatch import Stopwatch
 from tests.support.storage import mounted, sha256sum
 from vmbackup.api.backup import BackupSpec
@@ -48,17 +49,12 @@ def test_a_guest_that_keeps_writing_is_backed_up_as_of_its_snapshot_and_loses_no
     writer.wait_for_more(5)
     writer.destroy()
     writer.assert_only_rising()
-    manifest = json.loads((running.folder / "manifest.json").read_text())
-    copies = []
-    for disk in manifest["disks"]:
-        copy = running.folder / disk["file"]
-        assert sha256sum(copy) == disk["digest"]
-        subprocess.run(["qemu-img", "check", "-f", disk["format"], copy], check=disk["format"] == "qcow2")
-        target = disk["target"]
-        copies.append(prove(copy, acknowledged_at_least=before[target]))
+    stored = copies(running.folder)
+    assert not list(wrong_digests(running.folder))
+    assert not list(damaged(stored.values()))
+    for target, copy in zip(sorted(stored), prove_snapshot(stored, Bounds(before)), strict=True):
         home = prove(Path(writer.disks[target].path), acknowledged_at_least=writer.acknowledged(target))
-        assert copies[-1].last < home.last
-    prove_one_moment(copies)
+        assert copy.last < home.last
 
 
 @pytest.mark.scenario(1)

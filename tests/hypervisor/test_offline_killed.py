@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.support.domains import Domain, DomainFactory, starts, wait_until, what_is_wrong_with
-from tests.support.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern, records_in
-from tests.support.survival import content, dies, distinct, one_of_each_kind, task_of, what_is_wrong_with_the_copy
+from tests.support.domains import Domain, DomainFactory, starts, wait_until
+from tests.support.kill_points import FIRST_SLOT, SLOT, Driving, Moment, Task, When, pattern
+from tests.support.proof import not_on_base, sources_on_disk, wrong_records
+from tests.support.survival import dies, distinct, one_of_each_kind, task_of, what_is_wrong_with_the_copy
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor import chain
 from vmbackup.imaging.locks import has_writer, is_locked
@@ -193,14 +194,9 @@ def run_and_write(guest: Domain, task: Task) -> None:
 def what_is_wrong(guest: Domain, task: Task) -> Iterator[str]:
     if left := [path.name for path in guest.directory.glob("*.vmb-*")]:
         yield f"overlays are left: {left}"
-    on_disk = (guest.libvirtd.config_dir / f"{guest.name}.xml").read_text()
-    sources = {disk.target: disk.source for disk in chain.disks(on_disk)}
-    for target, base in guest.bases.items():
-        named = guest.persistent(target).source, sources[target]
-        if set(named) != {base}:
-            yield f"{target}: persistent XML and the one on disk name {named}"
-        count, acknowledged = records_in(content(Path(base))), task.diary.acknowledged
-        if count != acknowledged:
-            yield f"{target}: of {acknowledged} records it holds {count}"
-        if wrong := what_is_wrong_with(Path(base), leaks=True):
-            yield wrong
+    named = {
+        "persistent XML": {target: guest.persistent(target).source for target in guest.bases},
+        "XML on disk": sources_on_disk(guest.libvirtd, guest.name),
+    }
+    yield from not_on_base(named, guest.bases)
+    yield from wrong_records({target: Path(base) for target, base in guest.bases.items()}, [task.diary.acknowledged])

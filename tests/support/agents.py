@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import signal
@@ -22,6 +21,7 @@ from sandbox.libvirtd import Libvirtd
 from sandbox.processes import Program
 from tests.support.domains import Domain, wait_until, what_is_wrong_with
 from tests.support.manifests import backup, store
+from tests.support.proof import wrong_digests
 from vmbackup.api.resource import condition
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.state import journal as journals
@@ -230,9 +230,7 @@ def assert_stored(status: dict[str, Any]) -> Path:
     folder = Path(status["location"])
     disks = json.loads((folder / "manifest.json").read_text())["disks"]
     assert disks
-    for disk in disks:
-        with (folder / disk["file"]).open("rb") as file:
-            assert disk["digest"] == f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    assert not (wrong := list(wrong_digests(folder))), wrong
     assert {disk["target"]: disk["digest"] for disk in disks} == {
         disk["target"]: disk["digest"] for disk in status["disks"] if disk["state"] != "Skipped"
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections import Counter
@@ -11,12 +10,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tests.support.domains import Domain, qemu_img, wait_until, what_is_wrong_with
+from tests.support.domains import Domain, wait_until
 from tests.support.kill_points import BARRIER_SECONDS, Deed, Driving, Moment, Task, When, records_in
-from tests.support.storage import sha256sum
+from tests.support.proof import (
+    content,
+    copies,
+    damaged,
+    not_on_base,
+    sources_on_disk,
+    wrong_digests,
+    wrong_records,
+)
 from vmbackup.api.status import Outcome, Report
 from vmbackup.errors import TransientError
-from vmbackup.hypervisor import chain
 from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import records
 
@@ -119,17 +125,15 @@ def what_is_wrong(guest: Domain, task: Task, report: Report) -> Iterator[str]:
         yield f"the guest does not run: {why}; guards in the journals: {guards}"
     if left := [path.name for path in guest.directory.glob("*.vmb-*")]:
         yield f"overlays are left: {left}"
-    on_disk = (guest.libvirtd.config_dir / f"{guest.name}.xml").read_text()
-    sources = {disk.target: disk.source for disk in chain.disks(on_disk)}
-    for target, base in guest.bases.items():
-        named = guest.live(target).source, guest.persistent(target).source, sources[target]
-        if set(named) != {base}:
-            yield f"{target}: live XML, persistent XML and the one on disk name {named}"
-        count, acknowledged = records_in(content(Path(base))), task.diary.acknowledged
-        if count not in (acknowledged, acknowledged + 1):  # one whose acknowledgement was lost may be there
-            yield f"{target}: of {acknowledged} records it holds {count}"
-        if wrong := what_is_wrong_with(Path(base), leaks=True):
-            yield wrong
+    named = {
+        "live XML": {target: guest.live(target).source for target in guest.bases},
+        "persistent XML": {target: guest.persistent(target).source for target in guest.bases},
+        "XML on disk": sources_on_disk(guest.libvirtd, guest.name),
+    }
+    yield from not_on_base(named, guest.bases)
+    acknowledged = task.diary.acknowledged
+    images = {target: Path(base) for target, base in guest.bases.items()}
+    yield from wrong_records(images, (acknowledged, acknowledged + 1))  # one more: its acknowledgement may be lost
     if report.outcome is Outcome.SUCCEEDED:
         yield from what_is_wrong_with_the_copy(task, Path(report.location))
 
@@ -144,27 +148,11 @@ def runs(guest: Domain) -> bool:
 
 
 def what_is_wrong_with_the_copy(task: Task, folder: Path) -> Iterator[str]:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    """The copies must be intact, and hold what the guest had written when the snapshot was taken, all disks alike."""
     expected = task.diary.snapshots(task.uid)
-    counts: Counter[int] = Counter()
-    for disk in manifest["disks"]:
-        copy = folder / disk["file"]
-        if sha256sum(copy) != disk["digest"]:
-            yield f"{copy.name} has another digest"
-        if wrong := what_is_wrong_with(copy, leaks=True):
-            yield wrong
-        counts[records_in(content(copy))] += 1
+    stored = copies(folder)
+    yield from wrong_digests(folder)
+    yield from damaged(stored.values(), leaks=True)
+    counts = Counter(records_in(content(copy)) for copy in stored.values())
     if len(counts) > 1 or not counts.keys() <= expected:
         yield f"the copies hold {sorted(counts.elements())} records; at the snapshot there were {sorted(expected)}"
-
-
-def content(image: Path) -> bytes:
-    """What a guest sees on this disk. Its guest may be running: it has flushed what it wrote."""
-    if image.suffix == ".raw":
-        return image.read_bytes()
-    raw = image.with_name(f"{image.name}.{uuid.uuid4()}.raw")
-    qemu_img("convert", "-U", "-f", "qcow2", "-O", "raw", str(image), str(raw))
-    try:
-        return raw.read_bytes()
-    finally:
-        raw.unlink()

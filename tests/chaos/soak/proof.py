@@ -6,15 +6,13 @@ import fcntl
 import json
 import re
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sandbox.oracle import ProofError
+from sandbox.oracle import Bounds, ProofError
 from tests.chaos.soak.guests import Subject
-from tests.support.storage import sha256sum
+from tests.support.proof import copies, not_on_base, sources_in, sources_on_disk, wrong_digests
 from vmbackup.errors import VMBackupError
-from vmbackup.hypervisor import chain
 from vmbackup.protocol.record import Freeze, Guard
 from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.state.journal import records
@@ -25,14 +23,6 @@ _EDIT_SECONDS = 0.1
 _NO_BACKING = re.compile(r"\s*<backingStore/>")
 _BACKING = re.compile(r"\s*<backingStore.*</backingStore>", re.DOTALL)  # of one disk at most
 _DESCRIPTION = re.compile(r"\s*<description>(.*?)</description>")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The records that a snapshot holds, by target. `at_most` is empty where nobody can say."""
-
-    at_least: dict[str, int] = field(default_factory=dict)
-    at_most: dict[str, int] = field(default_factory=dict)
 
 
 def is_home(subject: Subject) -> bool:
@@ -46,16 +36,13 @@ def _away_from_home(subject: Subject) -> list[str]:
         live, persistent = ask(subject.guest.live_xml), ask(subject.guest.persistent_xml)
     except VMBackupError as error:
         return [str(error)]
-    on_disk = (subject.host.libvirtd.config_dir / f"{subject.name}.xml").read_text()
-    wrong = [f"{path} is left" for path in subject.overlays]
-    for what, xml in {"live XML": live, "persistent XML": persistent, "XML on disk": on_disk}.items():
-        sources = {disk.target: disk.source for disk in chain.disks(xml)} if xml else {}
-        wrong += [
-            f"{target}: the {what} names {sources.get(target)}"
-            for target, base in subject.bases.items()
-            if sources.get(target) != str(base)
-        ]
-    return wrong
+    left = [f"{path} is left" for path in subject.overlays]
+    named = {
+        "live XML": sources_in(live),
+        "persistent XML": sources_in(persistent),
+        "XML on disk": sources_on_disk(subject.host.libvirtd, subject.name),
+    }
+    return [*left, *not_on_base(named, {target: str(base) for target, base in subject.bases.items()})]
 
 
 def prove_guest(subject: Subject) -> int:
@@ -151,7 +138,7 @@ def bounds_of(marks: Path, subject: Subject, uid: str, *, certain: bool) -> Boun
     begun = [mark["bytes"] for mark in mine if mark["when"] == "before"]
     taken = [mark["bytes"] for mark in mine if mark["when"] == "after"]
     if not begun:
-        return Bounds()
+        return Bounds({})
     at_most: dict[str, int] = {}
     if certain and len(begun) == len(taken) == 1:
         at_most = subject.at_most(taken[0])
@@ -165,13 +152,10 @@ def prove_copy(subject: Subject, uid: str, bounds: Bounds) -> int:
         return 0
     if not bounds.at_least:
         raise ProofError(f"{folder} was published, yet its snapshot was never taken")
-    disks = json.loads((folder / "manifest.json").read_text())["disks"]
-    copies = {disk["target"]: folder / disk["file"] for disk in disks}
-    for disk in disks:
-        if sha256sum(copies[disk["target"]]) != disk["digest"]:
-            raise ProofError(f"{copies[disk['target']]} has another digest")
-    subject.prove(copies, bounds.at_least, bounds.at_most)
-    return 3 * len(disks) + 1
+    if wrong := list(wrong_digests(folder)):
+        raise ProofError("; ".join(wrong))
+    subject.prove(copies(folder), bounds.at_least, bounds.at_most)
+    return 3 * len(copies(folder)) + 1
 
 
 def prove_deleted(subject: Subject, uid: str, *, data_too: bool) -> int:
