@@ -21,7 +21,7 @@ from tests.chaos.windows import (
     dies_having_switched,
     dies_with_a_mirror_of_no_kind,
 )
-from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import naming, wait_until
 from tests.support.tiers import in_chaos
 from vmbackup.api.identity import BackupId
@@ -164,9 +164,8 @@ def wide_backup(
     wide = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
 
     def start(domain: str, **spec: object) -> RunningBackup:
-        minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
         key = BackupId("tests", domain, str(uuid.uuid4()))
-        return RunningBackup(replace(node, hypervisor=wide), key, minimal | spec, tmp_path / "store")
+        return RunningBackup(replace(node, hypervisor=wide), key, spec_of(domain, **spec), tmp_path / "store")
 
     yield start
     wide.close()

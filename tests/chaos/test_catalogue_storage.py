@@ -16,7 +16,7 @@ import pytest
 
 from sandbox.libvirtd import Libvirtd
 from tests.chaos.proof import Witness
-from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.proof import sources_on_disk
@@ -278,7 +278,7 @@ def test_a_suspended_guest_is_resumed_by_the_next_run_though_the_state_directory
     driving.kill()
     assert guest.guest.state()[0] is Power.PAUSED
     fill(state)
-    spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    spec = spec_of(guest.name)
     with pytest.raises(PermanentError, match="free space there"):
         RunningBackup(node, key, spec, guest.directory / "store").raise_its_error()
     assert guest.guest.state()[0] is Power.RUNNING

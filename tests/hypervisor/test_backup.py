@@ -12,20 +12,17 @@ import pytest
 from sandbox.guest import Guest as WritingGuest
 from sandbox.libvirtd import Libvirtd
 from sandbox.oracle import Bounds, prove, prove_snapshot
-from tests.support.backups import SLOW, BackupFactory, RunningBackup, Told
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, Told, make_backup, spec_of
 from tests.support.domains import Domain, DomainFactory, wait_until
 from tests.support.proof import copies, damaged, wrong_digests
 from tests.support.stopwatch import Stopwatch
 from tests.support.storage import mounted, sha256sum
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.status import Outcome, Phase
-from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.imaging.locks import hold_reader_lock
 from vmbackup.protocol.terms import Power
-from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.steps.step import Ending
-from vmbackup.stores.registry import open_store
 
 
 def no_overlay_is_left(domain: Domain) -> bool:
@@ -431,11 +428,7 @@ def test_deleting_a_failed_backup_removes_what_its_store_has_kept_because_it_was
     kept = failed.store / failed.key.namespace / f".{failed.key.name}.{failed.key.uid}.partial"
     kept.mkdir()
 
-    minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
-    request = Request(BackupSpec.parse(minimal), deleted=True)
-    store = StoreSpec(DirectoryStoreSpec(str(failed.store)))
-    deleted = Backup(
-        failed.node, failed.key, request=lambda: request, open_store=lambda: open_store(store), reporter=Told()
-    )
+    request = Request(BackupSpec.parse(spec_of(guest.name)), deleted=True)
+    deleted = make_backup(failed.node, failed.key, lambda: request, failed.store, Told())
     assert deleted.run() is Ending.RELEASED
     assert not kept.exists()

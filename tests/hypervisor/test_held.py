@@ -21,7 +21,7 @@ import yaml
 
 from sandbox.libvirtd import Libvirtd
 from tests.support import manifests
-from tests.support.backups import BackupFactory, RunningBackup
+from tests.support.backups import BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.support.kill_points import Driving, Moment, When
 from tests.support.stopwatch import Stopwatch
@@ -61,7 +61,7 @@ def runs(guest: Domain) -> bool:
 
 def another(node: Node, guest: Domain) -> RunningBackup:
     """Another backup of the same guest."""
-    spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    spec = spec_of(guest.name)
     return RunningBackup(node, BackupId("tests", "another", str(uuid.uuid4())), spec, guest.directory / "store")
 
 

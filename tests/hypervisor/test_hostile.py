@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, qemu_img
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
@@ -126,7 +126,7 @@ def test_a_link_that_waits_where_the_overlay_will_be_is_refused(
     guest, uid = domain(), str(uuid4())
     planted = Path(guest.overlay(uid8=uid[:8]))
     planted.symlink_to(secret)
-    spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+    spec = spec_of(guest.name)
     report = RunningBackup(node, BackupId("tests", "planted", uid), spec, tmp_path / "store").end()
     assert (report.outcome, report.reason) == (Outcome.REFUSED, "OverlayExists")
     assert guest.live().source == guest.persistent().source == guest.bases["vda"]

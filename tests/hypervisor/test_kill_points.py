@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.support.backups import Told
+from tests.support.backups import Told, make_backup, spec_of
 from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.stopwatch import Stopwatch
@@ -37,7 +37,6 @@ from tests.support.survival import (
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome
-from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import TransientError
 from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.backup import Backup
@@ -45,7 +44,6 @@ from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.state.journal import record_of
 from vmbackup.reconcile.steps.step import Ending
-from vmbackup.stores.registry import open_store
 
 WAITING, QUICK = 12, 5  # guests at once: those that wait for PROTOCOL R4's barrier, which costs nothing, and the others
 AT_ONCE = 4  # drivers on their way to their death
@@ -234,11 +232,9 @@ def test_of_a_driver_killed_while_it_froze_a_guest_nothing_is_let_go_before_libv
 
 def deleted_with_data(task: Task, node: Node) -> Backup:
     """The backup of a task whose VMBackup is deleted, with deletionPolicy Delete."""
-    minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    request = Request(BackupSpec.parse(minimal), deleted=True, delete_data=True)
-    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
+    request = Request(BackupSpec.parse(spec_of(task.domain)), deleted=True, delete_data=True)
     key, there = BackupId("tests", "backup", task.uid), replace(node, state_dir=task.state_dir)
-    return Backup(there, key, request=lambda: request, open_store=lambda: open_store(store), reporter=Told())
+    return make_backup(there, key, lambda: request, task.directory / "store", Told())
 
 
 @pytest.mark.misfortune("libvirtd is killed")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.backups import SLOW, BackupFactory, RunningBackup
+from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, qemu_img, wait_until, what_is_wrong_with
 from tests.support.storage import mounted, run, sha256sum
 from vmbackup.api.identity import BackupId
@@ -120,7 +120,7 @@ def test_a_full_file_system_of_the_base_leaves_the_overlay_in_charge_until_there
     overlays.mkdir()
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=20m", "tmpfs") as small:
         guest = domain(directory=small)
-        spec = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
+        spec = spec_of(guest.name)
         spec |= {"copy": {"bandwidth": SLOW}, "commit": OFFLINE | {"backoffLimit": 1}}
         guest.write("vda", 0x11, length="16M")
         key = BackupId("tests", "backup", str(uuid.uuid4()))

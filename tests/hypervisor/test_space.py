@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.support.backups import SLOW, RunningBackup
+from tests.support.backups import SLOW, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory
 from tests.support.storage import mounted
 from vmbackup.api.identity import BackupId
@@ -34,9 +34,8 @@ def overlays(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(node: Node, overlays: Path, guest: Domain, store: Path, **spec: Any) -> RunningBackup:
-    minimal = {"nodeName": "here", "domain": guest.name, "storeRef": {"name": "store"}}
     key = BackupId("tests", "backup", str(uuid.uuid4()))
-    return RunningBackup(replace(node, overlay_dir=overlays), key, minimal | spec, store)
+    return RunningBackup(replace(node, overlay_dir=overlays), key, spec_of(guest.name, **spec), store)
 
 
 def test_a_copy_is_given_up_before_a_guest_that_writes_much_fills_its_overlays_file_system(

@@ -1,14 +1,22 @@
-"""Runs backups as an agent does, without a cluster: the real driver on real libvirt, steered by the test."""
+"""Runs backups as an agent does, without a cluster: the real driver on real libvirt, steered by the test.
+
+In a thread of this process (`RunningBackup`), or in a process of its own that can be killed (`DriverProcess`).
+"""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tests.support.domains import wait_until
 from vmbackup.api.backup import BackupSpec
@@ -34,6 +42,17 @@ def make_node(hypervisor: Hypervisor, state_dir: Path, lock_dir: Path) -> Node:
     """A node with metrics of its own. Failed commits are tried again soon."""
     backoff = Backoff(first=0.2, longest=1.0)
     return Node(hypervisor, state_dir=state_dir, lock_dir=lock_dir, metrics=Metrics(), backoff=backoff)
+
+
+def spec_of(domain: str, **more: Any) -> dict[str, Any]:
+    """The smallest spec of a backup of this domain, and more."""
+    return {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}} | more
+
+
+def make_backup(node: Node, key: BackupId, request: Callable[[], Request], store: Path, told: Told) -> Backup:
+    """A backup that an agent would run; its store is this folder."""
+    spec = StoreSpec(DirectoryStoreSpec(str(store)))
+    return Backup(node, key, request=request, open_store=lambda: open_store(spec), reporter=told)
 
 
 @dataclass
@@ -63,13 +82,7 @@ class RunningBackup:
         self._spec = spec
         self._request = Request(BackupSpec.parse(spec), retry=retry)
         self._ending: list[Ending] = []
-        self._backup = Backup(
-            node,
-            key,
-            request=lambda: self._request,
-            open_store=lambda: open_store(StoreSpec(DirectoryStoreSpec(str(store)))),
-            reporter=self.told,
-        )
+        self._backup = make_backup(node, key, lambda: self._request, store, self.told)
         self._errors: list[Exception] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -142,6 +155,47 @@ class RunningBackup:
     def ending(self) -> Ending:
         self.end()
         return self._ending[0]
+
+
+_processes = multiprocessing.get_context("forkserver")
+_preloaded = [__name__]
+_T = TypeVar("_T")
+
+
+def preload(module: str) -> None:
+    """Drivers are forked from a process that has imported these modules, and has no threads."""
+    _preloaded.append(module)
+    _processes.set_forkserver_preload(_preloaded)
+
+
+class DriverProcess:
+    """A driver of backups in a process of its own: `drive` runs there, and speaks over the other end of the line."""
+
+    def __init__(self, drive: Callable[[_T, Connection], None], task: _T) -> None:
+        self.line, other = _processes.Pipe()
+        self._process = _processes.Process(target=drive, args=(task, other), daemon=True)
+        self._process.start()
+        other.close()
+
+    def tell(self, what: Any) -> None:
+        """Nothing happens where it has died meanwhile."""
+        with suppress(OSError):
+            self.line.send(what)
+
+    def kill(self) -> None:
+        """SIGKILL it wherever it is, and return when it is gone; what it has started goes on."""
+        self._process.kill()
+        self._process.join()
+
+    def exit_code(self, seconds: float | None = None) -> int | None:
+        """Wait for its end: its exit code, negative if by a signal; None if it runs after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def show_stacks(self) -> None:
+        """Let it write down where each of its threads is: `drive` has registered faulthandler for SIGUSR1."""
+        if self._process.is_alive():
+            os.kill(self._process.pid or 0, signal.SIGUSR1)
 
 
 class BackupFactory(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.backups import BackupFactory, RunningBackup, make_node
+from tests.support.backups import BackupFactory, RunningBackup, make_node, spec_of
 from vmbackup.api.identity import BackupId
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
@@ -41,8 +41,7 @@ def backup(node: Node, tmp_path: Path) -> Iterator[BackupFactory]:
     ) -> RunningBackup:
         name = f"backup-{len(started) + 1}"
         key = again.key if again else BackupId("tests", name, str(uuid.uuid4()))
-        minimal = {"nodeName": "here", "domain": domain, "storeRef": {"name": "store"}}
-        started.append(RunningBackup(node, key, minimal | spec, store or tmp_path / "store", retry=retry))
+        started.append(RunningBackup(node, key, spec_of(domain, **spec), store or tmp_path / "store", retry=retry))
         return started[-1]
 
     yield start

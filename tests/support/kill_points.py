@@ -8,7 +8,6 @@ chosen moment lists them all; what happens next is decided just before, or just 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -29,25 +28,22 @@ from typing import Any
 import libvirt
 import libvirt_qemu
 
-from tests.support.backups import Told, make_node
+from tests.support.backups import DriverProcess, Told, make_backup, make_node, preload, spec_of
 from tests.support.domains import wait_until
 from vmbackup import cli
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Report
-from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.protocol.terms import Mirror, Power
-from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import guarded
 from vmbackup.reconcile.state import clock
 from vmbackup.reconcile.state.journal import Journal, record_of
-from vmbackup.stores.registry import open_store
 
 SLOT = 512  # bytes of a record of the guest
 FIRST_SLOT = 1 << 20  # bytes; the BIOS looks for something to boot before that
@@ -64,9 +60,7 @@ Otherwise less, since libvirt carries out a call of these guests within millisec
 
 _IN_FLIGHT_SECONDS = 0.003  # after which a call that was sent is under way, and seldom answered yet
 
-# A driver is forked from a process that has imported everything, and no threads.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__])
+preload(__name__)
 
 
 class When(StrEnum):
@@ -154,10 +148,8 @@ class Driving:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._line, other = _processes.Pipe()
-        self._process = _processes.Process(target=_drive, args=(task, other), daemon=True)
-        self._process.start()
-        other.close()
+        self._driver = DriverProcess(_drive, task)
+        self._line = self._driver.line
 
     def ended(self, seconds: float) -> bool:
         """Whether it ends, or is held, within this time."""
@@ -173,19 +165,19 @@ class Driving:
 
     def kill(self) -> None:
         """SIGKILL it wherever it is, and return when it is gone; what it has started goes on."""
-        self._process.kill()
-        self._process.join()
+        self._driver.kill()
 
     def killed(self, seconds: float = 60) -> bool:
         """Wait for its end. Whether it was by SIGKILL."""
-        self._process.join(seconds)
-        assert self._process.exitcode is not None, f"no end within {seconds} s"
-        return self._process.exitcode == -signal.SIGKILL
+        exit_code = self._driver.exit_code(seconds)
+        assert exit_code is not None, f"no end within {seconds} s"
+        return exit_code == -signal.SIGKILL
 
     def __str__(self) -> str:
         """How it ended: for the message of a test that it has failed."""
-        ended = f"exit code {self._process.exitcode}"
-        if self._process.exitcode != 0 or not self.ended(0):
+        exit_code = self._driver.exit_code(0)
+        ended = f"exit code {exit_code}"
+        if exit_code != 0 or not self.ended(0):
             return ended
         report, moments, reasons = self._line.recv()
         came_by = "; ".join(moment.event for moment in moments if moment.when is When.BEFORE)
@@ -195,12 +187,12 @@ class Driving:
         """Wait for its end: the last report, every moment that it came by, and the reasons of its events."""
         assert self.ended(seconds), f"still running after {seconds} s: {self._standing()}"
         answer = self._line.recv()
-        self._process.join()
+        self._driver.exit_code()
         return answer
 
     def _standing(self) -> str:
         """What its journal says, and what each of its threads does."""
-        os.kill(self._process.pid or 0, signal.SIGUSR1)
+        self._driver.show_stacks()
         wait_until(lambda: self.task.stacks.stat().st_size > 0, "its stacks", 5)
         return f"{record_of(self.task.state_dir, self.task.uid)}\n{self.task.stacks.read_text()}"
 
@@ -277,13 +269,11 @@ def _drive(task: Task, line: Connection) -> None:
     watch_all(watch.passed)
     _wait_for_ready()
     told = Told()
-    minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    request = Request(BackupSpec.parse(minimal | dict(task.spec)))
+    request = Request(BackupSpec.parse(spec_of(task.domain, **task.spec)))
     node = make_node(hypervisor, task.state_dir, task.directory / "locks")
-    store = StoreSpec(DirectoryStoreSpec(str(task.directory / "store")))
     key = BackupId("tests", "backup", task.uid)
     with guarded(node) if task.guarded else nullcontext():
-        Backup(node, key, request=lambda: request, open_store=lambda: open_store(store), reporter=told).run()
+        make_backup(node, key, lambda: request, task.directory / "store", told).run()
     line.send((told.timeline[-1][1], watch.moments, told.reasons))
 
 

@@ -77,7 +77,7 @@ class Campaign:
         self._undos: list[tuple[float, Undo]] = []
         self._second: Driving | None = None
         self._restart_at: float | None = None
-        self._wishes: dict[str, object] = {}
+        self._changes: dict[str, object] = {}
         self._may_start = 0.0
         self._off_until = 0.0  # it may still end until then
         self._state: Power | None = None
@@ -120,7 +120,7 @@ class Campaign:
             uid=self.uid,
             spec=self.plan.spec,
             hold_at=tuple(fault.at for fault in self._pending if fault.at),
-            wishes=self._wishes,
+            changes=self._changes,
             boot=self.host.boot,
         )
 
@@ -162,8 +162,8 @@ class Campaign:
 
     def delete_backup(self) -> None:
         """The VMBackup is deleted."""
-        self._wishes = {"deleted": True, "delete_data": self.plan.delete_data}
-        self.driving.ask(**self._wishes)
+        self._changes = {"deleted": True, "delete_data": self.plan.delete_data}
+        self.driving.ask(**self._changes)
 
     def expect_off(self, seconds: float, *, within: float = 0.0) -> None:
         """The guest ends, within so many seconds; a human starts it again after a while."""
@@ -227,10 +227,10 @@ class Campaign:
             self.tally.count(self.tally.helped, "another backup brought the chain home")
             self.uid = str(uuid.uuid4())
             self.uids.append(self.uid)
-            self._wishes = {}
+            self._changes = {}
         else:
             self.tally.count(self.tally.helped, "retry asked for")
-            self._wishes = {**self._wishes, "retry": f"by a human, {self._retries}"}
+            self._changes = {**self._changes, "retry": f"by a human, {self._retries}"}
 
     def _second_has_ended(self) -> bool:
         if self._second is None:
@@ -304,11 +304,11 @@ class Campaign:
         """A guest that writes as fast as its commit may merge: a human sees that it does not converge."""
         running = [disk for disk in record.disks if disk.commit_running] if record is not None else []
         begun = [disk.commit_started for disk in running if disk.commit_started is not None]
-        limited = "bandwidth" in self.plan.spec["commit"] and "spec" not in self._wishes
+        limited = "bandwidth" in self.plan.spec["commit"] and "spec" not in self._changes
         if limited and begun and self.host.boottime() - min(begun) > _CONVERGING_SECONDS:
             self.tally.count(self.tally.helped, "a commit's limit of bandwidth lifted")
-            self._wishes["spec"] = {"copy": None, "commit": None}
-            self.driving.ask(**self._wishes)
+            self._changes["spec"] = {"copy": None, "commit": None}
+            self.driving.ask(**self._changes)
 
     def _start_guest(self) -> None:
         try:
@@ -370,7 +370,7 @@ class Campaign:
                 continue
             self.uid = uid
             self._pending = []
-            self._wishes = {"deleted": True, "delete_data": self.plan.delete_data}
+            self._changes = {"deleted": True, "delete_data": self.plan.delete_data}
             self._start_driver()
             deadline = self._now() + HOME_SECONDS
             while self.driving.ended is None and self._now() < deadline:

@@ -5,35 +5,28 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.support.backups import Told, make_node
+from tests.support.backups import DriverProcess, Told, make_backup, make_node, preload, spec_of
 from tests.support.kill_points import SNAPSHOT, Boot, When, watch_all
 from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Report
-from vmbackup.api.store import DirectoryStoreSpec, StoreSpec
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.hypervisor import Hypervisor
-from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request
-from vmbackup.stores.registry import open_store
 
 _HELD_SECONDS = 30.0  # at most: whoever holds it may have died
 
-# A driver is forked from a process that has imported everything, and has no threads.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__])
+preload(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class Task:
     uid: str
     spec: Mapping[str, Any]
     hold_at: tuple[int, ...] = ()
-    wishes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     boot: Boot | None = None
 
 
@@ -79,10 +72,8 @@ class Driving:
         self.task = task
         self.moment: tuple[int, str] | None = None  # that it has come to, and is held at
         self.ended: Ended | None = None
-        self._line, other = _processes.Pipe()
-        self._process = _processes.Process(target=_drive, args=(task, other), daemon=True)
-        self._process.start()
-        other.close()
+        self._driver = DriverProcess(_drive, task)
+        self._line = self._driver.line
 
     def poll(self, seconds: float) -> None:
         """Take in what it says, waiting a while for it."""
@@ -94,42 +85,36 @@ class Driving:
                 return
             said = self._line.recv()
         except (EOFError, OSError):
-            self._process.join()
-            self.ended = Ended(Report(), error=("Died", f"exit code {self._process.exitcode}"))
+            self.ended = Ended(Report(), error=("Died", f"exit code {self._driver.exit_code()}"))
             return
         if isinstance(said, Ended):
             self.ended = said
-            self._process.join()
+            self._driver.exit_code()
         else:
             self.moment = said
 
-    def ask(self, **wishes: Any) -> None:
+    def ask(self, **changes: Any) -> None:
         """Change its request: deleted, delete_data, stop, retry, spec (a mapping)."""
-        self._tell(wishes)
+        self._driver.tell(changes)
 
     def jump(self, seconds: float) -> None:
         """Its wall clock jumps."""
-        self._tell(seconds)
+        self._driver.tell(seconds)
 
     def let_go(self) -> None:
         """It goes on, if it was held."""
         if self.moment is not None:
             self.moment = None
-            self._tell(None)
-
-    def _tell(self, what: Any) -> None:
-        with suppress(OSError):  # it has died meanwhile
-            self._line.send(what)
+            self._driver.tell(None)
 
     def show_stacks(self) -> None:
         """Let it write down where each of its threads is."""
-        if self.ended is None and self._process.pid:
-            os.kill(self._process.pid, signal.SIGUSR1)
+        if self.ended is None:
+            self._driver.show_stacks()
 
     def kill(self) -> None:
         """SIGKILL. Returns when it is gone."""
-        self._process.kill()
-        self._process.join()
+        self._driver.kill()
         self._line.close()
 
 
@@ -166,19 +151,12 @@ def _drive(task: Task, line: Connection) -> None:
     logging.getLogger("vmbackup").setLevel(logging.CRITICAL)
     if task.boot is not None:
         task.boot.believe()
-    minimal = {"nodeName": "here", "domain": task.domain, "storeRef": {"name": "store"}}
-    wishes = [_request(Request(BackupSpec.parse(minimal | dict(task.spec))), task.wishes)]
+    requests = [_request(Request(BackupSpec.parse(spec_of(task.domain, **task.spec))), task.changes)]
     go_on = threading.Event()
     _mark_moments(task, line, go_on)
-    store = StoreSpec(DirectoryStoreSpec(str(task.store)))
     told = _Story(task)
-    backup = Backup(
-        make_node(Hypervisor(task.uri, config_dir=task.config_dir), task.state_dir, task.lock_dir),
-        BackupId("soak", "backup", task.uid),
-        request=lambda: wishes[-1],
-        open_store=lambda: open_store(store),
-        reporter=told,
-    )
+    node = make_node(Hypervisor(task.uri, config_dir=task.config_dir), task.state_dir, task.lock_dir)
+    backup = make_backup(node, BackupId("soak", "backup", task.uid), lambda: requests[-1], task.store, told)
 
     def listen() -> None:
         while True:
@@ -191,7 +169,7 @@ def _drive(task: Task, line: Connection) -> None:
             elif isinstance(said, float):
                 _jump(said)
             else:
-                wishes.append(_request(wishes[-1], said))
+                requests.append(_request(requests[-1], said))
                 backup.wake()
 
     threading.Thread(target=listen, daemon=True).start()
