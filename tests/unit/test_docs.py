@@ -153,3 +153,20 @@ def test_the_decision_table_has_the_order_of_the_rules():
     cells = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith(("| off", "| on"))]
     expected = [("off", row.when) for row in rows_of(RULES_OFF)] + [("on", row.when) for row in rows_of(RULES_ON)]
     assert [(guest, when) for guest, when, *_ in cells] == expected
+
+
+def test_what_the_architecture_says_to_look_for_is_in_a_file_that_it_names():
+    table = ARCHITECTURE.read_text().partition("## Where is it decided?")[2]
+    rows = [re.findall(r"`([^`]+)`", row) for row in table.splitlines() if row.startswith("| ")]
+    for row in filter(None, rows):
+        files = [word for word in row if "/" in word]
+        assert len(files) <= 3, "a reader is to open three files at most"
+        text = "".join((ROOT / file).read_text() for file in files)
+        assert [word for word in row if word not in files and word.rpartition(".")[2] not in text] == []
+
+
+def test_the_messages_that_operations_quotes_are_those_of_the_code():
+    rows = re.findall(r"^\| `\w+`: [^|]*?\"([^\"|]+)\"", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    advice = (PACKAGE / "protocol" / "advice.py").read_text()
+    assert len(rows) >= 2
+    assert [quoted for quoted in rows if quoted not in advice] == []
