@@ -115,6 +115,11 @@ def test_a_live_disk_on_its_overlay() -> None:
     assert disk.chain == (ChainImage("/images/web.raw", "raw", "file"),)
 
 
+SLICED_TEMPLATE = (
+    "<backingStore type='file'><format type='raw'/><source file='/t'><slices/></source><backingStore/></backingStore>"
+)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -125,6 +130,10 @@ def test_a_live_disk_on_its_overlay() -> None:
         ("<transient/>", "is transient"),
         ("<encryption format='luks'/>", "is encrypted"),
         ("<backingStore type='network'><format type='raw'/><source name='p/i'/></backingStore>", "has a backing image"),
+        (SLICED_TEMPLATE, "has the backing image /t with <slices>, that is, not the whole file"),
+        (SLICED_TEMPLATE.replace("slices", "encryption"), "has the backing image /t with <encryption>"),
+        (SLICED_TEMPLATE.replace("slices", "a-word-of-2030"), "has the backing image /t with <a-word-of-2030>"),
+        (SLICED_TEMPLATE.replace("slices", "seclabel"), None),
     ],
 )
 def test_what_is_inside_a_disk_decides_whether_it_is_eligible(change: str, reason: str | None) -> None:

@@ -22,6 +22,7 @@ _OVERLAY_NAME = re.compile(r"\.vmb-([0-9a-f]{8})-([a-z]+)\.qcow2$")
 _OURS = ("source", "backingStore")  # of a <disk>, with @type and driver/@type: what says which image it is
 _FORMATS = ("raw", "qcow2")
 _KINDS = ("file", "block")
+_SOURCE_PARTS = ("seclabel", "reservations")  # of a <source>: those that change nothing of which bytes the image has
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ChainImage:
     path: str
     format: str
     kind: str
+    unknown_part: str = ""  # a child of its <source> that we do not know: the image may be other bytes than the file's
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Disk:
     transient: bool = False
     encrypted: bool = False
     sliced: bool = False
+    unknown_part: str = ""  # as in ChainImage
     mirror: Mirror = Mirror.NONE
     mirror_to: str | None = None  # the file that an active commit goes to
     foreign_job: bool = False  # a mirror that is not an active commit
@@ -89,6 +92,7 @@ def disks(xml: str) -> tuple[Disk, ...]:
 
 def ineligible(disk: Disk) -> str | None:
     """Why a disk cannot be backed up, with the cure; None if it can."""
+    templates = [image for image in disk.chain if image.unknown_part]
     reasons = (
         (disk.device in ("cdrom", "floppy"), f"is a {disk.device}: removable media are not backed up"),
         (disk.device == "lun", "is passed through as a LUN: use device='disk'"),
@@ -104,10 +108,19 @@ def ineligible(disk: Disk) -> str | None:
         (disk.transient, "is transient: its changes are thrown away when the guest stops"),
         (disk.encrypted, "is encrypted by QEMU, which is not supported yet: encrypt below the image or in the guest"),
         (disk.sliced, "uses a slice of its image, which is not supported: give it an image of its own"),
+        (disk.unknown_part != "", f"has a <{disk.unknown_part}> in its <source>, which is not supported: remove it"),
         (disk.format not in _FORMATS, f"has the format {disk.format}: convert it to raw or qcow2"),
         (
             any(image.kind not in _KINDS for image in disk.chain),
             "has a backing image that is not a file or block device: rebase it onto one",
+        ),
+        (
+            bool(templates),
+            "".join(
+                f"has the backing image {image.path} with <{image.unknown_part}>, that is, not the whole file as it "
+                "is, which is not supported: rebase it onto an image of its own (qemu-img rebase)"
+                for image in templates[:1]
+            ),
         ),
     )
     return next((reason for holds, reason in reasons if holds), None)
@@ -240,6 +253,7 @@ def _disk(element: Element) -> Disk:
         transient=element.find("transient") is not None,
         encrypted=element.find("encryption") is not None or element.find("source/encryption") is not None,
         sliced=element.find("source/slices") is not None,
+        unknown_part=_unknown_part(source),
         mirror=Mirror.NONE if mirror is None or not ours else _mirror(mirror),
         mirror_to=_path(mirror.find("source")) if mirror is not None and ours else None,
         foreign_job=mirror is not None and not ours,
@@ -259,8 +273,14 @@ def _chain(disk: Element) -> Iterator[ChainImage]:
             path=_path(below.find("source")) or "",
             format="raw" if image_format is None else image_format.get("type", "raw"),
             kind=below.get("type", "file"),
+            unknown_part=_unknown_part(below.find("source")),
         )
         below = below.find("backingStore")
+
+
+def _unknown_part(source: Element | None) -> str:
+    """The first child of a <source> that may change which bytes the image has: a slice, an encryption, a later word."""
+    return next((part.tag for part in source if part.tag not in _SOURCE_PARTS), "") if source is not None else ""
 
 
 def _target(disk: Element) -> str:
