@@ -95,7 +95,7 @@ def test_a_guest_that_is_never_suspended_is_not_paused_for_a_commit_either(api: 
     with pytest.raises(ApiException) as refused:
         create_backup(api, backup("live-pause", NAMESPACE, **LIVE_PAUSE), **DRY)
     assert "spec.commit.stallPolicy" in refusal(refused.value)
-    assert "give Hold or Throttle, since switchPolicy Live never suspends the guest" in refusal(refused.value)
+    assert "must be Hold or Throttle, because switchPolicy Live never suspends the guest" in refusal(refused.value)
 
 
 @pytest.mark.parametrize("invalid", INVALID_STORES, ids=str)
@@ -148,7 +148,7 @@ def test_a_name_that_no_folder_could_have_is_refused(api: CustomObjectsApi) -> N
 def test_kubectl_shows_the_user_what_is_wrong(kube: KubeApi) -> None:
     with pytest.raises(KubectlError) as refused:
         kube.apply(backup("wrong", **{"copy.bandwidth": "fast", "domain": "a/b"}))
-    assert 'spec.copy.bandwidth: Invalid value: "fast": give bytes per second' in refused.value.stderr
+    assert 'spec.copy.bandwidth: Invalid value: "fast": must be bytes per second' in refused.value.stderr
     assert "spec.domain: Invalid value" in refused.value.stderr
 
 
@@ -285,7 +285,7 @@ def test_explain_reads_well(kube: KubeApi) -> None:
         time.sleep(0.2)
     words = " ".join(text.split())
     assert "Whether the guest agent freezes the guest's file systems" in words
-    assert "Try: freeze if the agent can, else go on without" in words
+    assert "Try: freeze if the agent can, otherwise continue without it" in words
 
 
 # The files

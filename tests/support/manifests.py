@@ -82,14 +82,14 @@ class Invalid:
         return f"{self.field}={value[:40]}"
 
 
-A_NODE = "give the name of a node"
-A_DOMAIN = "give the name or UUID of a libvirt domain"
-A_STORE = "give the name of a VMBackupStore"
-A_TARGET = "give the target of a disk such as vda"
-A_RATE = "give bytes per second as a quantity such as 200Mi"
-A_HIGHER_RATE = "give at least 1Mi (bytes per second), or leave it out for no limit"
-WHOLE = "give a whole number from {} to {}"
-A_PATH = "give an absolute path below /, without '.' and '..'"
+A_NODE = "must be the name of a node"
+A_DOMAIN = "must be the name or UUID of a libvirt domain"
+A_STORE = "must be the name of a VMBackupStore"
+A_TARGET = "must be the target of a disk such as vda"
+A_RATE = "must be bytes per second as a quantity such as 200Mi"
+A_HIGHER_RATE = "must be at least 1Mi (bytes per second), or left out for no limit"
+WHOLE = "must be a whole number from {} to {}"
+A_PATH = "must be an absolute path below /, without '.' and '..'"
 
 INVALID_BACKUPS = [
     Invalid("spec.nodeName", DROP, "is required", "Required value"),
@@ -107,12 +107,12 @@ INVALID_BACKUPS = [
     Invalid("spec.storeRef", "local", "must be a mapping", "must be of type object"),
     Invalid("spec.storeRef.name", DROP, "is required", "Required value"),
     Invalid("spec.storeRef.name", "/var/lib/store", A_STORE),
-    Invalid("spec.disks", [], "name at least one disk target such as vda, or leave disks out for all"),
-    Invalid("spec.disks", "vda", "give a list of disk targets", "must be of type array"),
-    Invalid("spec.disks", ["vda", "vda"], "give each disk target once", "Duplicate value"),
+    Invalid("spec.disks", [], "must name at least one disk target such as vda; leave disks out for all"),
+    Invalid("spec.disks", "vda", "must be a list of disk targets", "must be of type array"),
+    Invalid("spec.disks", ["vda", "vda"], "must name each disk target only once", "Duplicate value"),
     Invalid("spec.disks", [""], A_TARGET),
     Invalid("spec.disks", ["vda", "../vdb"], A_TARGET),
-    Invalid("spec.disks", [f"vd{number}" for number in range(65)], "name at most 64 disks", "Too many"),
+    Invalid("spec.disks", [f"vd{number}" for number in range(65)], "must name at most 64 disks", "Too many"),
     Invalid("spec.snapshot", "Try", "must be a mapping", "must be of type object"),
     Invalid("spec.snapshot.quiesce", "Maybe", "Try, Require, Skip", '"Try", "Require", "Skip"'),
     Invalid("spec.snapshot.freezeTimeoutSeconds", 0, WHOLE.format(1, 300), "greater than or equal to 1"),
@@ -136,7 +136,7 @@ INVALID_BACKUPS = [
     Invalid("spec.commit.stallPolicy", "Abort", "Hold, Throttle, Pause", '"Hold", "Throttle", "Pause"'),
     Invalid("spec.commit.stallPauseSeconds", 0, WHOLE.format(1, 300), "greater than or equal to 1"),
     Invalid("spec.commit.stallPauseSeconds", 301, WHOLE.format(1, 300), "less than or equal to 300"),
-    Invalid("spec.commit.offline", "yes", "give true or false", "must be of type boolean"),
+    Invalid("spec.commit.offline", "yes", "must be true or false", "must be of type boolean"),
     Invalid("spec.switchPolicy", "guarded", "Guarded, Live", '"Guarded", "Live"'),
     Invalid("spec.deletionPolicy", "Keep", "Retain, Delete", '"Retain", "Delete"'),
     Invalid("spec.ttlSecondsAfterFinished", -1, WHOLE.format(0, 315360000), "greater than or equal to 0"),
@@ -150,7 +150,7 @@ LIVE_PAUSE: dict[str, Any] = {"switchPolicy": "Live", "commit.stallPolicy": "Pau
 """Each is valid, both are not."""
 
 INVALID_STORES = [
-    Invalid("spec", {}, "directory", "give exactly one kind of store: directory"),
+    Invalid("spec", {}, "directory", "set exactly one kind of store: directory"),
     Invalid("spec", {"directory": {}}, "is required", "Required value"),
     Invalid("spec", {"directory": {"path": ""}}, A_PATH),
     Invalid("spec", {"directory": {"path": "backups"}}, A_PATH),
@@ -178,7 +178,7 @@ VALID_BACKUPS: list[dict[str, Any]] = [
     {"snapshot": {}, "copy": {}, "commit": {}},
 ]
 
-A_SELECTOR = "give matchLabels or matchExpressions; for all namespaces"
+A_SELECTOR = "set matchLabels or matchExpressions; for all namespaces"
 IN_BOTH = {"namespaceSelector": {"matchLabels": {"team": "a"}}}
 
 

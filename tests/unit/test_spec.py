@@ -74,7 +74,7 @@ def test_what_is_left_out_has_the_defaults_of_the_api() -> None:
 
 
 def test_a_guest_that_is_never_suspended_is_not_paused_for_a_commit_either() -> None:
-    cure = "give Hold or Throttle, since switchPolicy Live never suspends the guest"
+    cure = "must be Hold or Throttle, because switchPolicy Live never suspends the guest"
     with pytest.raises(RefusedError, match=f"spec.commit.stallPolicy is 'Pause': {cure}"):
         BackupSpec.parse(backup_spec(**LIVE_PAUSE))
 

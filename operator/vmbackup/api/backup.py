@@ -103,9 +103,9 @@ class BackupSpec:
         commit = Fields("spec.commit", top.group("commit"))
         store = Fields("spec.storeRef", top.group("storeRef", required=True))
         parsed = cls(
-            node_name=top.string("nodeName", OBJECT_NAME, "give the name of a node, as the agent's --node-name has it"),
-            domain=top.string("domain", _DOMAIN, "give the name or UUID of a libvirt domain, without '/'"),
-            store=store.string("name", OBJECT_NAME, "give the name of a VMBackupStore"),
+            node_name=top.string("nodeName", OBJECT_NAME, "must be the name of a node, like the agent's --node-name"),
+            domain=top.string("domain", _DOMAIN, "must be the name or UUID of a libvirt domain, without '/'"),
+            store=store.string("name", OBJECT_NAME, "must be the name of a VMBackupStore"),
             disks=tuple(top.targets("disks")),
             snapshot=SnapshotSpec(
                 quiesce=snapshot.choice("quiesce", Quiesce.TRY),
@@ -130,5 +130,7 @@ class BackupSpec:
         for fields in (snapshot, copy, commit, store, top):
             fields.refuse_unknown()
         if parsed.commit.stall_policy is StallPolicy.PAUSE and parsed.switch_policy is SwitchPolicy.LIVE:
-            raise commit.bad("stallPolicy", "give Hold or Throttle, since switchPolicy Live never suspends the guest")
+            raise commit.bad(
+                "stallPolicy", "must be Hold or Throttle, because switchPolicy Live never suspends the guest"
+            )
         return parsed

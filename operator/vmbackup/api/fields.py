@@ -51,7 +51,7 @@ class Fields:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether it is given."""
+        """Whether the field is there."""
         return self._get(name) is not None
 
     def mapping(self, name: str) -> Fields:
@@ -94,16 +94,16 @@ class Fields:
         if value is None:
             return []
         if not isinstance(value, list):
-            raise self.bad(name, "give a list of disk targets such as [vda, vdb]")
+            raise self.bad(name, "must be a list of disk targets such as [vda, vdb]")
         items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
         if not items:
-            raise self.bad(name, "name at least one disk target such as vda, or leave disks out for all")
+            raise self.bad(name, "must name at least one disk target such as vda; leave disks out for all")
         if len(items) > _MOST_DISKS:
-            raise self.bad(name, f"name at most {_MOST_DISKS} disks")
+            raise self.bad(name, f"must name at most {_MOST_DISKS} disks")
         if any(not isinstance(item, str) or _TARGET.fullmatch(item) is None for item in items):
-            raise self.bad(name, "give the target of a disk such as vda, as `virsh domblklist` shows it")
+            raise self.bad(name, "must be the target of a disk such as vda, as `virsh domblklist` shows it")
         if len(set(items)) != len(items):
-            raise self.bad(name, "give each disk target once")
+            raise self.bad(name, "must name each disk target only once")
         return items
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
@@ -117,7 +117,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.bad(name, f"give a whole number from {low} to {high}")
+            raise self.bad(name, f"must be a whole number from {low} to {high}")
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -126,7 +126,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.bad(name, "give true or false")
+            raise self.bad(name, "must be true or false")
         return value
 
     def choice(self, name: str, default: Choice) -> Choice:
@@ -138,7 +138,7 @@ class Fields:
             return type(default)(value)
         except ValueError:
             known = ", ".join(type(default))
-            raise self.bad(name, f"give one of {known}") from None
+            raise self.bad(name, f"must be one of {known}") from None
 
     def bandwidth(self, name: str) -> int | None:
         """Bytes per second; None if it is left out."""
@@ -148,9 +148,9 @@ class Fields:
         try:
             rate = parse_quantity(value)
         except ValueError:
-            raise self.bad(name, "give bytes per second as a quantity such as 200Mi") from None
+            raise self.bad(name, "must be bytes per second as a quantity such as 200Mi") from None
         if rate < 1024 * 1024:
-            raise self.bad(name, "give at least 1Mi (bytes per second), or leave it out for no limit")
+            raise self.bad(name, "must be at least 1Mi (bytes per second), or left out for no limit")
         return rate
 
     def refuse_unknown(self) -> None:

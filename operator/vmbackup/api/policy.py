@@ -69,7 +69,7 @@ class _Requirement:
 
 @dataclass(frozen=True)
 class Rule:
-    """Allows what fits all of its parts. Of `namespaces` and `selector` one is given."""
+    """Allows a backup that matches all of its parts. Exactly one of `namespaces` and `selector` is set."""
 
     operations: tuple[str, ...]
     namespaces: tuple[str, ...]
@@ -114,7 +114,7 @@ def parse_rules(spec: Mapping[str, Any]) -> tuple[Rule, ...]:
     What is not understood, also a field of a later version, is an error: ignored, it might allow more than was meant.
     """
     top = Fields("spec", spec)
-    rules = tuple(_rule(fields) for fields in top.mappings("rules", "give a list of rules, [] to allow nothing"))
+    rules = tuple(_rule(fields) for fields in top.mappings("rules", "must be a list of rules, [] to allow nothing"))
     top.refuse_unknown()
     return rules
 
@@ -122,11 +122,11 @@ def parse_rules(spec: Mapping[str, Any]) -> tuple[Rule, ...]:
 def _rule(fields: Fields) -> Rule:
     selected = fields.has("namespaceSelector")
     if selected == fields.has("namespaces"):
-        raise fields.bad("namespaces", "give namespaces or namespaceSelector, one of both")
-    everything = "give at least one pattern, such as '*'"
+        raise fields.bad("namespaces", "set exactly one of namespaces and namespaceSelector")
+    everything = "must contain at least one pattern, such as '*'"
     operations = ("Backup",)
     if fields.has("operations"):
-        operations = fields.strings("operations", _WORD, "give operations such as [Backup]")
+        operations = fields.strings("operations", _WORD, "must be operations such as [Backup]")
     rule = Rule(
         operations=operations,
         namespaces=() if selected else fields.strings("namespaces", _NAMES, everything),
@@ -141,18 +141,20 @@ def _rule(fields: Fields) -> Rule:
 
 def _selector(fields: Fields) -> tuple[_Requirement, ...]:
     requirements: list[_Requirement] = []
-    for key, value in fields.texts("matchLabels", _LABEL, "give labels and their values").items():
+    for key, value in fields.texts("matchLabels", _LABEL, "must be labels and their values").items():
         requirements.append(_Requirement(key, _Operator.IN, (value,)))
     if fields.has("matchExpressions"):
-        for each in fields.mappings("matchExpressions", "give a list of requirements"):
-            operator = _Operator(each.string("operator", _OPERATORS, "give In, NotIn, Exists or DoesNotExist"))
+        for each in fields.mappings("matchExpressions", "must be a list of requirements"):
+            operator = _Operator(each.string("operator", _OPERATORS, "must be In, NotIn, Exists or DoesNotExist"))
             with_values = operator in (_Operator.IN, _Operator.NOT_IN)
-            values = each.strings("values", _LABEL, "give at least one value") if with_values else ()
-            requirements.append(_Requirement(each.string("key", _LABEL, "give a label"), operator, values))
+            values = each.strings("values", _LABEL, "must contain at least one value") if with_values else ()
+            requirements.append(_Requirement(each.string("key", _LABEL, "must be a label"), operator, values))
             each.refuse_unknown()
     fields.refuse_unknown()
     if not requirements:
-        raise fields.bad("matchLabels", "give matchLabels or matchExpressions; for all namespaces: namespaces: ['*']")
+        raise fields.bad(
+            "matchLabels", "set matchLabels or matchExpressions; for all namespaces set namespaces ['*'] instead"
+        )
     return tuple(requirements)
 
 

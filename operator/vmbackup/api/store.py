@@ -30,7 +30,7 @@ class StoreSpec:
         """Parse `spec` of a VMBackupStore manifest. Raises RefusedError naming the field and the cure."""
         top = Fields("spec", spec)
         directory = Fields("spec.directory", top.group("directory", required=True))
-        path = directory.string("path", _PATH, "give an absolute path below /, without '.' and '..'")
+        path = directory.string("path", _PATH, "must be an absolute path below /, without '.' and '..'")
         directory.refuse_unknown()
         top.refuse_unknown()
         return cls(directory=DirectoryStoreSpec(path=path))
