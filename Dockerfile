@@ -1,9 +1,9 @@
 # The image of the agent: `docker build -t vmbackup .`, or the same with podman or buildah.
 #
-# Debian's Python and libvirt client, our locked Python packages, and qemu-img. It takes plain Dockerfile syntax only.
-# A site with mirrors of its own gives a base image that knows its Debian mirror (--build-arg BASE=…), and what apt and
-# pip are to know as build arguments (--build-arg PIP_INDEX_URL, …; without a value, that of the environment is taken).
-# They count while it is built; nothing of them stays in the image.
+# Debian's Python and libvirt client, our locked Python packages, and qemu-img. It uses plain Dockerfile syntax only.
+# With mirrors of your own, set a base image that is configured for your Debian mirror (--build-arg BASE=…), and the
+# settings of apt and pip as build arguments (--build-arg PIP_INDEX_URL, …; without a value, the environment's value is
+# used). They apply to the build only; nothing of them stays in the image.
 ARG BASE=debian:13-slim
 
 FROM ${BASE} AS build
@@ -18,7 +18,7 @@ ARG PIP_TRUSTED_HOST
 ARG PIP_CERT
 ARG PIP_CACHE_DIR
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-# Whatever is downloaded has a hash in a lock, also what builds: libvirt-python alone is compiled, all else are wheels.
+# Every download has a hash in a lock, build tools included. Only libvirt-python is compiled; the rest are wheels.
 COPY requirements/build.lock requirements/run.lock requirements/
 RUN python3 -m venv tools \
  && tools/bin/pip install --quiet --require-hashes --no-deps --only-binary :all: -r requirements/build.lock \
@@ -30,7 +30,7 @@ RUN tools/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir wheel
  && python3 -m venv --without-pip /opt/vmbackup \
  && tools/bin/pip --python /opt/vmbackup/bin/python install --quiet --no-index --no-deps --no-compile wheels/*.whl \
  && rm /opt/vmbackup/bin/[Aa]ctivate*
-# The label below and the package must agree.
+# The label below and the package must have the same version.
 ARG VERSION=0.1.0
 RUN says=$(PYTHONDONTWRITEBYTECODE=1 /opt/vmbackup/bin/vmbackup --version) \
  && { [ "$says" = "vmbackup $VERSION" ] || { echo "the package is $says, VERSION is $VERSION" >&2; exit 1; }; }
@@ -38,8 +38,8 @@ RUN says=$(PYTHONDONTWRITEBYTECODE=1 /opt/vmbackup/bin/vmbackup --version) \
 FROM ${BASE}
 ARG APT_CONFIG
 COPY --from=build /opt/vmbackup /opt/vmbackup
-# Byte code lets an agent start in a third of the time, and its restart is what a suspended guest waits for. It is marked
-# as always valid, so that two builds are alike; of the Kubernetes client what no agent loads has none (40 MB).
+# With byte code an agent starts in a third of the time, and a suspended guest may be waiting for its restart. It is marked
+# as always valid, so that builds are reproducible. Modules of the Kubernetes client that no agent loads have none (40 MB).
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends libvirt0 python3 qemu-utils \
  && python3 -m compileall -q -f --invalidation-mode unchecked-hash \
@@ -61,6 +61,6 @@ LABEL org.opencontainers.image.title="vmbackup" \
       org.opencontainers.image.documentation="https://vmbackup.dev" \
       org.opencontainers.image.base.name="${BASE}"
 # It runs as root: disk images belong to root or to QEMU's user, and only root may lock them, write to them and read
-# libvirt's configuration. manifests/ takes from it what root need not have.
+# libvirt's configuration. manifests/ drops the capabilities that it does not need.
 ENTRYPOINT ["vmbackup"]
 CMD ["agent"]

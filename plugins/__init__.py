@@ -1,1 +1,1 @@
-"""The kubectl plugin as krew takes it: an archive with a zipapp, and the manifest that names it."""
+"""Packages the kubectl plugin for krew: an archive with a zipapp, and a manifest."""

@@ -1,7 +1,7 @@
 """Build the kubectl plugin: `python -m plugins.build [dist]`.
 
 Writes kubectl-vmbackup (a zipapp), kubectl_complete-vmbackup, kubectl-vmbackup.tar.gz with both, and vmbackup.yaml, the
-manifest for krew. The same sources make the same bytes.
+manifest for krew. The build is reproducible: the same sources give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ URL = f"https://vmbackup.dev/releases/v{__version__}/{ARCHIVE}"
 _PLUGIN, _COMPLETION = "kubectl-vmbackup", "kubectl_complete-vmbackup"
 _SHEBANG = b"#!/usr/bin/env python3\n"
 _MAIN = "import sys\n\nfrom kubectl_vmbackup.__main__ import main\n\nsys.exit(main())\n"
-_OLDEST = (1980, 1, 1, 0, 0, 0)  # of a zip archive
+_OLDEST = (1980, 1, 1, 0, 0, 0)  # that a zip archive can hold
 
 
 def build(dist: Path, url: str = URL) -> None:
-    """Build it into `dist`; `url` is where the archive can be had."""
+    """Build the plugin into `dist`; `url` is the address of the published archive."""
     dist.mkdir(parents=True, exist_ok=True)
     _executable(dist / _PLUGIN, _zipapp())
     _executable(dist / _COMPLETION, (ROOT / "plugins" / _COMPLETION).read_bytes())
@@ -56,7 +56,7 @@ def _zipapp() -> bytes:
 
 
 def _modules() -> Iterator[tuple[str, str]]:
-    """The plugin, and what it may import of vmbackup (.importlinter)."""
+    """The plugin, and the modules of vmbackup that it may import (.importlinter)."""
     source = ROOT / "operator"
     for pattern in ("kubectl_vmbackup/*.py", "vmbackup/api/*.py", "vmbackup/__init__.py", "vmbackup/errors.py"):
         yield from ((str(path.relative_to(source)), path.read_text()) for path in source.glob(pattern))
@@ -81,7 +81,7 @@ def _executable(path: Path, content: bytes) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("dist", nargs="?", type=Path, default=ROOT / "dist")
-    parser.add_argument("--url", default=URL, help="where the archive can be had")
+    parser.add_argument("--url", default=URL, help="address of the published archive")
     given = parser.parse_args()
     build(given.dist, given.url)
     print(*sorted(str(path) for path in given.dist.glob("*vmbackup*")), sep="\n")

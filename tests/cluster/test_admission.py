@@ -100,7 +100,7 @@ def test_an_agent_does_to_the_backups_of_its_own_node_what_it_has_to(
 def test_it_does_nothing_to_those_of_another(installed: KubeApi, agent_of_a: Path, act: str) -> None:
     name = installed_backup(installed, NODE_B, finalizers=[FINALIZER])
     before = installed.get("vmbackup", name)
-    with pytest.raises(DENIED, match=f"the agent of node {NODE_A} may change no VMBackup of node {NODE_B}"):
+    with pytest.raises(DENIED, match=f"the agent of node {NODE_A} may not change a VMBackup of node {NODE_B}"):
         ACTS[act](installed, agent_of_a, name)
     assert installed.get("vmbackup", name) == before
     patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
@@ -112,7 +112,7 @@ def test_a_token_that_is_bound_to_no_pod_is_of_no_use(installed: KubeApi, token_
     token = installed.kubectl("create", "token", AGENT, "-n", NAMESPACE).strip()
     unbound = installed.kubeconfig_of(token, name="unbound")
     name = installed_backup(installed, NODE_A, finalizers=[FINALIZER])
-    with pytest.raises(DENIED, match="an agent without the name of its node may change no VMBackup"):
+    with pytest.raises(DENIED, match="an agent whose node is unknown may not change a VMBackup"):
         ACTS[act](installed, unbound, name)
     patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
 
@@ -123,7 +123,7 @@ def test_a_certificate_of_the_group_alone_is_the_agent_of_no_node(
 ) -> None:
     odd = installed.kubeconfig_for("somebody", groups=["vmbackup:nodes"], name="odd")
     name = installed_backup(installed, NODE_A, finalizers=[FINALIZER])
-    with pytest.raises(DENIED, match="an agent without the name of its node may change no VMBackup"):
+    with pytest.raises(DENIED, match="an agent whose node is unknown may not change a VMBackup"):
         ACTS[act](installed, odd, name)
     patch(installed, installed.kubeconfig, name, NO_FINALIZERS)
 
@@ -166,7 +166,7 @@ def test_an_agent_makes_no_backups(installed: KubeApi, agent_of_a: Path) -> None
     admin = installed.kubeconfig_for(
         f"vmbackup:node:{NODE_A}", groups=["system:masters"], name="an-agent-with-too-many-rights"
     )
-    with pytest.raises(KubectlError, match="an agent makes no VMBackups"):
+    with pytest.raises(KubectlError, match="an agent may not create VMBackups"):
         installed.kubectl("create", "-f", "-", stdin=body, kubeconfig=admin)
 
 

@@ -40,7 +40,7 @@ def test_a_stolen_token_changes_nothing_of_another_node(cluster: Cluster, user: 
         cluster.kube.kubectl("annotate", "vmbackup", name, *arguments, kubeconfig=stolen)
 
     annotate("here")
-    with pytest.raises(KubectlError, match=f"the agent of node {NODE} may change no VMBackup of node node-b"):
+    with pytest.raises(KubectlError, match=f"the agent of node {NODE} may not change a VMBackup of node node-b"):
         annotate("elsewhere")
     with pytest.raises(KubectlError, match="orbidden"):
         cluster.kube.kubectl("get", "secrets", "--all-namespaces", kubeconfig=stolen)
@@ -98,7 +98,7 @@ def test_the_guide_gives_a_hypervisor_outside_of_the_cluster_an_identity_of_its_
     for name, node in (("outside", "hv-01"), ("inside", NODE)):
         user.apply(manifest(name, node, "none", DOMAIN, "team-a"))
     annotate("outside")
-    with pytest.raises(KubectlError, match=f"the agent of node hv-01 may change no VMBackup of node {NODE}"):
+    with pytest.raises(KubectlError, match=f"the agent of node hv-01 may not change a VMBackup of node {NODE}"):
         annotate("inside")
 
 

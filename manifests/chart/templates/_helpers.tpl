@@ -1,4 +1,4 @@
-{{/* Labels of all that is installed. */}}
+{{/* Labels of every installed object. */}}
 {{- define "vmbackup.labels" -}}
 app.kubernetes.io/name: vmbackup
 app.kubernetes.io/part-of: vmbackup
@@ -7,7 +7,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 
-{{/* The objects of a file that the manifests for kustomize have too: in the namespace of the release, with our labels. */}}
+{{/* The objects of a file that kustomize uses too, in the namespace of the release and with the labels of the chart. */}}
 {{- define "vmbackup.objects" -}}
 {{- $text := .root.Files.Get .file | required (printf "%s is not in this chart" .file) -}}
 {{- range $document := splitList "\n---\n" $text }}
@@ -41,7 +41,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ .kind }}{{ if .index }}-{{ .index }}{{ end }}
 {{- end }}
 
-{{/* Where images may be. */}}
+{{/* VMBACKUP_IMAGE_ROOTS: the directories that may contain images. */}}
 {{- define "vmbackup.imageRoots" -}}
 {{ join ":" .Values.hostPaths.images }}{{ if .Values.blockDevices.enabled }}:/dev{{ end }}
 {{- end }}
