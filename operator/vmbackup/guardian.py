@@ -20,7 +20,7 @@ from pathlib import Path
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.output import StderrLog
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.rescue import let_guests_run
+from vmbackup.reconcile.rescue import release_guests
 from vmbackup.telemetry.metrics import Metrics
 
 _HASTE = -10  # nice value: a guest stands still, and what killed the starter may be a machine that is overloaded
@@ -46,7 +46,7 @@ def _let_guests_run(uri: str, config_dir: str, state_dir: str, lock_dir: str) ->
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[StderrLog()])
     hypervisor = Hypervisor(uri, config_dir=Path(config_dir))
     try:
-        let_guests_run(Node(hypervisor, Path(state_dir), Metrics(), lock_dir=Path(lock_dir)))
+        release_guests(Node(hypervisor, Path(state_dir), Metrics(), lock_dir=Path(lock_dir)))
     finally:
         hypervisor.close()
 

@@ -80,7 +80,9 @@ def test_switched_in_a_snapshot_of_a_users_own_the_guest_comes_home_by_what_the_
     running = in_a_copy(witness, backup)
     theirs = Path(witness.bases["vda"]).with_name(f"theirs-{uuid.uuid4()}.qcow2")
     dies_having_switched(libvirtd, witness.name, {"vda": str(theirs)})
-    is_quarantined(running, f"disk vda: QEMU writes neither {witness.bases['vda']}", "let the domain's definition name")
+    is_quarantined(
+        running, f"disk vda: QEMU writes neither {witness.bases['vda']}", "set it in the domain's definition"
+    )
     witness.guest.wait_for_more(2)
 
     assert str(theirs) in libvirtd.virsh("qemu-monitor-command", witness.name, "--hmp", "info block")

@@ -213,7 +213,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the
     running, there, report = migrated_in_a_copy(mover, elsewhere, backup, *UNDEFINED)
     overlays = mover.overlays()
     assert (report.outcome, report.reason, report.chain_clean) == (Outcome.FAILED, "Quarantined", False)
-    for words in ("disk vda", str(overlays[0]), "leave it where it is", "If the domain was migrated"):
+    for words in ("disk vda", str(overlays[0]), "keep that file", "If the domain was migrated"):
         assert words in report.message
 
     there.watch_snapshots(monkeypatch)
@@ -260,6 +260,6 @@ def test_a_backup_that_has_waited_for_a_migration_is_refused_when_its_guest_has_
         mover.libvirtd.virsh("migrate-setspeed", mover.name, AT_FULL_SPEED)
         report = running.end()
     assert (report.outcome, report.reason, report.chain_clean) == (Outcome.REFUSED, "DomainNotRunning", True)
-    for words in (f"domain {mover.name} is gone from this host", "spec.nodeName"):
+    for words in (f"domain {mover.name} is no longer on this host", "spec.nodeName"):
         assert words in report.message
     there.prove(running)

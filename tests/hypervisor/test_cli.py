@@ -246,7 +246,7 @@ def test_the_same_backup_started_twice_is_taken_once(domain: DomainFactory, vmba
     rest, _ = first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), rest + second.stdout
     assert UID.findall(second.stdout) == UID.findall(said)
-    assert "another process runs this very backup" in second.stdout
+    assert "another process is already running this backup" in second.stdout
     assert len(vmbackup.folders) == 1
 
 
@@ -317,7 +317,7 @@ def test_a_guest_that_stays_off_on_its_overlay_exits_3(
     assert cli.main(["run", "-f", file]) == 3
     said = capfd.readouterr().out
     assert "the guest is off on its overlay (disk vda: " in said
-    assert "the commit goes on when it starts; start the guest, then run again" in said
+    assert "the commit continues when it starts; start the guest, then run again" in said
     libvirtd.virsh("start", guest.name, "--paused")
     assert vmbackup("run", "-f", file).returncode == 0
     assert guest.live().source == guest.bases["vda"]

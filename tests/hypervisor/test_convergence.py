@@ -291,7 +291,7 @@ def test_a_pause_that_does_not_suffice_ends_at_its_bound_and_is_not_repeated_in_
 def held(running: RunningBackup) -> list[str]:
     """What status has said of a commit that does not converge, and beside which the guest runs."""
     messages = [report.message for _, report in running.told.timeline]
-    return [message for message in messages if "has not converged" in message and "it goes on" in message]
+    return [message for message in messages if "has not converged" in message and "the commit continues" in message]
 
 
 def test_a_backup_that_is_stopped_leaves_no_guest_paused(slow_to_merge: Domain, backup: BackupFactory) -> None:

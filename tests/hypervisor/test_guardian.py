@@ -120,7 +120,7 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     said, _ = process.communicate(timeout=60)  # returns once the guardian has let go of stderr too
     assert process.returncode == -signal.SIGKILL
     assert guest.guest.state()[0] is Power.RUNNING
-    assert "may be suspended or frozen by a process that has died" in said
+    assert "was left suspended or frozen by a process that died" in said
     assert f"the guest {guest.name} runs again" in said
     assert not guardians(tmp_path / "state")
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0

@@ -33,7 +33,7 @@ from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Call, Record, Snapshot
 from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.rescue import let_guests_run
+from vmbackup.reconcile.rescue import release_guests
 from vmbackup.reconcile.state.clock import boot_id, boottime
 from vmbackup.reconcile.state.journal import Journal, record_of
 from vmbackup.telemetry.metrics import Metrics
@@ -75,7 +75,7 @@ def test_whose_journal_holds_what_this_version_cannot_read(guest: Domain, hyperv
     node, record = left_at(guest, hypervisor, SUSPENDED)
     assert record.holds_guest
     Journal.start(node.state_dir, replace(record, spec={"fieldOfALaterVersion": 1})).close()
-    let_guests_run(node)
+    release_guests(node)
     assert runs(guest)
 
 

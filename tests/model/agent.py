@@ -208,7 +208,7 @@ class Agent:
                 record = self._record("shipped", world.record, lambda r: replace(r, copy=Copy.STORED))
                 return Step(AGENT + "store the copy", done._replace(record=record, kept=record))
             case Do.PLAN:
-                record = self._record("anew", world.record, transition.planned_anew)
+                record = self._record("anew", world.record, transition.planned_again)
                 return Step(AGENT + "plan anew", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
                 return self._unlink(done, index)

@@ -132,7 +132,7 @@ def _never_busy(*args: Any, control_idle: bool, **kwargs: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- I5, the guest
-def _let_go_at_once(s: Situation) -> Action | None:
+def _release_at_once(s: Situation) -> Action | None:
     return Action(Do.RELEASE) if s.intent.deleted else None
 
 
@@ -255,7 +255,9 @@ MUTANTS = (
     Mutant(
         "I5",
         "deleted, it lets go without recording the orphan",
-        tuple((module, "let_go", _let_go_at_once) for module in (situation, rules_on, rules_off, commit_rules)),
+        tuple(
+            (module, "release_deleted", _release_at_once) for module in (situation, rules_on, rules_off, commit_rules)
+        ),
         Setting(faults=2, writes=0),
     ),
     Mutant(

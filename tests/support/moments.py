@@ -148,7 +148,7 @@ MOMENTS = [
             ON_OVERLAY,
             phase=Phase.COMMITTING,
             reason=Reason.DOMAIN_OFF,
-            message=f"the guest is off on its overlay ({_OVERLAY}): the commit goes on when it starts",
+            message=f"the guest is off on its overlay ({_OVERLAY}); the commit continues when it starts",
             backup_complete=True,
         ),
         *("U DomainOff", "T Stored", "F OverlayActive", "T", "F", "InProgress"),

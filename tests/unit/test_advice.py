@@ -12,10 +12,10 @@ TOLD = {
     "overlay gone": (advice.overlay_gone(DISK), "put it back"),
     "images differ": (advice.images_differ(DISK), "virsh edit"),
     "overlay left, off": (advice.overlay_left_off(DISK), "do not start it"),
-    "gone from here": (advice.gone_from_here(DISK), "define it again"),
+    "gone from here": (advice.gone_from_here(DISK), "define the domain again"),
     "overlay left, on": (advice.overlay_left_on(DISK), "move the overlay away"),
     "written elsewhere": (advice.written_elsewhere(DISK, DISK.overlay), "shut the guest down and start it again"),
-    "written to a foreign image": (advice.written_to_foreign_image(DISK), "let the domain's definition name it"),
+    "written to a foreign image": (advice.written_to_foreign_image(DISK), "set it in the domain's definition"),
     "overlay in use": (advice.overlay_in_use(DISK), "lsof"),
     "lost by libvirt": (advice.lost_by_libvirt(DISK), "shut it down from within"),
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
@@ -41,7 +41,7 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 
 def test_who_is_to_name_an_image_is_told_how_the_chain_below_it_stays_whole() -> None:
-    named = [told for told, cure in TOLD.values() if "virsh edit" in told or cure == "define it again"]
+    named = [told for told, cure in TOLD.values() if "virsh edit" in told or cure == "define the domain again"]
     assert len(named) == 5
     assert all("no <backingStore>" in told for told in named)
 

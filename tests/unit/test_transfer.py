@@ -153,7 +153,7 @@ def test_after_a_copy_that_hangs_in_its_store_none_begins_before_that_one_has_en
     assert copying.copy(record, lambda: store) is None
     assert copying.stuck
     told = summarize(replace(record, snapshot=Snapshot.DONE), None, None, Progress({}, {}, stuck=copying.stuck))
-    assert (told.reason, "hangs in the store" in told.message) == (Reason.COPYING, True)
+    assert (told.reason, "still blocked in the store" in told.message) == (Reason.COPYING, True)
     assert [thread.name for thread in threading.enumerate()].count("copy-6f0b1f9e") == 1
 
     dead_store.set()

@@ -42,7 +42,7 @@ from vmbackup.cluster.events import Events
 from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.node import Node
-from vmbackup.reconcile.rescue import guarded, let_guests_run
+from vmbackup.reconcile.rescue import guarded, release_guests
 from vmbackup.telemetry.health import HealthServer
 from vmbackup.telemetry.metrics import Metrics
 from vmbackup.telemetry.server import Certificate
@@ -196,7 +196,7 @@ class _Agent:
         self._background = [asyncio.create_task(self.watchdog.beat())]
         try:
             with suppress(TimeoutError):  # guests come first, whether or not the API server answers
-                rescue = self._threads.run(partial(let_guests_run, self.node), "rescue")
+                rescue = self._threads.run(partial(release_guests, self.node), "rescue")
                 await asyncio.wait_for(rescue, _RESCUE_SECONDS)
             await self._sweep.begin()
         except asyncio.CancelledError:  # told to end already: kopf calls no _stop then

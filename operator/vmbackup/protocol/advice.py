@@ -1,4 +1,4 @@
-"""What a human is told where the agent cannot go on alone: which disk, which file, and what to do next. Pure."""
+"""Advice for a human, for what the agent cannot solve: which disk, which file, and what to do next. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _EDIT = "virsh edit: its <source>, its format as type of the <driver>, and no <b
 def overlay_gone(disk: DiskRecord) -> str:
     """The guest is off, P=O, and there is no such file."""
     return (
-        f"disk {disk.target}: the overlay {disk.overlay} is gone, and with it what the guest wrote last: put it back; "
-        "else restore a backup"
+        f"disk {disk.target}: the overlay {disk.overlay} is missing, and with it the guest's latest writes: put it "
+        "back, or restore a backup"
     )
 
 
@@ -30,7 +30,7 @@ def overlay_left_off(disk: DiskRecord) -> str:
     """The guest is off, P=B, and O is there."""
     return (
         f"disk {disk.target}: the guest is off and would start on {disk.base}, but {disk.overlay} may hold newer data: "
-        "do not start it; compare them (qemu-img compare), let the domain's definition name the newer one "
+        "do not start it; compare them (qemu-img compare), set the newer one in the domain's definition "
         f"({_EDIT}), or move the overlay away"
     )
 
@@ -38,10 +38,10 @@ def overlay_left_off(disk: DiskRecord) -> str:
 def gone_from_here(disk: DiskRecord) -> str:
     """Neither running nor defined here, and O is there: migrated, or undefined by hand, or transient and stopped."""
     return (
-        f"disk {disk.target}: the domain is gone from this host, and {disk.overlay} holds what its guest wrote last: "
-        "leave it where it is. If the domain was migrated, the agent of that host brings it home, and nothing is to be "
-        f"done here; else define it again with {disk.overlay} as its image (format qcow2, no <backingStore>), and "
-        "start it"
+        f"disk {disk.target}: the domain is no longer on this host, and {disk.overlay} holds its guest's latest "
+        "writes: keep that file. If the domain was migrated, the agent on that host merges it, and there is nothing to "
+        f"do here; otherwise define the domain again with {disk.overlay} as its image (format qcow2, no "
+        "<backingStore>), and start it"
     )
 
 
@@ -62,24 +62,23 @@ def written_to_foreign_image(disk: DiskRecord) -> str:
     """T≠L, and T is neither B nor O: somebody else's image, which the definition does not name."""
     return (
         f"disk {disk.target}: QEMU writes neither {disk.base} nor an image that libvirt names: the next start would "
-        "go back in time. Find it (virsh qemu-monitor-command DOMAIN --hmp 'info block'), let the domain's "
-        f"definition name it ({_EDIT}), and only then shut the guest down and start it again"
+        "boot an older image. Find it (virsh qemu-monitor-command DOMAIN --hmp 'info block'), set it in the domain's "
+        f"definition ({_EDIT}), and only then shut the guest down and start it again"
     )
 
 
 def overlay_in_use(disk: DiskRecord) -> str:
     """L=B, and O is locked."""
     return (
-        f"disk {disk.target}: libvirt names {disk.base}, but {disk.overlay} is in use: end whoever reads it (lsof "
-        f"names it); if that is the guest's own QEMU, {_COLD_RESTART}"
+        f"disk {disk.target}: libvirt names {disk.base}, but {disk.overlay} is in use: end the process that has it "
+        f"open (lsof shows it); if that is the guest's own QEMU, {_COLD_RESTART}"
     )
 
 
 def job_unknown(disk: DiskRecord) -> str:
     """A `<mirror>` without a job, and L=O=T."""
     return (
-        f"disk {disk.target}: libvirt believes in a commit of {disk.overlay} of which QEMU knows nothing: "
-        f"{_COLD_RESTART}"
+        f"disk {disk.target}: libvirt still lists a commit of {disk.overlay} that QEMU no longer has: {_COLD_RESTART}"
     )
 
 
@@ -87,12 +86,12 @@ def foreign_image(disk: DiskRecord) -> str:
     """L is neither B nor O, and O is there."""
     return (
         f"disk {disk.target}: the guest uses another image than {disk.base} and {disk.overlay}, which may be below it: "
-        "end what put it there (mostly a snapshot: virsh blockcommit, virsh snapshot-delete), and this goes on"
+        "remove it (usually a snapshot: virsh blockcommit, virsh snapshot-delete); the backup then continues"
     )
 
 
 def base_changed(disk: DiskRecord) -> str:
-    """B is not the file any more that it was when O was put on it."""
+    """B is no longer the file that it was when O was created on it."""
     return (
         f"disk {disk.target}: {disk.base} was replaced, removed or truncated, and {disk.overlay} only fits the "
         "original: nothing is merged. Put the original back under this name. If it is gone, do not stop the running "
@@ -126,22 +125,23 @@ def lost_by_libvirt(disk: DiskRecord) -> str:
     """
     return (
         f"disk {disk.target}: libvirt says that the guest is off, but a process has {disk.overlay} open (lsof). If "
-        "that is its QEMU, which libvirt has lost, the guest runs on: shut it down from within, or end that process"
+        "that is its QEMU, which libvirt has lost, the guest is still running: shut it down from within, or "
+        "end that process"
     )
 
 
 def foreign_definition(disk: DiskRecord) -> str:
     """P is neither B nor O, and O is there."""
     return (
-        f"disk {disk.target}: the domain's definition names another image than {disk.base}, perhaps on top of "
-        f"{disk.overlay}: let it name {disk.base} ({_EDIT})"
+        f"disk {disk.target}: the domain's definition does not name {disk.base} (perhaps an image on top of "
+        f"{disk.overlay}): change it back to {disk.base} ({_EDIT})"
     )
 
 
 def foreign_job(disk: DiskRecord) -> str:
     """Somebody else's block job."""
     return (
-        f"disk {disk.target}: another block job is running on {disk.overlay or 'it'}: wait for its end, or end it "
+        f"disk {disk.target}: another block job is running on {disk.overlay or 'it'}: wait until it ends, or end it "
         f"(virsh blockjob)"
     )
 
@@ -150,35 +150,35 @@ def foreign_commit(disk: DiskRecord) -> str:
     """Somebody else's commit writes to the base that is being copied."""
     return (
         f"disk {disk.target}: somebody else's commit of {disk.overlay} (virsh blockcommit) writes to {disk.base}, "
-        "which is not of the moment of the snapshot any more: create a new VMBackup"
+        "which therefore no longer matches the snapshot: create a new VMBackup"
     )
 
 
 def start(*, saved: bool) -> str:
     """Off on O, and nothing else is wrong. `saved`: there is a saved state, which needs O."""
-    return "start the guest: it is off on its overlay" + (", on which its saved state goes on" if saved else "")
+    return "start the guest: it is off on its overlay" + (", which its saved state needs" if saved else "")
 
 
 def migrated(record: Record) -> str:
     """Off on O here, since it runs elsewhere."""
     return (
-        f"domain {record.domain} was migrated to another host while it was on its overlay: the agent there brings it "
-        "home; here undefine it (virsh undefine), or start it again only after it has ended there"
+        f"domain {record.domain} was migrated to another host while it was on its overlay: the agent on that host "
+        "merges it. Undefine the domain here (virsh undefine), or start it here only after it has ended there"
     )
 
 
 def not_here(record: Record) -> str:
-    """It went away before anything was begun."""
+    """The domain was gone before the backup had begun."""
     return (
-        f"domain {record.domain} is gone from this host, mostly by a migration: create a new VMBackup with the "
+        f"domain {record.domain} is no longer on this host (usually migrated): create a new VMBackup with the "
         "spec.nodeName of the host where it runs"
     )
 
 
 def migrating(record: Record) -> str:
-    """A job of the whole domain that is somebody else's."""
+    """Somebody else's job on the whole domain."""
     return (
-        f"domain {record.domain} is being migrated, saved or backed up by somebody else: wait for its end, or end it "
+        f"domain {record.domain} is being migrated, saved or backed up by somebody else: wait until it ends, or end it "
         f"(virsh domjobinfo {record.domain})"
     )
 
@@ -194,7 +194,7 @@ def stays_frozen(domain: str) -> str:
 def image_changed(disk: DiskRecord) -> str:
     """Before the snapshot: L or P is not B any more."""
     return (
-        f"disk {disk.target}: the guest uses another image than {disk.base}, or will at its next start: let the "
+        f"disk {disk.target}: the guest uses another image than {disk.base}, or will at its next start: make the "
         "running guest and the domain's definition agree (virsh domblklist, --inactive too), then create a new VMBackup"
     )
 
@@ -203,8 +203,8 @@ def no_room(disks: list[DiskRecord]) -> str:
     """The guest was paused by an I/O error while these were on their overlay."""
     overlays = ", ".join(f"{disk.target}: {disk.overlay}" for disk in disks)
     return (
-        f"the guest was paused by an I/O error, mostly since its overlay has no room ({overlays}): it is brought "
-        "home and resumed; free space there, or give --overlay-dir, and create a new VMBackup"
+        f"the guest was paused by an I/O error, usually because its overlay has no room ({overlays}): the overlay is "
+        "merged and the guest resumed; free space there, or set --overlay-dir, and create a new VMBackup"
     )
 
 
@@ -219,12 +219,12 @@ def commit_begun(disk: DiskRecord) -> str:
 def disks_apart(disks: list[DiskRecord]) -> str:
     """R6. `disks`: those that are on base already."""
     names = ", ".join(f"{disk.target} ({disk.base})" for disk in disks)
-    return f"some disks left the moment of the snapshot before their copy was complete: {names}; create a new VMBackup"
+    return f"the bases of some disks changed before their copy was complete: {names}; create a new VMBackup"
 
 
 def commit_failed(disk: DiskRecord, why: str) -> str:
-    """An attempt to bring a disk home has failed."""
+    """An attempt to merge an overlay has failed."""
     return (
-        f"{disk.overlay} could not be merged into {disk.base}: {why}; see whether the file system of {disk.base} is "
+        f"{disk.overlay} could not be merged into {disk.base}: {why}; check whether the file system of {disk.base} is "
         "full, or another process reads it (lsof)"
     )

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, Guard
-from vmbackup.protocol.situation import Case, Situation, guard_for_switch, guarded, let_go, quarantine, settle_live
+from vmbackup.protocol.situation import (
+    Case,
+    Situation,
+    guard_for_switch,
+    guarded,
+    quarantine,
+    release_deleted,
+    settle_live,
+)
 from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, Do, Mirror, Power
 
@@ -75,7 +83,7 @@ def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
     """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that."""
     if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
-    return let_go(s)
+    return release_deleted(s)
 
 
 def _way_home(s: Situation, disk: Case) -> Action:

@@ -1,4 +1,4 @@
-"""A commit that does not converge: which one that is, and how far a guest's writes are slowed down for it. Pure.
+"""Commits that do not converge: which they are, and how far a guest's writes are slowed down for them. Pure.
 
 The guest is slowed down by the live <iotune> of the disk, which QEMU forgets when it ends, and which does not concern
 the block job. A job copies 64 KiB for the smallest write: a guest at the lowest limit may dirty sixteen times that.
@@ -34,7 +34,7 @@ def _overdue(record: DiskRecord, disk: DiskSeen, seen: Observation, deadline: fl
 
 
 def step_seconds(deadline: float) -> float:
-    """How long one limit is given to show what it does, where a commit has so many seconds to converge by itself."""
+    """How long one limit is given to show what it does, if a commit has `deadline` seconds to converge on its own."""
     return min(_LONGEST_STEP, deadline)
 
 

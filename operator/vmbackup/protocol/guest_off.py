@@ -11,8 +11,8 @@ from vmbackup.protocol.situation import (
     end,
     fail_unwanted,
     finish,
-    let_go,
     quarantine,
+    release_deleted,
     settle,
     settled,
     snapshot_wanted,
@@ -41,7 +41,7 @@ def forget_guest(s: Situation) -> Action | None:
     "it was migrated and merged on the other host: nothing is left here",
 )
 def lift_quarantine(s: Situation) -> Action | None:
-    """Gone from this host, and so is O, while B is seen: brought home where its guest was migrated to."""
+    """Gone from this host, and so is O, while B is seen: merged on the host to which its guest was migrated."""
     if not s.record.quarantined or not s.undefined or any(disk.overlay is not None for disk in s.disks):
         return None
     if any(disk.seen.base_changed for disk in s.disks):  # their file system may not be mounted any more
@@ -99,7 +99,7 @@ def off_on_overlay(s: Situation) -> Action | None:
             if settled(disk, Image.BASE) and (action := settle(s, [(disk, Image.BASE)])):
                 return action
             if s.seen.migrated:
-                continue  # it was brought home where the guest is
+                continue  # it was merged on the host where the guest is
             return quarantine(s, advice.overlay_gone(disk.record))
         if disk.record.pivot_intended and disk.record.settled == Settled(Image.BASE, durable=True):
             return settle(s, [(disk, Image.BASE)])
@@ -160,7 +160,7 @@ def off_with_overlay_left(s: Situation) -> Action | None:
         if disk.seen.persistent is Image.OVERLAY or disk.overlay is None:
             continue
         if disk.record.pivot_intended and disk.seen.persistent is Image.OTHER and not settled(disk, Image.BASE):
-            return Action(Do.CLEAR_PIVOT, disk.target)  # P=B, should it ever come, will be a user's doing
+            return Action(Do.CLEAR_PIVOT, disk.target)  # if P ever becomes B, a user did it
         home = disk.done_with and disk.seen.persistent is Image.BASE
         if home and not disk.overlay.merged and s.intent.guarded and not settled(disk, Image.BASE):
             if s.record.quarantined:
@@ -195,7 +195,7 @@ def merge_offline(s: Situation) -> Action | None:
     """P=O, settled, and commit.offline: merge, one disk after the other. Failed attempts are made again after a while.
 
     QEMU's locks keep the guest from starting meanwhile. What comes of it is believed only while we hold O's lock: after
-    a restart of ours the guest may have run, and O is merged and compared anew. A saved state names O; and where the
+    a restart of ours the guest may have run, and O is merged and compared again. A saved state names O; and where the
     guest was migrated to, it writes O.
     """
     copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
@@ -213,7 +213,7 @@ def merge_offline(s: Situation) -> Action | None:
         return Action(Do.WAIT, reason=actions[0].reason, until=min(until, default=None), others=others)
     if not left:
         return None
-    return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or let_go(s) or Action(Do.DONE)
+    return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or release_deleted(s) or Action(Do.DONE)
 
 
 def _merge(s: Situation, disk: Case) -> Action:
@@ -245,7 +245,7 @@ def park(s: Situation) -> Action | None:
         return None
     copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
     if copying and s.record.quarantined and s.undefined:
-        return Action(Do.FAIL_BACKUP, reason=s.record.quarantined)  # who knows what is done to base elsewhere
+        return Action(Do.FAIL_BACKUP, reason=s.record.quarantined)  # base may be changed on another host
     if copying and not s.record.quarantined:
         if s.intent.unwanted:
             return fail_unwanted(s.intent.unwanted)
@@ -261,7 +261,7 @@ def park(s: Situation) -> Action | None:
     in_use = [advice.lost_by_libvirt(disk.record) for disk in s.disks if disk.overlay and disk.overlay.locked]
     why_off = "; ".join(in_use) or advice.start(saved=s.seen.saved)
     reason = s.record.quarantined or (advice.migrated(s.record) if s.seen.migrated else why_off)
-    return let_go(s) or Action(Do.WAIT, reason=reason, parked=True)
+    return release_deleted(s) or Action(Do.WAIT, reason=reason, parked=True)
 
 
 @row(

@@ -20,8 +20,8 @@ from vmbackup.protocol.situation import (
     finish,
     guard_for_switch,
     guarded,
-    let_go,
     quarantine,
+    release_deleted,
     settle,
     settle_if_possible,
     settle_live,
@@ -91,7 +91,7 @@ def lift_quarantine(s: Situation) -> Action | None:
     "somebody else's overlay, perhaps on top of ours: merging under it would corrupt it",
 )
 def leave_others_alone(s: Situation) -> Action | None:
-    """The guest uses an image that is neither base nor O: somebody else's doing, perhaps with O below it."""
+    """The guest uses an image that is neither base nor O: somebody else's image, perhaps with O below it."""
     for disk in s.disks:
         if disk.seen.live is Image.OTHER and disk.overlay is not None:
             return quarantine(s, advice.foreign_image(disk.record))
@@ -183,11 +183,11 @@ def thaw(s: Situation) -> Action | None:
 
 @row(
     "this run is to end",
-    "wait: the next run does what is left",
+    "wait for the next run",
     "what we suspended or froze was resumed and thawed by the rules above",
 )
 def stop(s: Situation) -> Action | None:
-    """This run is to end: what is suspended or frozen by us comes first, and there is no more to it."""
+    """This run is to end: the guest was resumed and thawed by the rules above; nothing else is done."""
     until = s.seen.thaw_after if s.seen.now < s.seen.thaw_after else None
     return Action(Do.WAIT, reason="this run is to end", until=until) if s.intent.leaving else None
 
@@ -282,7 +282,7 @@ def stay_on_overlay(s: Situation) -> Action | None:
     """The limit is reached: the guest keeps running on its overlay, nothing is deleted."""
     if not s.on_overlay:
         return None
-    return end(s) or let_go(s) or Action(Do.DONE)
+    return end(s) or release_deleted(s) or Action(Do.DONE)
 
 
 @row(

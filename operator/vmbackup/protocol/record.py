@@ -1,4 +1,4 @@
-"""The record of one backup: what its journal holds, and what each decision changes in it. Pure: no I/O.
+"""The record of one backup, as its journal holds it. Pure: no I/O.
 
 Only what libvirt and the disks cannot show is in here (the chain is the truth, see docs/concepts.md), and what status
 needs after a restart.
@@ -17,7 +17,7 @@ class Image(StrEnum):
 
     BASE = "base"
     OVERLAY = "overlay"
-    OTHER = "other"  # neither: somebody else's doing
+    OTHER = "other"  # neither: somebody else has set it
 
 
 class Snapshot(StrEnum):

@@ -1,4 +1,4 @@
-"""The situation that the rules look at, and what they share: settling P, READY, quarantine, the end."""
+"""The situation that the rules look at, and the parts that they share: settling P, READY, quarantine, the end."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ OURS = (Image.BASE, Image.OVERLAY)
 
 
 def settle(situation: Situation, wanted: Iterable[tuple[Case, Image | None]]) -> Action | None:
-    """R2: make P name these images, durably on disk. None if it is so.
+    """R2: make P name these images, durably on disk. None if it does already.
 
-    A disk without P (a transient domain) or with an image that is not ours, by somebody else's doing, is left as it is.
+    A disk without P (a transient domain) or with an image that is not ours (somebody else set it), is left unchanged.
     """
     pairs = [(disk, image) for disk, image in wanted if image and image in OURS and disk.seen.persistent in OURS]
     images = tuple((disk.target, image) for disk, image in pairs)
@@ -182,16 +182,19 @@ def consistent(disk: Case) -> bool:
 
 
 def quarantine(situation: Situation, reason: str) -> Action:
-    """Never with the guest suspended or frozen by us. Say each reason once; then let a deleted VMBackup go, or wait."""
+    """Quarantine the chain.
+
+    First resume and thaw what we hold; report each reason once; then release a deleted VMBackup, or wait.
+    """
     if situation.suspended_by_us:
         return settle_if_possible(situation) or Action(Do.RESUME)
-    if situation.record.guard is not Guard.NONE:  # whoever pauses the guest from now on is not us
+    if situation.record.guard is not Guard.NONE:  # a guest that is paused from now on was paused by somebody else
         return Action(Do.CLEAR_GUARD)
     if action := thaw_guest(situation) or unthrottle(situation):
         return action
-    if situation.record.quarantined != reason:  # what a human is to do next, where he has begun to help
+    if situation.record.quarantined != reason:  # the next step for a human who has begun to help
         return Action(Do.QUARANTINE, reason=reason)
-    return let_go(situation) or Action(Do.WAIT, reason=reason, parked=True)
+    return release_deleted(situation) or Action(Do.WAIT, reason=reason, parked=True)
 
 
 @row(
@@ -242,7 +245,7 @@ def unthrottle(s: Situation) -> Action | None:
     return None
 
 
-def let_go(situation: Situation) -> Action | None:
+def release_deleted(situation: Situation) -> Action | None:
     """Deleted, and home is impossible for now: record the orphan on the node, then release the finalizer."""
     if not situation.intent.deleted:
         return None

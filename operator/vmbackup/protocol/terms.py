@@ -1,4 +1,4 @@
-"""The words of a decision: what is seen, what is wanted, what is done. Pure data."""
+"""The terms of a decision: observation, intent, action. Pure data."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Unwanted:
 
 @dataclass(frozen=True)
 class Intent:
-    """What is wanted."""
+    """The request, as far as the rules depend on it."""
 
     deleted: bool = False
     cancelled: bool = False

@@ -30,8 +30,8 @@ def recorded(record: Record, action: Action) -> Record:  # noqa: C901 — a tabl
         case Do.CLEAR_GUARD:
             return replace(record, guard=Guard.NONE, pause_until=0.0)
         case Do.FORGET_GUEST:
-            anew = _unfrozen(record.with_every_disk(throttle=None), Freeze.NONE)
-            return replace(anew, guard=Guard.NONE, pause_until=0.0, io_error=False)
+            released = _unfrozen(record.with_every_disk(throttle=None), Freeze.NONE)
+            return replace(released, guard=Guard.NONE, pause_until=0.0, io_error=False)
         case Do.RECORD_IO_ERROR:
             return replace(record, io_error=True)
         case Do.FAIL_BACKUP | Do.REFUSE:
@@ -79,7 +79,7 @@ def answered(record: Record, action: Action) -> Record:
     match action.do:
         case Do.FREEZE:
             return replace(record, quiesced=True)
-        case Do.THAW:  # before the snapshot: freeze anew, unless freezing has failed
+        case Do.THAW:  # before the snapshot: freeze again, unless freezing has failed
             tried = record.quiesced is False or record.snapshot is Snapshot.DONE
             return _unfrozen(record, Freeze.TRIED if tried else Freeze.NONE)
         case Do.RESUME:
@@ -145,9 +145,9 @@ def merged_offline(record: Record, target: str, stamp: str) -> Record:
 
 
 def resumed_after_crash(record: Record) -> Record:
-    """The record as a new run takes it up: what an earlier one had frozen is thawed at once.
+    """The record as a new run takes it up: a guest that an earlier run had frozen is thawed at once.
 
-    So is a guest resumed that it had suspended for a commit, or for a snapshot, which is planned anew.
+    A guest that it had suspended for a commit or a snapshot is resumed at once; the snapshot is planned again.
     """
     record = replace(record, pause_until=0.0, replan=record.snapshot is Snapshot.INTENDED)
     if record.freeze is not Freeze.FROZEN:
@@ -156,18 +156,18 @@ def resumed_after_crash(record: Record) -> Record:
 
 
 def of_this_boot(record: Record, boot_id: str, now: float) -> Record:
-    """The record as it can be read after a reboot, with which CLOCK_BOOTTIME has begun anew, and every QEMU.
+    """The record as it is valid after a reboot, which has reset CLOCK_BOOTTIME and ended every QEMU.
 
-    Whoever has suspended a guest since, it was not us.
+    A guest that is paused now was paused by somebody else.
 
     A copy that goes on has its deadline counted from `now` (CLOCK_BOOTTIME, seconds); nothing waits for its next
     attempt any more.
     """
     if record.boot_id == boot_id:
         return record
-    anew = recorded(record, Action(Do.FORGET_GUEST)).with_every_disk(commit_started=None, retry_at=0.0)
+    rebooted = recorded(record, Action(Do.FORGET_GUEST)).with_every_disk(commit_started=None, retry_at=0.0)
     snapshot_at = None if record.snapshot_at is None else now
-    return replace(anew, boot_id=boot_id, snapshot_at=snapshot_at, suspended_at=None)
+    return replace(rebooted, boot_id=boot_id, snapshot_at=snapshot_at, suspended_at=None)
 
 
 def _unfrozen(record: Record, freeze: Freeze) -> Record:
@@ -182,7 +182,7 @@ def without_switches(record: Record) -> Record:
     return replace(record.with_every_disk(retry_at=inf), copy=copy)
 
 
-def planned_anew(record: Record) -> Record:
+def planned_again(record: Record) -> Record:
     """R7: the marks of an adopted overlay do not survive into this backup's own snapshot, nor an earlier intent."""
     fresh = record.with_every_disk(
         commit_begun=False,

@@ -48,7 +48,7 @@ _WAIT = 1.0  # seconds between attempts to get the domain, or its lock
 
 
 class Backup:
-    """Runs one VMBackup, from its journal if there is one. `request` is asked anew all the time."""
+    """Runs one VMBackup, from its journal if there is one. `request` is asked again and again."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class Backup:
     ) -> None:
         """`spec`, `store`: the specs of VMBackup and VMBackupStore on an API server, for the journal.
 
-        It outlives the VMBackup, and is what there is while the API server is away. `admit` raises RefusedError where
-        its domain, or one that is not there, may not be backed up; it is asked before anything is begun.
+        The journal outlives the VMBackup, and is used while the API server is away. `admit` raises RefusedError if
+        its domain may not be backed up, or does not exist; it is asked before the backup begins.
         """
         self._node = node
         self._key = key
@@ -105,7 +105,7 @@ class Backup:
 
     def _drive(self, journal: Journal) -> Ending:
         if self._request().cancelled and _untouched(journal.record):
-            return self._waited_in_vain(journal)
+            return self._ended_before_start(journal)
         try:
             guest = self._guest(journal.record)
             if guest is not None:
@@ -113,11 +113,11 @@ class Backup:
         except RefusedError as error:
             return self._refused(journal, error)
         if guest is None:
-            return self._waited_in_vain(journal)
+            return self._ended_before_start(journal)
         while True:
             with domain_lock(guest.uuid, lambda: self._queued(journal.record), self._node.lock_dir) as held:
                 if not held:
-                    return self._waited_in_vain(journal)
+                    return self._ended_before_start(journal)
                 earlier = self._earlier(guest.uuid)
                 holders = [] if self._request().stop else [record for record in earlier if record.holds_guest]
                 if not holders:
@@ -125,16 +125,15 @@ class Backup:
             for record in holders:  # its process has died, and a rescuer would wait for the end of this one
                 release_guest_of(self._node, record)
             if not self._queued(journal.record):
-                return self._waited_in_vain(journal)
+                return self._ended_before_start(journal)
 
     def _journal(self) -> Journal:
         state_dir, key = self._node.state_dir, self._key
         journal = Journal.of(state_dir, key.uid)
         if journal is None:
             if aside := journals.set_aside(state_dir, key.uid):
-                message = (
-                    f"the journal had no whole line and is kept as {aside}: begun anew; an overlay goes home first"
-                )
+                done = "starting over, after merging any overlay that is left"
+                message = f"the journal was unreadable (kept as {aside}); {done}"
                 self._reporter.event("JournalGarbled", message, warning=True)
             record = Record(
                 key.uid,
@@ -152,7 +151,7 @@ class Backup:
         return journal
 
     def _write(self, journal: Journal, record: Record, *, durable: bool) -> None:
-        """Put it into the journal; where that fails and the guest is held still, the guest comes first."""
+        """Write the journal. If that fails while the guest is suspended or frozen, the guest comes first."""
         try:
             journal.write(record, durable=durable)
         except PermanentError as error:
@@ -181,13 +180,13 @@ class Backup:
         return Ending.RELEASED
 
     def _guest(self, record: Record) -> Guest | None:
-        """The domain, waiting for libvirtd. None: told not to wait. Raises RefusedError if there is no such domain."""
+        """The domain, once libvirtd answers. None: told to stop waiting. Raises RefusedError if there is none."""
         while True:
             try:
                 return self._node.hypervisor.guest(record.domain_uuid or self._request().spec.domain)
             except RefusedError:
                 if not record.disks:
-                    self._ask(record, None)  # who may not back it up is not told whether it is there
+                    self._ask(record, None)  # a requester who may not back it up does not learn whether it exists
                     raise
                 # a transient domain that stopped: its files are what there is
                 return Guest(self._node.hypervisor, record.domain_uuid, record.domain)
@@ -197,15 +196,15 @@ class Backup:
                     return None
 
     def _ask(self, record: Record, guest: Guest | None) -> None:
-        """Whether it may begin. One that has begun is never stopped: the guest comes first."""
+        """Ask whether it may begin. A backup that has begun is never stopped: the guest comes first."""
         if record.snapshot is Snapshot.NONE and not self._request().deleted:
             self._admit(guest)
 
     def _already_run(self) -> bool:
-        """Another process has this very backup: wait for its end, unless told to stop. Its status is that one's."""
+        """Another process has this backup: wait until it ends, unless told to stop. That process reports the status."""
         if not self._waited:
             self._waited = True
-            message = "another process runs this very backup: is a second agent started for this node?"
+            message = "another process is already running this backup; is there a second agent for this node?"
             self._reporter.event("AlreadyRunning", message, warning=True)
         return not self._awaited().stop
 
@@ -225,7 +224,7 @@ class Backup:
         self._woken.clear()
         return self._request()
 
-    def _waited_in_vain(self, journal: Journal) -> Ending:
+    def _ended_before_start(self, journal: Journal) -> Ending:
         """Told to stop, or deleted or cancelled before anything was begun."""
         request = self._request()
         if request.stop:
@@ -297,13 +296,13 @@ class Backup:
             journal.remove()
         if reporter is not None:
             reporter.report(summarize(home, None, None, Progress({}, {})))
-            reporter.event(Reason.CHAIN_HOME, "a later backup of this domain brought the chain home")
+            reporter.event(Reason.CHAIN_HOME, "a later backup of this domain merged the overlay")
 
 
 def release_guest_of(node: Node, record: Record) -> Ending:
-    """Let a backup whose process has died come to rest: its guest runs, no more.
+    """Resume and thaw the guest of a backup whose process has died, and do nothing else.
 
-    INTERRUPTED where it did, or another process has it. Raises VMBackupError.
+    INTERRUPTED when the guest runs, or another process has the backup. Raises VMBackupError.
     """
     request = Request(spec_of(record), retry=record.handled_retry, stop=True)
     reporter = LogReporter(record.full_name)
@@ -312,9 +311,9 @@ def release_guest_of(node: Node, record: Record) -> Ending:
 
 
 def _no_store() -> Store:
-    raise PermanentError("a guest is let run without any store: this is a fault of vmbackup", reason="NoStore")
+    raise PermanentError("internal error: a store was requested while only resuming a guest", reason="NoStore")
 
 
 def _untouched(record: Record) -> bool:
-    """Nothing was begun, and its guest is not held still for what was about to be."""
+    """Nothing was begun, and its guest is neither suspended nor frozen."""
     return record.snapshot is Snapshot.NONE and not record.holds_guest

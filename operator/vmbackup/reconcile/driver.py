@@ -32,7 +32,7 @@ _HICCUPS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between looks while looking
 
 
 class Driver:
-    """Drives one backup. `request` is asked anew before each step; `wake` (any thread) lets it look at once."""
+    """Drives one backup. `request` is asked before each step; `wake` (any thread) makes it look at once."""
 
     def __init__(
         self,
@@ -43,13 +43,13 @@ class Driver:
         woken: threading.Event,
         journal_error: PermanentError | None = None,
     ) -> None:
-        """`journal_error`: the journal has given up already, and all that is to be done is to let the guest run."""
+        """`journal_error`: the journal has given up already, and the only task left is to resume the guest."""
         self._hypervisor = hypervisor
         self._run = run
         self._request = request
         self._woken = woken
         self._generation = hypervisor.generation
-        # A record that was begun comes from an earlier run: who knows what happened since.
+        # A record that was begun comes from an earlier run: anything may have happened since.
         run.doubt = self._record.snapshot is not Snapshot.NONE
         self._hiccups = 0
         self._journal_error = journal_error
@@ -86,7 +86,7 @@ class Driver:
     def _may_stop(self) -> bool:
         """Never with the guest suspended, frozen or slowed down by us, unless that cannot be changed now.
 
-        That is so where another has paused a frozen guest, or no look succeeds at one that is slowed down.
+        Exceptions: somebody else paused the frozen guest, or a throttled guest cannot be observed.
         """
         slowed = self._record.throttles_guest and self._record.call is None and not self._hiccups
         held = self._record.holds_guest and not (self._record.guard is not Guard.OURS and self._paused_by_another)
@@ -128,11 +128,11 @@ class Driver:
         except Exception as error:
             if self._may_stop():
                 raise
-            _log.exception("%s: this is a fault of vmbackup, and the guest is held still", self._record.name)
-            return self._hiccup(TransientError(f"this is a fault of vmbackup: {error!r}", reason="Fault"))
+            _log.exception("%s: internal error while the guest is suspended; retrying until it runs", self._record.name)
+            return self._hiccup(TransientError(f"internal error: {error!r}", reason="Fault"))
 
     def _hastens(self, action: Action) -> bool:
-        """The guest stands still for a switch of images: that is told afterwards, unless it takes longer than usual."""
+        """The guest is suspended for a switch of images: announce it afterwards, unless it takes longer than usual."""
         since = self._record.suspended_at or 0.0
         return self._record.guard is Guard.OURS and action.do is not Do.WAIT and boottime() - since < _SWITCH
 
@@ -147,7 +147,7 @@ class Driver:
         return Next.wait(pause)
 
     def _untouched(self) -> bool:
-        """Nothing was done to the guest, and nothing asked for that may still happen."""
+        """Nothing was done to the guest, and no call that may still be carried out was sent."""
         record = self._record
         return (
             record.snapshot is Snapshot.NONE
@@ -189,5 +189,5 @@ class Driver:
         return Action(Do.PLAN) if waits and unplanned and not request.stop else action
 
     def _unplanned(self, request: Request) -> bool:
-        """Nothing is known of its disks yet. But what an earlier run has frozen is thawed before that."""
+        """Its disks are not planned yet. A guest that an earlier run has frozen is thawed before that."""
         return not self._record.disks and self._record.copy is Copy.OPEN and not (request.deleted or request.cancelled)

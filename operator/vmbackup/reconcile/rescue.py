@@ -1,7 +1,8 @@
-"""Guests that a process left suspended or frozen when it died: they run again, by the same decisions.
+"""Resumes and thaws guests that a process left suspended or frozen when it died, by the same decisions.
 
-Whoever has the backup's lock does it: the guardian that outlives the process (guardian.py), or the process that was
-started in its place, before it does anything else. It needs libvirt and the journals; no API server, and no store.
+The process that gets the backup's lock does it: the guardian that outlives the process (guardian.py), or the process
+that was started in its place, before it does anything else. It needs libvirt and the journals, but no API server and no
+store.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ _PAUSES = (0.2, 0.5, 1.0, 2.0)  # seconds between attempts, while another proces
 _LOOK_SECONDS = 5.0  # between looks whether the guardian lives
 
 
-def let_guests_run(node: Node) -> None:
-    """Return once no guest is suspended or frozen by a backup of this node. Nothing is done where none is."""
+def release_guests(node: Node) -> None:
+    """Resume and thaw all guests that backups of this node hold. Returns when none is held."""
     held = [record for record in node.records() if record.holds_guest]
     if held:
         for record in held:
             tell_suspended(node.metrics, record)
         with ThreadPoolExecutor(len(held), "rescue") as pool:
-            list(pool.map(partial(_let_run, node), held))
+            list(pool.map(partial(_release, node), held))
 
 
-def _let_run(node: Node, record: Record) -> None:
+def _release(node: Node, record: Record) -> None:
     _log.warning(
-        "%s: the guest %s may be suspended or frozen by a process that has died: letting it run",
+        "%s: the guest %s was left suspended or frozen by a process that died; resuming it",
         record.full_name,
         record.domain,
     )
@@ -54,10 +55,10 @@ def _let_run(node: Node, record: Record) -> None:
                 return
         except VMBackupError as error:
             _log.log(logging.INFO if attempt else logging.WARNING, "%s: %s", record.full_name, error)
-            if error.reason == Cause.JOURNAL_UNWRITABLE:  # said once the guest runs: only that cannot be written down
+            if error.reason == Cause.JOURNAL_UNWRITABLE:  # the guest runs: only the journal cannot be written
                 break
-        except Exception:  # whatever it is, the guest still stands still
-            _log.exception("%s: the guest %s cannot be let run", record.full_name, record.domain)
+        except Exception:  # whatever the error is, the guest is still suspended or frozen
+            _log.exception("%s: the guest %s could not be resumed", record.full_name, record.domain)
         if not _held(node, record):
             break
         time.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
@@ -67,7 +68,7 @@ def _let_run(node: Node, record: Record) -> None:
 
 
 def _held(node: Node, record: Record) -> bool:
-    """Whether that is still so. Another process may have done it meanwhile, and even have ended the backup."""
+    """Whether the guest is still held. Another process may have resumed it, and even ended the backup."""
     with suppress(PermanentError):
         now = record_of(node.state_dir, record.uid)
         return now is not None and now.holds_guest
@@ -76,9 +77,9 @@ def _held(node: Node, record: Record) -> bool:
 
 @contextmanager
 def guarded(node: Node) -> Generator[None]:
-    """Have a guardian meanwhile, which lets guests run should this process die.
+    """Run a guardian meanwhile, which resumes guests if this process dies.
 
-    Not as process number 1: then its end is the end of all of its container, and its restart does what is due.
+    Not as process number 1: its end ends the whole container, and the restarted container resumes the guests.
     """
     guardian = _Guardian(node) if os.getpid() != 1 else None
     try:
@@ -89,7 +90,7 @@ def guarded(node: Node) -> Generator[None]:
 
 
 class _Guardian:
-    """The guardian of this process; another one, should it die."""
+    """The guardian of this process; it is replaced if it dies."""
 
     def __init__(self, node: Node) -> None:
         hypervisor = node.hypervisor
@@ -102,7 +103,7 @@ class _Guardian:
         self._watch.start()
 
     def dismiss(self, *, orderly: bool) -> None:
-        """This process ends; `orderly`: no guest stands still, so nobody need wait for its end."""
+        """This process ends. `orderly`: no guest is suspended or frozen, so the guardian need not wait."""
         self._dismissed.set()
         self._watch.join()
         if self._process is not None and orderly:
@@ -122,11 +123,12 @@ class _Guardian:
                 start_new_session=True,
             )
         except OSError as error:
-            _log.warning("no guardian (%s): should this process die, a suspended guest waits for the next one", error)
+            left = "if this process dies, a suspended guest stays suspended until the next start"
+            _log.warning("could not start the guardian (%s): %s", error, left)
             return None
 
     def _start_again(self) -> None:
         while not self._dismissed.wait(_LOOK_SECONDS):
             if self._process is None or self._process.poll() is not None:
-                _log.warning("the guardian has ended: starting another")
+                _log.warning("the guardian ended; starting another")
                 self._process = self._start()

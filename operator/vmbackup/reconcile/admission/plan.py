@@ -19,7 +19,7 @@ from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.locks import has_writer
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import DiskRecord, Freeze, Record, Snapshot
-from vmbackup.protocol.transition import planned_anew
+from vmbackup.protocol.transition import planned_again
 from vmbackup.reconcile.admission.overlay_space import with_room
 from vmbackup.reconcile.leftovers.held_guests import lost_hold, taken_back
 from vmbackup.reconcile.leftovers.overlays import left_on_overlay
@@ -54,7 +54,7 @@ class Planner:
         mark = lost_hold(guest, live, [*earlier, record])
         if mark and mark.frozen and record.freeze is Freeze.TRIED:  # to thaw it, in vain
             raise RefusedError(advice.stays_frozen(guest.name), reason="GuestFrozen")
-        record = replace(planned_anew(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
+        record = replace(planned_again(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
         left = left_on_overlay(live, persistent, earlier)
         if mark and live:
             return taken_back(replace(record, disks=left), mark, guest, live, persistent)

@@ -1,4 +1,4 @@
-"""From the frozen base into the store: take every disk, then publish; in the background, while the driver observes."""
+"""Copies the frozen base into the store: takes every disk, then publishes; in the background."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Result:
 class Copying:
     """The copies of one backup. `copied` is how many bytes of each disk are through, by target.
 
-    `stuck`: nothing is copied since an earlier attempt, which was given up, hangs in the store still.
+    `stuck`: nothing is copied, because a previous attempt, which was given up, is still blocked in the store.
     """
 
     def __init__(self, request: Callable[[], Request], wake: Callable[[], None], metrics: Metrics) -> None:
@@ -80,7 +80,7 @@ class Copying:
     def _run(self, work: Callable[[CopyControl], _Result], record: Record) -> _Result | None:
         name = f"copy-{record.uid}"
         if self._transfer is None:
-            self.stuck = at_work(name)  # what it still writes must not meet what is written anew
+            self.stuck = at_work(name)  # its late writes must not mix with those of a new attempt
             if self.stuck:
                 return None
             self._transfer = Transfer(work, CopyControl(bandwidth=self._bandwidth), self._wake, name)
@@ -136,7 +136,9 @@ def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
 def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
     missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
     if missing and not store.published(key_of(record)):
-        raise PermanentError(f"the store has lost what was taken of {', '.join(sorted(missing))}: back up again")
+        raise PermanentError(
+            f"the store no longer has the staged copy of {', '.join(sorted(missing))}; create a new backup"
+        )
     facts = GuestFacts(
         domain=record.domain,
         domain_uuid=record.domain_uuid,

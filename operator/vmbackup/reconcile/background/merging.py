@@ -1,7 +1,7 @@
 """Overlays of a guest that is off, merged or compared with their base in the background (spec.commit.offline, pivots).
 
-A guest that starts meanwhile is refused by QEMU's locks, so whatever else is to be done comes before, and whoever ends
-this lets go of the images at once.
+QEMU's locks refuse a guest that starts meanwhile. So all other work is done first, and at the end the images are
+unlocked at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One writer for each domain on a node, whoever it is: an agent, another agent by mistake, `vmbackup run`."""
+"""One writer for each domain on a node: an agent, a second agent started by mistake, or `vmbackup run`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vmbackup.errors import PermanentError
 
-# The same place whatever --state-dir says, or two agents would not see each other.
+# Independent of --state-dir: otherwise two agents would not see each other.
 DIRECTORY = Path("/run/vmbackup")
 
 

@@ -33,7 +33,7 @@ _LINES_AT_REST = 8
 
 
 class Journal:
-    """The record of one backup, and its file. `record` is what was written last, or what is known in spite of it."""
+    """The record of one backup, and its file. `record` was written last, or is newer if the file cannot be written."""
 
     def __init__(self, path: Path, record: Record, length: int) -> None:
         """`record` is the last whole line of the first `length` bytes at `path`; what follows there is torn."""
@@ -163,7 +163,7 @@ def record_of(directory: Path, uid: str) -> Record | None:
 
 
 def set_aside(directory: Path, uid: str) -> Path | None:
-    """Rename a journal of which nothing can be known any more, so that nobody takes it for one: where it is now.
+    """Rename an unreadable journal, so that nobody reads it as a journal. Returns its new path.
 
     None if there is none. Raises PermanentError where that cannot be done.
     """

@@ -107,7 +107,7 @@ class Run:
         """This run is over: end what it does in the background."""
         self.copying.cancel()
         self.merging.let_go()
-        self.announcer.let_go(self.record)
+        self.announcer.run_ended(self.record)
 
 
 @dataclass(frozen=True)

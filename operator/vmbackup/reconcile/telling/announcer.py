@@ -1,4 +1,4 @@
-"""Tells the world how a backup goes: status, events and metrics. It remembers only what it has told already."""
+"""Announces the progress of a backup in status, events and metrics. It remembers only what it has announced."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from vmbackup.reconcile.telling.summary import NOT_CONVERGED, Progress, overlays
 from vmbackup.telemetry.metrics import Metrics
 
 _EVENTS: dict[Do, tuple[str, str, bool]] = {
-    Do.ADOPT: ("AdoptingOverlay", "an earlier backup left its overlay, which goes home first", False),
-    Do.LIFT_QUARANTINE: ("QuarantineLifted", "what was wrong is so no more", False),
-    Do.RECORD_ORPHAN: ("OrphanRecorded", "deleted before its overlay could go home: recorded on the node", True),
-    Do.CLEAR_ORPHAN: ("OrphanHome", "the overlay that was left is home", False),
+    Do.ADOPT: ("AdoptingOverlay", "an earlier backup left its overlay, which is merged first", False),
+    Do.LIFT_QUARANTINE: ("QuarantineLifted", "the problem is gone", False),
+    Do.RECORD_ORPHAN: (
+        "OrphanRecorded",
+        "deleted before its overlay could be merged; the node will merge it later",
+        True,
+    ),
+    Do.CLEAR_ORPHAN: ("OrphanHome", "the overlay that was left has been merged", False),
 }
 
-# Where a guest stays on its overlay until somebody does something: what, besides what the message says.
+# Appended to the message while a guest stays on its overlay until somebody acts.
 _LEFT = {
     Reason.QUARANTINED: "",
-    Reason.WAITING_FOR_OTHERS: "; somebody else's job on this domain is waited for",
-    Reason.DOMAIN_OFF: "; start the guest, and the commit goes on",
-    Reason.DOMAIN_MIGRATED: "; the agent of the host that the guest was migrated to commits it",
+    Reason.WAITING_FOR_OTHERS: "; waiting for another job on this domain to finish",
+    Reason.DOMAIN_OFF: "; start the guest, and the commit continues",
+    Reason.DOMAIN_MIGRATED: "; the agent on the destination host will commit it",
     Reason.COMMIT_LIMIT_REACHED: "; spec.commit.backoffLimit is reached: the guest stays on its overlay; "
     "fix the cause, then set the annotation vmbackup.dev/retry",
 }
@@ -49,12 +53,12 @@ class CopyProgress(Protocol):
 
     @property
     def stuck(self) -> bool:
-        """An earlier attempt, which was given up, still blocks in the store."""
+        """A previous attempt, which was given up, is still blocked in the store."""
         ...
 
 
 class Announcer:
-    """The voice of one backup. `ended`: its end was told by an earlier run, and it is not tried again."""
+    """Announces one backup. `ended`: an earlier run has announced its end, and it is not tried again."""
 
     def __init__(self, reporter: Reporter, metrics: Metrics, copying: CopyProgress, *, ended: bool = False) -> None:
         self._reporter = reporter
@@ -76,7 +80,7 @@ class Announcer:
         self._reporter.event(reason, message, warning=warning)
 
     def tell(self, record: Record, seen: Observation | None, action: Action | None) -> Report:
-        """The state of this moment; an event for each change of phase, metrics for what has ended."""
+        """Report the present state, with an event for each change of phase, and metrics at the end."""
         progress = Progress(self._copying.copied, self._merged, self._progressed(), stuck=self._copying.stuck)
         report = summarize(record, seen, action, progress)
         self._reporter.report(report)
@@ -102,7 +106,7 @@ class Announcer:
                 self._metrics.failed(record.domain, ended)
         return report
 
-    def let_go(self, record: Record) -> None:
+    def run_ended(self, record: Record) -> None:
         """This run is over."""
         self._metrics.idle(record.domain)
 
@@ -111,23 +115,27 @@ class Announcer:
         if action.do in (Do.CLEAR_GUARD, Do.FORGET_GUEST):
             self._metrics.resumed(record.domain)
         if action.do is Do.ADOPT and (record.guard is Guard.OURS or record.freeze is Freeze.THAW_DUE):
-            self.event("GuestHeld", "held still by a backup whose journal is lost: letting it go", warning=True)
+            self.event(
+                "GuestHeld",
+                "the guest was left suspended or frozen by a backup whose journal is lost; resuming it",
+                warning=True,
+            )
         elif action.do is Do.INTEND_PAUSE:
-            disk = f"disk {action.target}: the guest is suspended until its commit has converged, for "
-            bound = "spec.commit.stallPauseSeconds at most (spec.commit.stallPolicy: Pause)"
+            disk = f"disk {action.target}: the guest is suspended until its commit converges, for at most "
+            bound = "spec.commit.stallPauseSeconds (spec.commit.stallPolicy: Pause)"
             self.event("GuestSuspended", disk + bound, warning=True)
         elif action.do in _EVENTS:
             reason, message, warning = _EVENTS[action.do]
             self.event(reason, f"{message}: {', '.join(overlays_left(record, None))}", warning=warning)
 
     def adopted_home(self, record: Record) -> None:
-        """What an earlier backup had left is home; this one begins anew."""
+        """The overlay that an earlier backup had left is merged; this backup starts over."""
         if record.disks:
             overlays = ", ".join(overlays_left(record, None))
-            self.event("AdoptedOverlayHome", f"the overlay that an earlier backup left is home: {overlays}")
+            self.event("AdoptedOverlayHome", f"the overlay that an earlier backup left has been merged: {overlays}")
 
     def suspending(self, record: Record) -> None:
-        """From here on the guest may stand still."""
+        """The guest may be suspended from now on."""
         tell_suspended(self._metrics, record)
 
     def resumed(self, record: Record) -> None:
@@ -139,7 +147,7 @@ class Announcer:
         self._frozen_since = time.time()
 
     def thawed(self) -> None:
-        """They are thawed."""
+        """The guest's file systems are thawed."""
         if self._frozen_since is not None:
             self._metrics.frozen(time.time() - self._frozen_since)
             self._frozen_since = None
@@ -171,30 +179,30 @@ class Announcer:
 
     def throttled(self, target: str, limit: int) -> None:
         """The guest's writes to a disk are slowed down, or more so."""
-        self.event("GuestThrottled", f"disk {target}: the guest may write {limit} bytes/s until its commit has "
-                   "converged (spec.commit.stallPolicy: Throttle)", warning=True)  # fmt: skip
+        self.event("GuestThrottled", f"disk {target}: the guest may write {limit} bytes/s until its commit "
+                   "converges (spec.commit.stallPolicy: Throttle)", warning=True)  # fmt: skip
 
     def unthrottled(self, target: str) -> None:
-        """The end of that."""
+        """The guest's writes to a disk are no longer slowed down."""
         self.event("GuestUnthrottled", f"disk {target}: the guest may write as fast as before")
 
     def limits_yielded(self, target: str) -> None:
-        """Somebody else has changed what we had set."""
-        self.event("IoTuneChanged", f"disk {target}: its limits (iotune) were changed while its commit was held "
-                   "back by the guest's writes: they are left as they are now", warning=True)  # fmt: skip
+        """Somebody else has changed the limits that we had set."""
+        self.event("IoTuneChanged", f"disk {target}: somebody changed its iotune limits while the backup was "
+                   "throttling it; keeping the new limits", warning=True)  # fmt: skip
 
     def not_throttled(self, target: str, why: str) -> None:
         """The guest's writes cannot be slowed down."""
         self.event("ThrottleFailed", f"disk {target}: its writes cannot be slowed down: {why}", warning=True)
 
     def not_unthrottled(self, target: str, original: Mapping[str, int], why: str) -> None:
-        """What we had set is left."""
+        """The limits that we had set are still there."""
         tune = {"total_bytes_sec": 0, "read_bytes_sec": 0, "write_bytes_sec": 0, **original}
         options = " ".join(
             f"--{name.replace('_', '-')} {value}" for name, value in tune.items() if value or "write" in name
         )
         cure = f"virsh blkdeviotune DOMAIN {target} --live {options}"
-        self.event("UnthrottleFailed", f"disk {target}: its writes are still slowed down, set it back by hand "
+        self.event("UnthrottleFailed", f"disk {target}: its writes are still slowed down; restore its limits by hand "
                    f"({cure}): {why}", warning=True)  # fmt: skip
 
     def merged(self, target: str, overlay: Path) -> int:
@@ -207,7 +215,7 @@ class Announcer:
             return 0
 
     def disk_home(self, record: Record, target: str) -> None:
-        """A disk is on its base again, and its overlay is gone."""
+        """A disk is on its base again, and its overlay is removed."""
         disk = record.disk(target)
         if disk.commit_seconds is not None:
             self._metrics.committed(disk.commit_seconds, disk.merged_bytes)
@@ -242,7 +250,7 @@ class Announcer:
         if self._paused_since is not None:
             seconds, self._paused_since = boottime() - self._paused_since, None
             self.event("GuestResumed", f"the guest runs again; it was suspended for {seconds:.1f} s to let a commit "
-                       "converge, and is not suspended for that again in this attempt")  # fmt: skip
+                       "converge; it is not suspended again in this attempt")  # fmt: skip
 
     def _tell_overdue(self, record: Record, seen: Observation) -> None:
         for disk in seen.disks:

@@ -1,4 +1,4 @@
-"""Who hears of a backup whose VMBackup is gone, or not asked for: the log alone."""
+"""A reporter that writes to the log: for a backup whose VMBackup is gone or is not needed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _log = logging.getLogger(__name__)
 
 
 class LogReporter:
-    """Tells the log. `name`: of the backup."""
+    """Reports to the log. `name`: of the backup."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def report(self, report: Report) -> None:
-        """There is nobody to show a status to."""
+        """Nobody sees the status."""
 
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
         """A line in the log."""

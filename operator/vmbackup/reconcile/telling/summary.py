@@ -1,4 +1,4 @@
-"""What people see of a backup: its record and what was decided last, told as a Report (docs/concepts.md)."""
+"""Sums up a backup for its status: from its record and the last decision to a Report (docs/concepts.md)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NOT_CONVERGED = "the commit has not converged within spec.commit.deadlineSeconds
 
 @dataclass(frozen=True)
 class Progress:
-    """What only the running driver knows: bytes copied and merged so far, by target."""
+    """Progress that only the running driver knows: bytes copied and merged so far, by target."""
 
     copied: Mapping[str, int]
     merged: Mapping[str, int]
     last_progress: float | None = None
-    stuck: bool = False  # an earlier attempt to copy hangs in the store, and is waited for
+    stuck: bool = False  # an earlier copy attempt is blocked in the store, and no new one begins until it ends
 
 
 def summarize(record: Record, seen: Observation | None, action: Action | None, progress: Progress) -> Report:
@@ -33,7 +33,7 @@ def summarize(record: Record, seen: Observation | None, action: Action | None, p
     parked = not home and seen is not None and seen.power is Power.OFF and not quarantining
     reason, message = _headline(record, seen, action, phase, outcome, parked=parked)
     if progress.stuck and reason in (Reason.COPYING, Reason.SHIPPING):
-        message = "an earlier attempt to copy was given up and hangs in the store still: it goes on when that has ended"
+        message = "a previous copy attempt is still blocked in the store; copying resumes when it ends"
     complete = {Copy.STORED: True, Copy.FAILED: False}.get(record.copy)
     chain_reason, chain_message = _chain(record, seen, home=home)
     return Report(
@@ -63,7 +63,7 @@ def summarize(record: Record, seen: Observation | None, action: Action | None, p
 
 
 def chain_home(record: Record, seen: Observation | None) -> bool:
-    """Every disk is on its base, and no overlay is left. Before anything was begun it is so; in quarantine never."""
+    """Every disk is on its base, and no overlay is left. True before the backup has begun, False in quarantine."""
     if record.quarantined:
         return False
     if seen is None:
@@ -138,26 +138,26 @@ def _while_off(record: Record, seen: Observation | None, action: Action | None) 
     held = seen is not None and any(disk.overlay is not None and disk.overlay.held for disk in seen.disks)
     if action is not None and action.do is Do.COMPARE:
         overlay = record.disk(action.target).overlay
-        compared = f"the guest is off since a pivot: its overlay ({overlay}) is being compared with its base"
-        return Reason.COMMITTING, f"{compared}, and it starts only after that"
+        compared = f"the guest went off during a pivot; its overlay ({overlay}) is being compared with its base"
+        return Reason.COMMITTING, f"{compared}; it cannot start until that is done"
     if action is not None and (held or action.do in (Do.BEGIN_COMMIT, Do.MERGE_OFFLINE)):
         return (
             Reason.COMMITTING,
-            "the guest is off: its overlay is being merged, and it starts only after that",
+            "the guest is off; its overlay is being merged; it cannot start until that is done",
         )
     if action is not None and action.do is Do.WAIT and not action.parked:  # commit.offline
         return Reason.COMMIT_RETRYING, _last_error(record) or action.reason
     if action is not None and seen is not None and any(disk.overlay and disk.overlay.locked for disk in seen.disks):
         return Reason.DOMAIN_OFF, action.reason
     left = ", ".join(overlays_left(record, seen))
-    return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}): the commit goes on when it starts"
+    return Reason.DOMAIN_OFF, f"the guest is off on its overlay ({left}); the commit continues when it starts"
 
 
 def _running(record: Record, seen: Observation | None, phase: Phase) -> tuple[str, str]:
     match phase:
         case Phase.PENDING if record.snapshot is Snapshot.ADOPTED:
             overlays = ", ".join(overlays_left(record, None))
-            return Reason.ADOPTING_OVERLAY, f"an earlier backup left its overlay, which goes home first: {overlays}"
+            return Reason.ADOPTING_OVERLAY, f"an earlier backup left its overlay, which is merged first: {overlays}"
         case Phase.PENDING:
             return Reason.PENDING, "checking whether the domain can be backed up"
         case Phase.SNAPSHOTTING:
@@ -196,17 +196,18 @@ def _is_home(disk: DiskSeen) -> bool:
 
 
 def _overdue(record: Record, seen: Observation | None) -> str:
-    """Which commits do not converge, and what is done about it."""
+    """The commits that do not converge, and the remedy."""
     late = [record.disk(disk.target) for disk in seen.disks if disk.overdue] if seen else []
     return "; ".join(f"disk {disk.target}: {NOT_CONVERGED}: {_remedy(record, disk)}" for disk in late)
 
 
 def _remedy(record: Record, disk: DiskRecord) -> str:
     if record.pause_until:
-        return "the guest is suspended until it has, for spec.commit.stallPauseSeconds at most"
+        return "the guest is suspended until the commit converges, for at most spec.commit.stallPauseSeconds"
     if disk.throttle is not None and disk.throttle.limits and not disk.throttle.yielded:
-        return f"the guest may write {disk.throttle.limits[-1]} bytes/s to it until it has"
-    return "it goes on; raise spec.commit.bandwidth, let the guest write less, or change spec.commit.stallPolicy"
+        return f"the guest may write {disk.throttle.limits[-1]} bytes/s to it until the commit converges"
+    cure = "raise spec.commit.bandwidth, reduce the guest's writes, or change spec.commit.stallPolicy"
+    return f"the commit continues; {cure}"
 
 
 def _chain(record: Record, seen: Observation | None, *, home: bool) -> tuple[str, str]:
