@@ -11,8 +11,7 @@ from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.domain_lock import DIRECTORY
-from vmbackup.reconcile.telling.listener import Reporter
-from vmbackup.telemetry.metrics import Metrics
+from vmbackup.reconcile.telling.listener import NodeMetrics, Reporter
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Node:
 
     hypervisor: Hypervisor
     state_dir: Path
-    metrics: Metrics
+    metrics: NodeMetrics
     overlay_dir: Path | None = None
     image_roots: tuple[Path, ...] = ()
     backoff: Backoff = field(default_factory=Backoff)

@@ -16,8 +16,8 @@ from vmbackup.protocol.transition import copy_stored, copy_taken
 from vmbackup.reconcile.admission.plan import key_of, source_of
 from vmbackup.reconcile.background.transfer import Transfer, at_work
 from vmbackup.reconcile.request import Request
+from vmbackup.reconcile.telling.listener import BackupMetrics
 from vmbackup.stores.base import GuestFacts, Published, Store, TakenDisk
-from vmbackup.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Copying:
     `stuck`: nothing is copied, because a previous attempt, which was given up, is still blocked in the store.
     """
 
-    def __init__(self, request: Callable[[], Request], wake: Callable[[], None], metrics: Metrics) -> None:
+    def __init__(self, request: Callable[[], Request], wake: Callable[[], None], metrics: BackupMetrics) -> None:
         self._request = request
         self._wake = wake
         self._metrics = metrics

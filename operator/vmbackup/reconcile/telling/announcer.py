@@ -12,9 +12,8 @@ from vmbackup.hypervisor.guest import BlockJob
 from vmbackup.protocol.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.protocol.terms import Action, Do, Mirror, Observation
 from vmbackup.reconcile.state.clock import boottime
-from vmbackup.reconcile.telling.listener import Reporter
+from vmbackup.reconcile.telling.listener import BackupMetrics, Reporter
 from vmbackup.reconcile.telling.summary import NOT_CONVERGED, Progress, overlays_left, summarize
-from vmbackup.telemetry.metrics import Metrics
 
 _EVENTS: dict[Do, tuple[str, str, bool]] = {
     Do.ADOPT: ("AdoptingOverlay", "an earlier backup left its overlay, which is merged first", False),
@@ -60,7 +59,9 @@ class CopyProgress(Protocol):
 class Announcer:
     """Announces one backup. `ended`: an earlier run has announced its end, and it is not tried again."""
 
-    def __init__(self, reporter: Reporter, metrics: Metrics, copying: CopyProgress, *, ended: bool = False) -> None:
+    def __init__(
+        self, reporter: Reporter, metrics: BackupMetrics, copying: CopyProgress, *, ended: bool = False
+    ) -> None:
         self._reporter = reporter
         self._metrics = metrics
         self._copying = copying
@@ -278,7 +279,7 @@ class Announcer:
                 self._metrics.overlay(record.domain, disk.target, Path(record.disk(disk.target).overlay), since)
 
 
-def tell_suspended(metrics: Metrics, record: Record) -> None:
+def tell_suspended(metrics: BackupMetrics, record: Record) -> None:
     """Whether a guest is suspended by us, and since when."""
     if record.guard is Guard.OURS:
         since = record.suspended_at or boottime()
