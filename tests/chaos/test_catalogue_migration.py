@@ -175,10 +175,13 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_stays_defined_comes_home_by
 
 
 @pytest.mark.misfortune("migrated, and libvirtd has forgotten it")
-def test_a_migrated_guest_that_is_off_there_too_is_not_merged_here_though_libvirtd_has_forgotten_that_it_was_migrated(
+def test_the_overlay_of_a_migrated_guest_is_not_merged_here_while_it_is_off_there(
     mover: Witness, elsewhere: Libvirtd, node_elsewhere: Node, backup: BackupFactory, tmp_path: Path
 ) -> None:
-    """Its definition there names the overlay: it must find it at its next start."""
+    """libvirtd here has forgotten that the guest was migrated.
+
+    Its definition there names the overlay, which it must find at its next start.
+    """
     running = in_a_copy(mover, backup)
     there = migrate(mover, elsewhere, *STILL_DEFINED)
     running.wait_for(lambda report: report.backup_complete is False, "it has failed")

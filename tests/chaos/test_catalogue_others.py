@@ -1,4 +1,4 @@
-"""Others have their hands on the same disks: jobs, overlays, readers, a second agent; and the clock jumps."""
+"""Others use the same disks: jobs, overlays, readers, a second agent; and the clock jumps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vmbackup.imaging.locks import hold_reader_lock
 
 
 def mirror_elsewhere(witness: Witness, target: str, to: Path) -> None:
-    """A block job of somebody else, which does not end by itself."""
+    """A block job of somebody else, which ends only when it is aborted."""
     arguments = ["--path", target, "--dest", str(to), "--format", "qcow2", "--transient-job"]
     witness.libvirtd.virsh("blockcopy", witness.name, *arguments)
 

@@ -18,6 +18,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.chaos.proof import Witness
 from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
+from tests.support.fixtures_hypervisor import connected
 from tests.support.kill_points import Deed, Driving, Moment, Task, When
 from tests.support.proof import sources_on_disk
 from tests.support.storage import mounted, run
@@ -43,9 +44,8 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture(scope="module")
 def hypervisor(libvirtd: Libvirtd) -> Iterator[Hypervisor]:
-    connected = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
-    yield connected
-    connected.close()
+    with connected(libvirtd) as hypervisor:
+        yield hypervisor
 
 
 @pytest.fixture

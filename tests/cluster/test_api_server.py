@@ -37,9 +37,10 @@ def is_home(guest: Domain) -> bool:
 
 
 @pytest.mark.scenario(25)
-def test_with_the_api_server_away_for_the_whole_backup_the_guest_comes_home_and_its_status_says_so_later(
+def test_the_guest_comes_home_without_an_api_server_and_the_status_says_so_later(
     own_agent: Agent, kube_away: KubeApi, domain: DomainFactory
 ) -> None:
+    """The API server is away for the whole backup."""
     own_agent.start()
     guest = domain(size="64M")
     guest.write("vda", 0x11, length="16M")

@@ -234,7 +234,7 @@ def test_a_failing_commit_is_tried_again_then_given_up_with_nothing_deleted_and_
     assert guest.holds("vda", 0x22)
 
 
-def test_the_next_backup_of_a_domain_brings_home_what_an_earlier_one_left_and_then_takes_its_own_snapshot(
+def test_a_backup_brings_home_what_an_earlier_one_left_before_it_takes_its_snapshot(
     domain: DomainFactory, backup: BackupFactory
 ) -> None:
     guest = domain()
@@ -297,9 +297,10 @@ def test_a_guest_that_is_off_on_its_overlay_waits_and_comes_home_at_its_next_sta
     assert guest.holds("vda", 0x78, length="48M")
 
 
-def test_deleted_while_the_guest_is_off_on_its_overlay_the_orphan_is_recorded_and_goes_home_with_the_next_backup(
+def test_an_overlay_whose_backup_is_deleted_while_the_guest_is_off_goes_home_with_the_next(
     domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
+    """It is recorded as an orphan."""
     guest = domain()
     running = slow_commit(guest, backup)
     libvirtd.virsh("destroy", guest.name)

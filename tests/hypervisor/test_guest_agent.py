@@ -142,7 +142,7 @@ def test_killed_while_it_waits_for_an_agent_that_hangs_nothing_is_left_frozen(
     assert_it_writes(libvirtd, guest, channel)
 
 
-def test_a_guest_that_a_lost_backup_left_frozen_and_whose_agent_never_answers_is_refused_and_later_thawed(
+def test_a_guest_left_frozen_whose_agent_never_answers_is_refused_and_later_thawed(
     guest: Guest,
     channel: Channel,
     backup: BackupFactory,
@@ -150,6 +150,7 @@ def test_a_guest_that_a_lost_backup_left_frozen_and_whose_agent_never_answers_is
     hypervisor: Hypervisor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The backup that froze it is lost."""
     monkeypatch.setattr(guest_hold, "_THAW_ATTEMPTS", 2)
     hypervisor.guest("deaf").mark(Mark("uid-of-a-lost-one", frozen=True, disks=(MarkedDisk("vda", "/gone.qcow2"),)))
     libvirtd.virsh("domfsfreeze", "deaf")

@@ -1,4 +1,4 @@
-"""The test guest and its oracle can be trusted: what they call proven is so, and what is broken they find."""
+"""The test guest and its oracle can be trusted: sound images pass, broken ones are found."""
 
 from __future__ import annotations
 

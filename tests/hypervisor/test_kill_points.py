@@ -192,9 +192,10 @@ def test_a_driver_killed_while_it_completes_clones_in_the_store_is_carried_on(
     assert not [str(survival) for survival in survivals if survival.wrong]
 
 
-def test_of_a_driver_killed_when_it_had_just_stored_a_backup_that_is_then_deleted_with_its_data_nothing_remains(
+def test_nothing_remains_of_a_backup_deleted_with_its_data_whose_driver_was_killed(
     domain: DomainFactory, xfs: Path, libvirtd: Libvirtd, node: Node
 ) -> None:
+    """It was killed just after it had stored the backup."""
     guest = domain(directory=xfs, size="4M")
     libvirtd.virsh("resume", guest.name)
     noted = next(moment for moment in moments_of(guest, GUARDED) if "location" in moment.event)
@@ -208,9 +209,10 @@ def test_of_a_driver_killed_when_it_had_just_stored_a_backup_that_is_then_delete
 
 
 @pytest.mark.usefixtures("short_barrier")
-def test_of_a_driver_killed_while_it_froze_a_guest_nothing_is_let_go_before_libvirtd_is_back_and_the_guest_thawed(
+def test_a_deleted_backup_is_released_only_after_the_guest_that_it_froze_has_thawed(
     domain: DomainFactory, libvirtd: Libvirtd, node: Node
 ) -> None:
+    """Its driver was killed while it froze the guest, and libvirtd is away."""
     guest = domain(size="4M")
     libvirtd.virsh("resume", guest.name)
     task = task_of(guest, {"snapshot": {"quiesce": "Try"}}, Moment(When.AFTER, "freezing the file systems"))

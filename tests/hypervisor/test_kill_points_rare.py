@@ -53,9 +53,10 @@ def deaths() -> Iterator[Deaths]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("step", [4, in_chaos(1)], ids=["each kind once", "all"])
-def test_a_driver_killed_while_it_limits_a_guest_or_its_commit_is_carried_on_and_the_limits_are_the_users(
+def test_a_driver_killed_while_it_throttles_is_carried_on_and_the_limits_are_the_users(
     domain: DomainFactory, step: int
 ) -> None:
+    """Whether it limits the guest or the commit."""
     every = list(deaths())[::step]
     several = [domain(size="32M") for _ in every]
     with ThreadPoolExecutor(len(every)) as pool:

@@ -82,9 +82,8 @@ def test_a_driver_killed_while_qemu_img_merges_takes_it_along_and_the_next_one_m
     assert guest.holds("vda", 0x11, "4M", "4M")
 
 
-def test_an_overlay_written_since_it_was_merged_is_never_removed_whatever_its_user_does_to_the_definition(
-    domain: DomainFactory, libvirtd: Libvirtd
-) -> None:
+def test_an_overlay_written_since_it_was_merged_is_never_removed(domain: DomainFactory, libvirtd: Libvirtd) -> None:
+    """Not even if the user edits the definition meanwhile."""
     guest = domain(size="16M")
     task = begun(guest, OFFLINE, write="4M")
     assert Driving(task_of(guest, OFFLINE, MARKED, uid=task.uid)).killed()

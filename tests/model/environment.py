@@ -66,7 +66,7 @@ def _boot(world: World) -> Iterator[Step]:
 
 
 def background_steps(world: World, setting: Setting) -> Iterator[Step]:
-    """What comes about by itself."""
+    """What libvirt, QEMU and the guest do without being asked."""
     if world.config_full and not setting.config_stuck:
         yield Step("user frees space for the configuration", world._replace(config_full=False))
     if world.libvirtd and world.config == "cached":

@@ -50,7 +50,7 @@ def call_fails(world: World) -> Iterator[Step]:
 
 
 def answer(world: World, outcome: str) -> World:
-    """The call ends; whoever waits for it gets an answer: ok or error."""
+    """The call ends; a caller that waits gets an answer: ok or error."""
     plan = world.plan
     if plan and plan[0] == "wait":
         plan = (outcome, plan[1])

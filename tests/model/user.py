@@ -39,7 +39,7 @@ def user_faults(world: World, setting: Setting) -> Iterator[Step]:
 
 
 def user_steps(world: World, idle: Callable[[], bool]) -> Iterator[Step]:
-    """How what was begun ends: by itself, sooner or later."""
+    """How jobs and edits that were begun end, sooner or later."""
     for index, disk in enumerate(world.disks):
         if disk.job == "foreign":
             yield Step(named("user's block job ends", world, index), put(world, index, job="-"))

@@ -34,6 +34,14 @@ def private_libvirtd() -> Generator[Libvirtd]:
     shutil.rmtree(directory)
 
 
+@contextmanager
+def connected(libvirtd: Libvirtd) -> Generator[Hypervisor]:
+    """Our connection to a libvirtd."""
+    made = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="session")
 def libvirtd() -> Iterator[Libvirtd]:
     """A private libvirtd, one for the whole run. A test that kills it starts it again."""
@@ -44,9 +52,8 @@ def libvirtd() -> Iterator[Libvirtd]:
 @pytest.fixture(scope="session")
 def hypervisor(libvirtd: Libvirtd) -> Iterator[Hypervisor]:
     """Our connection to it."""
-    connected = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
-    yield connected
-    connected.close()
+    with connected(libvirtd) as hypervisor:
+        yield hypervisor
 
 
 @pytest.fixture

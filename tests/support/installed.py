@@ -64,5 +64,5 @@ class Pods:
         return self.kube.kubectl("create", "token", AGENT, "-n", NAMESPACE, *bound).strip()
 
     def kubeconfig(self, node: str) -> Path:
-        """For whoever has that token."""
+        """The kubeconfig of a user with that token."""
         return self.kube.kubeconfig_of(self.token(node), name=f"token-of-{node}")

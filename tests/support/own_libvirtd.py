@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from sandbox.libvirtd import Libvirtd
-from tests.support.fixtures_hypervisor import private_libvirtd
+from tests.support.fixtures_hypervisor import connected, private_libvirtd
 from vmbackup.hypervisor.hypervisor import Hypervisor
 
 
@@ -25,6 +25,5 @@ def libvirtd() -> Iterator[Libvirtd]:
 
 @pytest.fixture(scope="module")
 def hypervisor(libvirtd: Libvirtd) -> Iterator[Hypervisor]:
-    connected = Hypervisor(libvirtd.uri, config_dir=libvirtd.config_dir)
-    yield connected
-    connected.close()
+    with connected(libvirtd) as hypervisor:
+        yield hypervisor

@@ -16,9 +16,9 @@ PACKAGE = OPERATOR / "vmbackup"
 MODULES = sorted(OPERATOR.rglob("*.py"))
 MOST_MODULES = 12  # in a folder of vmbackup
 MOST_LINES = 400  # in a module
-LONGER = {OPERATOR / "vmbackup/reconcile/steps/actions.py": 402}  # to be split; it must not grow until then
 # Words of 0.1.0 that are no names any more. Plain English took their place.
-RETIRED = ("premises", "stranded", "doomed", "departed", "wish", "narration", "orphanage")
+RETIRED = ("premises", "stranded", "doomed", "departed", "wish", "narration", "orphanage", "presence", "alone")
+PHRASES = {"leave_others_alone"}  # in which such a word is plain English
 
 
 def test_no_folder_has_more_modules_than_a_reader_can_hold() -> None:
@@ -28,13 +28,13 @@ def test_no_folder_has_more_modules_than_a_reader_can_hold() -> None:
 
 def test_no_module_is_too_long() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in MODULES}
-    assert not [f"{path}: {n}" for path, n in lengths.items() if n > LONGER.get(path, MOST_LINES)]
+    assert not [f"{path}: {n}" for path, n in lengths.items() if n > MOST_LINES]
 
 
 @pytest.mark.parametrize("word", RETIRED)
 def test_a_retired_word_names_nothing(word: str) -> None:
     names = {(path, name) for path in MODULES for name in (path.stem, *_identifiers(path))}
-    assert not [f"{path}: {name}" for path, name in sorted(names) if word in _words(name)]
+    assert not [f"{path}: {name}" for path, name in sorted(names) if word in _words(name) and name not in PHRASES]
 
 
 def test_no_test_module_is_imported() -> None:

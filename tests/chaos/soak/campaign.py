@@ -54,7 +54,7 @@ class Campaign:
         self.plan = Plan(subject.name, 0, {}, (), delete_data=False, retain=False)
 
     def carry_out(self, plan: Plan) -> None:
-        """One backup with its faults, until all is home again; then prove that it is so. Raises what is wrong."""
+        """One backup with its faults, until all is home again; then prove it. Raises what is wrong."""
         self.tally.note("plan", **plan.as_json())
         self._begin(plan)
         self._run_to_the_end()
@@ -81,7 +81,7 @@ class Campaign:
         self._may_start = 0.0
         self._off_until = 0.0  # it may still end until then
         self._state: Power | None = None
-        self._standing_since: float | None = None
+        self._suspended_since: float | None = None
         self._in_doubt = False
         self._next_look = 0.0
         self._io_error_since: float | None = None
@@ -126,7 +126,7 @@ class Campaign:
 
     def _start_driver(self) -> None:
         self._restart_at = None
-        self._stand_anew()
+        self._measure_from_now()
         self.driving = Driving(self._task())
 
     def kill_driver(self, again_after: float) -> None:
@@ -262,7 +262,7 @@ class Campaign:
             self.tally.note("nothing to happen to", plan=self.plan.name, fault=str(fault), moment=moment, why=str(why))
             return
         self._fault_clock = self._now()
-        self._stand_anew()
+        self._measure_from_now()
         self.tally.count(self.tally.faults, fault.kind + (f" and {fault.meanwhile}" if fault.meanwhile else ""))
         self.tally.note("fault", plan=self.plan.name, fault=str(fault), moment=moment)
         if undo is not None:
@@ -277,7 +277,7 @@ class Campaign:
                 except NotNowError:
                     self._undos.append((self._now() + 1.0, undo))
                 self._fault_clock = self._now()
-                self._stand_anew()
+                self._measure_from_now()
 
     # -- humans, who also look how long the guest stands still
 
@@ -320,7 +320,7 @@ class Campaign:
         self._may_start = self._now() + 1.0
 
     def _restart_out_of_quarantine(self, record: Record | None) -> None:
-        """Not where a user has his hands on an image: he puts it back."""
+        """Not where a fault changed an image: the user who did it puts it back."""
         why = record.quarantined if record is not None else ""
         if why in ("", *self._restarted) or any(fault.kind in HANDS_ON_IMAGES for fault in self.plan.faults):
             return
@@ -337,20 +337,20 @@ class Campaign:
         ours = state is Power.PAUSED and record is not None and record.guard is Guard.OURS
         driven = self._restart_at is None and self.driving.ended is None and self.driving.moment is None
         if not (ours and driven):
-            self._stand_anew()
+            self._measure_from_now()
             return
         now = self._now()
-        if self._standing_since is None or self._standing_since < self.host.disturbed:
-            self._standing_since = now
+        if self._suspended_since is None or self._suspended_since < self.host.disturbed:
+            self._suspended_since = now
         self._in_doubt = self._in_doubt or record is None or record.call is not None
-        standing = now - self._standing_since
-        self.tally.stood_still(standing, in_doubt=self._in_doubt)
+        suspended = now - self._suspended_since
+        self.tally.stood_still(suspended, in_doubt=self._in_doubt)
         longest = SUSPENDED_SECONDS_IN_DOUBT if self._in_doubt else SUSPENDED_SECONDS
-        if standing > longest + STALL_PAUSE_SECONDS * (self.plan.spec["commit"].get("stallPolicy") == "Pause"):
-            raise StuckError(f"the guest is suspended by us for {standing:.1f} s: {brief(record)}")
+        if suspended > longest + STALL_PAUSE_SECONDS * (self.plan.spec["commit"].get("stallPolicy") == "Pause"):
+            raise StuckError(f"the guest is suspended by us for {suspended:.1f} s: {brief(record)}")
 
-    def _stand_anew(self) -> None:
-        self._standing_since = None
+    def _measure_from_now(self) -> None:
+        self._suspended_since = None
         self._in_doubt = False
 
     # -- what must be true

@@ -24,7 +24,7 @@ from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.reconcile.request import Request
 
-_HELD_SECONDS = 30.0  # at most: whoever holds it may have died
+_HELD_SECONDS = 30.0  # at most: the process that holds it may have died
 
 preload(__name__)
 
@@ -122,7 +122,7 @@ class Driving:
 
 
 class _Story(Told):
-    """A reporter that also writes down what changes, for whoever looks for the cause of a failure."""
+    """A reporter that also writes down what changes, to find the cause of a failure."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def _drive(task: Task, line: Connection) -> None:
             try:
                 said = line.recv()
             except (EOFError, OSError):
-                os._exit(1)  # whoever wanted this backup is gone
+                os._exit(1)  # the process that started this driver is gone
             if said is None:
                 go_on.set()
             elif isinstance(said, float):

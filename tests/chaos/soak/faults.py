@@ -166,7 +166,7 @@ def take_store_away(scene: Scene, fault: Fault) -> Undo:
         raise NotNowError
     away = store.with_name("store-away")
     store.rename(away)
-    store.touch()  # else it would be made anew
+    store.touch()  # otherwise the driver would create it again
 
     def undo() -> None:
         store.unlink()
@@ -176,7 +176,7 @@ def take_store_away(scene: Scene, fault: Fault) -> Undo:
 
 
 def make_store_read_only(scene: Scene, fault: Fault) -> Undo:
-    """For whoever opens a file there from now on."""
+    """Files that are open stay writable."""
     store = scene.subject.store
     if os.geteuid() or not store.is_dir() or store.is_mount():
         raise NotNowError
@@ -227,7 +227,7 @@ def lose_journal(scene: Scene, fault: Fault) -> None:
 
 
 def _without_marks(scene: Scene, fault: Fault) -> None:
-    """Nobody can know without it that a call is under way; of a guest held still, the residual cases tell."""
+    """Not during a call, which only the journal shows, nor with the guest suspended: that is a residual case."""
     scene.kill_driver(fault.seconds)
     record = scene.record()
     frozen = record is not None and record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE)

@@ -114,7 +114,7 @@ class Host:
         return boottime() - (self.boot.booted if self.boot else 0)
 
     def disturb(self) -> None:
-        """What is measured begins anew from here."""
+        """Restart all measurements now: something outside the backup has delayed it."""
         self.disturbed = time.monotonic()
         self.disturbances += 1
 
@@ -144,11 +144,11 @@ class Host:
 
     @property
     def crashes(self) -> int:
-        """How often libvirtd has died by itself."""
+        """How often libvirtd has crashed, not counting those that the soak has killed."""
         return self.libvirtd.log_file.read_text(errors="replace").count(CRASHED)
 
     def notice_crashes(self) -> None:
-        """What is measured begins anew also from a death of libvirtd that nobody has caused."""
+        """Restart all measurements also after a crash of libvirtd that the soak has not caused."""
         if (crashes := self.crashes) > self._crashes_noticed:
             self._crashes_noticed = crashes
             self.disturb()
