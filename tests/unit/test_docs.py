@@ -66,6 +66,12 @@ def test_every_manifest_that_a_command_names_is_there():
     assert [path for path in sorted(named) if not (ROOT / path.rstrip(".")).exists()] == []
 
 
+def test_every_path_of_a_test_that_a_document_names_is_there():
+    named = {path for document in DOCUMENTS for path in re.findall(r"`(tests/[\w./-]+)`", document.read_text())}
+    assert len(named) > 15
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def test_every_image_that_a_document_builds_is_of_this_version():
     built = {version for document in DOCUMENTS for version in re.findall(r"/vmbackup:([\d.]+)\b", document.read_text())}
     assert built == {vmbackup.version.__version__}
