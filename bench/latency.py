@@ -11,10 +11,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from kubernetes import watch
 from kubernetes.client import CustomObjectsApi
@@ -88,7 +88,7 @@ class _Rounds:
             return self._seen[name, what]
 
     def _watch(self) -> None:
-        stream: Callable[..., Any] = watch.Watch().stream
+        stream = cast("Callable[..., Iterable[dict[str, Any]]]", watch.Watch().stream)
         with suppress(HTTPError):  # the API server ends before this does
             for event in stream(self._api.list_namespaced_custom_object, *_RESOURCE):
                 self._take_in(event)

@@ -70,7 +70,7 @@ class _Watch:
     """A reporter with a stop-watch: from the first report with an overlay to the first without."""
 
     on_overlay: float = 0.0
-    suspended: list[float] = field(default_factory=list)
+    suspended: list[float] = field(default_factory=list[float])
     last: Report = field(default_factory=Report)
     _since: float | None = None
 
@@ -91,15 +91,19 @@ class _Watch:
 
 
 class _SuspensionMetrics(Metrics):
+    """Real metrics, with a stop-watch. pyright compares the methods with those of Metrics."""
+
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self._watch = watch
         self._at: float | None = None
 
-    def suspended(self, domain: str, since: float) -> None:
+    def suspended(self, domain: str, since: float, limit: float = 0.0) -> None:
+        super().suspended(domain, since, limit)
         self._at = time.monotonic()
 
     def resumed(self, domain: str) -> None:
+        super().resumed(domain)
         if self._at is not None:
             self._watch.suspended.append(time.monotonic() - self._at)
             self._at = None

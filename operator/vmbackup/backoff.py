@@ -1,4 +1,4 @@
-"""How long to wait before something that has failed is tried again."""
+"""How long to wait before a retry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MOST_DOUBLINGS = 64  # long after any cap; a float overflows at 1024
 
 @dataclass(frozen=True)
 class Backoff:
-    """Capped exponential pauses, in seconds. As they stand: those after a failed commit."""
+    """Capped exponential pauses, in seconds. The defaults are the pauses after a failed commit."""
 
     first: float = 5.0
     longest: float = 300.0

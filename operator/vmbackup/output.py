@@ -1,4 +1,4 @@
-"""A thread for what may block, such as a terminal that somebody has stopped: no guest waits for it."""
+"""A thread for output that may block, such as a stopped terminal, so that no guest waits for it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from queue import SimpleQueue
 from threading import Thread
 
 _FAREWELL_SECONDS = 5.0
-_MOST = 10_000  # that wait at a time; a reader that is so far behind reads no more
+_MOST = 10_000  # tasks in the queue; beyond it nobody reads the output any more
 
 
 class BackgroundOutput:
-    """Does one thing after the other, in a thread of its own."""
+    """Runs tasks one after the other in its own thread."""
 
     def __init__(self, name: str) -> None:
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
@@ -24,12 +24,12 @@ class BackgroundOutput:
         self._thread.start()
 
     def do(self, task: Callable[[], object]) -> None:
-        """Have this done after all others; never, where too many wait already. It must not raise."""
+        """Run this after all earlier tasks; drop it if too many are waiting. It must not raise."""
         if self._tasks.qsize() < _MOST:
             self._tasks.put(task)
 
     def end(self, seconds: float | None = None) -> None:
-        """Return once all is done, or after so long."""
+        """Wait until all tasks are done, at most this long."""
         self._tasks.put(None)
         self._thread.join(seconds)
 
@@ -39,9 +39,9 @@ class BackgroundOutput:
 
 
 class StderrLog(logging.Handler):
-    """Looks up sys.stderr for each line: a live display puts its own there, so that lines appear above it.
+    """Logs to sys.stderr, looked up for each line: a live display replaces it, so that lines appear above the display.
 
-    Nobody who logs waits for it: a pipe that is not read would keep a guest suspended.
+    Logging never blocks: a pipe that nobody reads would otherwise keep a guest suspended.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Paths that other hands may have prepared: walked part by part, each folder held open, as openat2(2) does it.
+"""Opens paths that other users may have prepared: part by part, with each folder held open, as openat2(2) does.
 
-In calls that every kernel and every container lets us make.
+Uses only system calls that every kernel and every container allows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _HELD = re.compile(r"(/proc/\d+/fd/\d+)(.*)", re.DOTALL)
 def open_trusted(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file or block device, following only symbolic links that root, we, or the owner of it have made.
 
-    So who owns a folder of ours or of QEMU's cannot lead us to what only root may read. Raises OSError: ELOOP for any
-    other link, EINVAL for what is no file, such as a FIFO, which would keep us waiting.
+    Prevents the owner of such a folder from redirecting us to root-only files. Raises OSError: ELOOP for any other
+    link, EINVAL for anything that is not a regular file or block device, for example a FIFO, which would block.
     """
     fd, owners = _walk(path)
     try:
@@ -47,7 +47,7 @@ def open_plain(path: Path) -> int:
 
 
 def _walk(path: Path) -> tuple[int, set[int]]:
-    """What a path leads to, held open, and who owns the links on the way."""
+    """The target of a path, held open, and the owners of the links on the way."""
     ahead = list(reversed(path.absolute().parts))
     here = os.open("/", _HOLD)
     owners: set[int] = set()
@@ -76,7 +76,7 @@ def _walk(path: Path) -> tuple[int, set[int]]:
 
 
 def read_trusted(path: Path, limit: int) -> bytes:
-    """The content of a small file of a guest. Raises OSError, also where it has another name (a hard link)."""
+    """The content of a small file of a guest. Raises OSError, also if it has a second name (hard link)."""
     with os.fdopen(open_trusted(path), "rb") as file:
         found = os.fstat(file.fileno())
         if found.st_nlink > 1:
@@ -88,10 +88,11 @@ def read_trusted(path: Path, limit: int) -> bytes:
 
 @contextmanager
 def held(root: Path, *names: str, make_mode: int | None = None) -> Generator[Path]:
-    """The folder of these names, one in the other, below `root`: a path that leads to this very one from here on.
+    """A path to the folder root/name/name/…, which stays open for the block.
 
-    Whatever becomes of its names meanwhile, and never through a symbolic link below the root. `make_mode`: make what is
-    missing, durably, with this mode. Raises OSError: ENOTDIR where one of them is a link, or no folder.
+    The path leads to the same folder even if it is renamed meanwhile, and never through a symbolic link below the root.
+    `make_mode`: create missing folders, durably, with this mode. Raises OSError: ENOTDIR if a name is a link or not a
+    folder.
     """
     if any(name in ("", ".", "..") or "/" in name for name in names):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -119,6 +120,6 @@ def _below(folder: int, name: str, make_mode: int | None) -> int:
 
 
 def name_of(path: Path | str) -> str:
-    """The name that people know of a path, also of one that `held` gave."""
+    """The path as people know it, also of a path that `held` gave."""
     found = _HELD.fullmatch(str(path))
     return str(path) if found is None else f"{Path(found[1]).readlink()}{found[2]}"

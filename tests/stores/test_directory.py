@@ -257,7 +257,7 @@ class TestCheck:
 
     def test_a_backup_that_is_stored_already(self, store: Store, guest: GuestImages) -> None:
         publish(store, guest)
-        self.refused(store, guest.disks, "AlreadyStored", "is there already")
+        self.refused(store, guest.disks, "AlreadyStored", "already exists")
 
     def test_too_little_space(self, guest: GuestImages, small_disk: Path) -> None:
         store = directory_store(small_disk)
@@ -288,7 +288,7 @@ class TestCheck:
     ) -> None:
         root.mkdir()
         (root / "default").symlink_to(tmp_path)
-        self.refused(store, guest.disks, "NotAFolder", "default is a symbolic link, or no folder")
+        self.refused(store, guest.disks, "NotAFolder", "default is a symbolic link or not a folder")
 
     @pytest.mark.parametrize(
         "key",

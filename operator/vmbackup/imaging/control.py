@@ -1,4 +1,4 @@
-"""How a long copy is steered and watched from another thread."""
+"""Control of a long copy from another thread: bandwidth, progress, and how to end it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmbackup.imaging.locks import hold_reader_lock, release_reader_lock
 
 
 class Cancelled(Exception):  # noqa: N818 - nothing went wrong
-    """The copy ended early because it was told to; what it had written so far is worthless."""
+    """The copy was cancelled. The part that it has written is worthless."""
 
 
 def _unlimited() -> int | None:
@@ -48,7 +48,7 @@ class _Sources:
 
 @dataclass(frozen=True)
 class CopyControl:
-    """How a copy is steered while it runs.
+    """Controls a copy while it runs.
 
     `bandwidth` gives bytes per second (None: unlimited) and is asked about ten times a second, and before each read.
     `cancelled` ends the copy with Cancelled within 0.2 s, a slow device aside.
@@ -62,22 +62,22 @@ class CopyControl:
 
     @contextmanager
     def reading(self, fd: int) -> Generator[None]:
-        """Hold QEMU's lock for readers on an image. Raises TransientError if it is in use, Cancelled if told to end."""
+        """Hold QEMU's lock for readers on an image. Raises TransientError if it is in use, Cancelled if cancelled."""
         with self._sources.held(fd):
             self.check()
             yield
 
     def abandon(self) -> None:
-        """Let go of every image though the copy, which was cancelled, is stuck: it reads no more when it goes on."""
+        """Release all image locks even though the cancelled copy is stuck; it stops reading when it wakes up."""
         self._sources.let_go()
 
     def check(self) -> None:
-        """Raise Cancelled if told to end."""
+        """Raise Cancelled if cancelled."""
         if self.cancelled.is_set():
             raise Cancelled
 
     def part(self, done: int, total: int) -> CopyControl:
-        """The control of one part of a larger copy: `done` bytes of `total` came before it."""
+        """The control of one part of a larger copy; the earlier parts have `done` bytes of `total`."""
 
         def progress(copied: int, _total: int) -> None:
             self.progress(done + copied, total)

@@ -1,4 +1,4 @@
-"""One image file to another: by clone where the file system can, else by a sparse copy that is digested on the way."""
+"""Copies an image file: as a clone if the file system can, else as a sparse copy that is digested on the way."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def can_clone(source_fd: int, destination_fd: int) -> bool:
 def copy_file(source: Path, destination: Path, control: CopyControl) -> Copied:
     """Copy an image file or block device to a new sparse file, durable on return (the directory entry aside).
 
-    The source must not change meanwhile, and is held by QEMU's lock for readers. Holes stay holes, and zeros become
+    The source must not change meanwhile: QEMU's lock for readers is held on it. Holes stay holes, and zeros become
     holes. The digest is that of the whole file, holes as zeros. Raises Cancelled, TransientError if somebody writes to
-    the source, or PermanentError naming the file and the cure; what is left of the destination is then worthless.
+    the source, or PermanentError naming the file and the cure; the destination is then worthless.
     """
     with _locked_pair(source, destination, control) as (source_fd, destination_fd):
         return _copy(source, source_fd, destination, destination_fd, control)
@@ -135,14 +135,14 @@ def _opened_plain(path: Path) -> Generator[int]:
 
 @contextmanager
 def reading(path: Path, control: CopyControl) -> Generator[int]:
-    """The same under QEMU's lock for readers: meanwhile nobody begins to write it. See CopyControl.reading."""
+    """As `opened_image`, under QEMU's lock for readers: nobody can start to write to it. See CopyControl.reading."""
     with opened_image(path) as fd, control.reading(fd):
         yield fd
 
 
 @contextmanager
 def created(path: Path) -> Generator[int]:
-    """A new file for a guest's data, open for writing; a file that is there already is an error."""
+    """A new file for a guest's data, open for writing; an existing file is an error."""
     with errors_of(path):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -152,7 +152,7 @@ def created(path: Path) -> Generator[int]:
 
 
 def size_of(fd: int) -> int:
-    """Bytes of an open file or block device."""
+    """Length in bytes of an open file or block device."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 

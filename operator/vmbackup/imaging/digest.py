@@ -1,4 +1,4 @@
-"""SHA-256 beside the input and output, in a thread of its own (hashlib lets go of the interpreter's lock)."""
+"""SHA-256 beside the input and output, in its own thread (hashlib releases the interpreter's lock)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Digester:
         return step
 
     def hexdigest(self) -> str:
-        """The digest of all that was given, after the block has been left."""
+        """The digest of all input, once the block has ended."""
         return self._hash.hexdigest()
 
     def _run(self) -> None:

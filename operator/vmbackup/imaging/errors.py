@@ -1,4 +1,4 @@
-"""What an error of the operating system means for a backup."""
+"""Errors of the operating system as the kinds of vmbackup.errors, with their cure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CURES = {
     errno.EIO: ("IOError", _MEDIUM),
     errno.ENOENT: ("NotFound", "put it back, or correct the path"),
     errno.ELOOP: ("SymbolicLink", "replace the symbolic link by what it points to, or let root own it"),
-    errno.EMLINK: ("HardLink", "it has another name, so another may write it: give it one name only"),
+    errno.EMLINK: ("HardLink", "it is a hard link, so another user may write to it: remove its other names"),
 }
 _TRANSIENT = frozenset(
     (

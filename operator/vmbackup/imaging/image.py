@@ -1,4 +1,4 @@
-"""What an image file is: asked of qemu-img, or read from the qcow2 header where qemu-img would have to lock it."""
+"""Facts about an image file: from qemu-img, or from the qcow2 header where qemu-img would have to lock it."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def _is_empty_qcow2(file: BinaryIO) -> bool:
 
 
 def info(path: Path, image_format: str | None = None) -> ImageInfo:
-    """What qemu-img says of one image, its backing images aside; the image may be in use.
+    """Facts from qemu-img about one image, without its backing images. The image may be in use.
 
-    Give the format where it is known: a guest can write into its raw image what then probes as another format.
+    Pass the format if it is known: a guest can write the header of another format into its raw image.
     """
     if image_format in (None, "qcow2") and (known := _with_data_file(path)):
         return known  # qemu-img would open that file, whatever it is
@@ -133,7 +133,7 @@ def info(path: Path, image_format: str | None = None) -> ImageInfo:
 
 
 def _with_data_file(path: Path) -> ImageInfo | None:
-    """What the header of a qcow2 says that keeps its data in another file; None for any other image."""
+    """Facts from the header of a qcow2 that keeps its data in another file; None for any other image."""
     with errors_of(path), os.fdopen(open_trusted(path), "rb") as file:
         header = file.read(_QCOW2_V3.size)
         if len(header) < _QCOW2_V3.size or not header.startswith(_QCOW2_MAGIC):
@@ -156,7 +156,7 @@ def _with_data_file(path: Path) -> ImageInfo | None:
 def images_below(path: Path) -> list[str]:
     """The backing images of an image, nearest first, as far as qcow2 headers name files.
 
-    Read without qemu-img, as it may be asked of every image of a host. What cannot be read has none.
+    Read without qemu-img, because it may be called for every image of a host. An unreadable image has none.
     """
     below: list[str] = []
     while (backing := _backing_file(path)) and backing not in below:
@@ -193,8 +193,8 @@ def qemu_img(
 ) -> subprocess.CompletedProcess[str]:
     """Run qemu-img. Raises PermanentError if it is not installed, TransientError after `timeout` seconds.
 
-    With a control it is killed, and Cancelled raised, as soon as that says so. It does not outlive this process: its
-    locks would keep a guest from starting.
+    With a control, cancelling kills it and raises Cancelled. It does not outlive this process: its locks would keep a
+    guest from starting.
     """
     program = shutil.which("qemu-img")
     if program is None:
@@ -219,7 +219,7 @@ def qemu_img(
 
 
 def _dying_with_us() -> tuple[str, ...]:
-    """What makes the kernel kill a program with the thread that waits for it (util-linux, which every Linux has)."""
+    """A prefix that makes the kernel kill a program together with the thread that waits for it (util-linux)."""
     setpriv = shutil.which("setpriv")
     return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
@@ -236,7 +236,7 @@ def _until_it_ends(process: subprocess.Popen[str], ends: float, control: CopyCon
 
 
 def failure_of(result: subprocess.CompletedProcess[str], path: Path) -> VMBackupError:
-    """What a qemu-img that has failed says of an image, as one of our kinds."""
+    """The error of a failed qemu-img as one of our kinds."""
     text = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
     if " lock" in text:
         return TransientError(f"{path} is in use: {text}", reason="ImageBusy")

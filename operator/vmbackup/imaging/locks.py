@@ -28,8 +28,8 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, 
 def hold_reader_lock(fd: int) -> None:
     """Hold what `qemu-img convert` holds on its source: I read, and share neither writing nor resizing.
 
-    It goes when the open file of `fd` is closed. Raises TransientError if somebody writes to the image or wants it for
-    itself.
+    The lock ends when the open file of `fd` is closed. Raises TransientError if somebody writes to the image, or has
+    locked it against readers.
     """
     path = Path(f"/proc/self/fd/{fd}").readlink()
     with errors_of(path):
@@ -41,22 +41,22 @@ def hold_reader_lock(fd: int) -> None:
 
 
 def release_reader_lock(fd: int) -> None:
-    """Let go of what `hold_reader_lock` holds, in any thread, while `fd` is open. Raises OSError."""
+    """Release the locks of `hold_reader_lock`, in any thread, while `fd` is open. Raises OSError."""
     first, length = _ALL_BYTES.start, len(_ALL_BYTES)
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, first, length, 0))
 
 
 def is_locked(path: Path) -> bool:
-    """Whether anybody, we too, has the image open through QEMU's locks, to read or to write.
+    """Whether any process, also this one, has the image open through QEMU's locks, to read or to write.
 
-    Asks only, never takes a lock. Raises as `imaging.errors` says if the file cannot be opened, or is no image's
-    (paths.open_trusted).
+    Asks only, never takes a lock. Raises as `imaging.errors` says if the file cannot be opened, or cannot be an
+    image (paths.open_trusted).
     """
     return _probe(path, _ALL_BYTES)
 
 
 def is_locked_by_another(fd: int) -> bool:
-    """The same of an image that is open here, but for what this very open file holds."""
+    """As `is_locked`, for an open image, ignoring our own locks on this open file."""
     return _held_by_another(fd, _ALL_BYTES)
 
 

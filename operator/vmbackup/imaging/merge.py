@@ -1,4 +1,4 @@
-"""An overlay merged into its base while no guest runs: by qemu-img, under QEMU's own locks, and proven by comparing."""
+"""Merges an overlay into its base while no guest runs, with qemu-img under QEMU's locks, and compares the result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from vmbackup.imaging.image import COMPARE_SECONDS, failure_of, info, qemu_img
 from vmbackup.paths import open_trusted
 
 MERGE_SECONDS = 24 * 3600.0
-_MANY = (
-    256  # parts of an overlay that are compared one by one; where there are more, the images are compared as a whole
-)
+_MANY = 256  # parts of an overlay: up to here they are compared one by one, beyond it the images as a whole
 
 
 class HeldOverlay:
-    """An overlay that holds nothing which its base lacks, and on which no guest can start until it is let go.
+    """An overlay whose data is all in its base too. A lock keeps guests from starting on it until `let_go`.
 
-    `stamp` names this state of its file: it is another one as soon as anybody has written to it. Where nobody knows of
-    this object any more, it lets go by itself.
+    `stamp` identifies this state of the file; any write changes it. The lock ends automatically when this object is
+    garbage-collected.
     """
 
     def __init__(self, fd: int) -> None:
@@ -38,11 +36,11 @@ class HeldOverlay:
 
 
 def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, control: CopyControl) -> HeldOverlay:
-    """Merge a qcow2 overlay into the image right below it, durably, and prove that nothing is missing there.
+    """Merge a qcow2 overlay into the image right below it, durably, and prove by comparison that the base has it all.
 
-    `bandwidth`: bytes per second, None is unlimited. The overlay stays as it is: what fails or is cancelled half-way
-    can be repeated, but until it has succeeded once the base alone is of no moment at all. QEMU's locks on both
-    images are held all the time but for an instant between merging and comparing: what a guest writes in it is found.
+    `bandwidth`: bytes per second, None is unlimited. The overlay is not changed, so a merge that failed or was
+    cancelled can be repeated; until one has succeeded, the base alone matches no point in time. QEMU's locks on both
+    images are held except for an instant between merging and comparing; a write of a guest in that instant is found.
     Raises Cancelled, TransientError if an image is in use, PermanentError otherwise.
     """
     below = _checked_backing(overlay, base, base_format)
@@ -62,7 +60,7 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
                 raise TransientError(f"{overlay} was written while it was merged into {base}", reason="OverlayWritten")
             with errors_of(overlay):
                 os.fsync(fd)  # its time stamps too
-            control.check()  # what was abandoned meanwhile is not held any more
+            control.check()  # an abandoned merge has lost its locks
         return HeldOverlay(fd)
     except BaseException:
         os.close(fd)
@@ -70,7 +68,7 @@ def merge(overlay: Path, base: Path, base_format: str, bandwidth: int | None, co
 
 
 def is_unwritten(overlay: Path, stamp: str) -> bool:
-    """Whether this is the file that had this stamp, and nobody has written to it since. False if it cannot be seen."""
+    """Whether this is the file with this stamp, not written since. False if the file cannot be read."""
     try:
         return stamp_of(overlay) == stamp
     except OSError:
@@ -78,7 +76,7 @@ def is_unwritten(overlay: Path, stamp: str) -> bool:
 
 
 def stamp_of(overlay: Path) -> str:
-    """What names this state of a file. Raises OSError."""
+    """Identifies this state of a file: any write changes it. Raises OSError."""
     return _stamp(overlay.stat())
 
 

@@ -1,4 +1,4 @@
-"""How large images are, and how much room there is for them."""
+"""Sizes of images, and the free space for them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def length(path: Path) -> int:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes that a copy of it may need: what is allocated, of a device all. Errors are ours."""
+    """Bytes that a copy of an image may need: the allocated ones, and all of a block device. Errors are ours."""
     with opened_image(path) as fd:
         found = os.fstat(fd)
         return size_of(fd) if stat.S_ISBLK(found.st_mode) else found.st_blocks * 512
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that are free on the file system of a path, the reserve of its root user aside. Raises OSError."""
+    """Free bytes on the file system of a path, without those reserved for root. Raises OSError."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize

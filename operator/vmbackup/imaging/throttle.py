@@ -11,10 +11,10 @@ POLL_SECONDS = 0.1
 
 
 class TokenBucket:
-    """Allows `rate()` bytes per second, asked anew each time; None is unlimited.
+    """Allows `rate()` bytes per second, which may change at any time; None is unlimited.
 
-    Bytes are paid for after they went: the first piece goes at once, and the next one waits until the bucket is out of
-    debt at the rate of that moment.
+    Bytes are accounted for after they were copied: the first piece goes at once, and the next one waits until the
+    bucket is out of debt at the current rate.
     """
 
     def __init__(self, rate: Callable[[], int | None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,7 +28,7 @@ class TokenBucket:
         self._level -= amount
 
     def delay(self) -> float:
-        """Seconds to wait, at the rate of now, before more bytes may go."""
+        """Seconds to wait, at the current rate, before more bytes may be copied."""
         now, rate = self._clock(), self._rate()
         elapsed, self._filled = now - self._filled, now
         if rate is None:
@@ -38,6 +38,6 @@ class TokenBucket:
         return max(0.0, -self._level / rate)
 
     def wait(self, cancelled: threading.Event) -> None:
-        """Wait until more bytes may go, or until `cancelled` is set."""
+        """Wait until more bytes may be copied, or until `cancelled` is set."""
         while (delay := self.delay()) > 0 and not cancelled.wait(min(delay, POLL_SECONDS)):
             pass

@@ -1,4 +1,4 @@
-"""Folders and small files of a directory store: private, durable, and not through symbolic links."""
+"""Folders and small files of a directory store: private, durable, never through symbolic links."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FILE_MODE = 0o600
 
 @contextmanager
 def opened_folder(root: Path, *names: str, make: bool = False) -> Generator[Path]:
-    """As paths.held; `make` what is missing, for the administrator alone. Errors of opening it are raised as ours."""
+    """As paths.held. `make` creates missing folders, for the administrator alone. Errors of opening are ours."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(held(root, *names, make_mode=FOLDER_MODE if make else None))
         except NotADirectoryError as error:
             path = name_of(root.joinpath(*names))
             raise PermanentError(
-                f"{path} is a symbolic link, or no folder: move it away", reason="NotAFolder"
+                f"{path} is a symbolic link or not a folder: move it away", reason="NotAFolder"
             ) from error
         except OSError as error:
             raise classified(error, root.joinpath(*names)) from error
@@ -33,7 +33,7 @@ def opened_folder(root: Path, *names: str, make: bool = False) -> Generator[Path
 
 def fsync_folder(path: Path) -> None:
     """Make the entries of a folder durable. Raises OSError."""
-    _fsync(path, os.O_DIRECTORY)  # also of one that is held, whose path is a link of /proc
+    _fsync(path, os.O_DIRECTORY)  # a path of `held` is a link of /proc
 
 
 def fsync_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What was taken and not published yet, noted beside the partial folder for an agent that restarts."""
+"""Notes beside the partial folder: the disks that were taken and not published yet, for an agent that restarts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmbackup.stores.manifest import FILE
 
 
 def read(path: Path) -> tuple[TakenDisk, ...]:
-    """The disks taken, none if there is no file. Raises PermanentError if it is not as `write` leaves it."""
+    """The disks taken; none if there is no file. Raises PermanentError if the notes are damaged."""
     if not os.path.lexists(path):
         return ()
     try:

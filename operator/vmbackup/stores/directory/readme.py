@@ -1,4 +1,4 @@
-"""The README of a backup's folder: how to restore it with this project gone."""
+"""The README of a backup's folder: how to restore it without vmbackup."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ FILE_NAME = "README.txt"
 
 
 def readme(manifest: Manifest) -> str:
-    """How to restore by hand, in the words of this very backup."""
+    """How to restore this backup by hand, with its names in every command."""
     disks = "\n".join(f"  {disk.file} is the disk {disk.target}, format {disk.format}" for disk in manifest.disks)
     nvram = f"; {manifest.nvram} is its UEFI variable store" if manifest.nvram else ""
     copies = "\n".join(f"   {_copy(disk)}" for disk in manifest.disks)
-    merged = "\n   qemu-img makes one image of a disk and its backing files: remove the <backingStore> of such a disk."
+    merged = "\n   qemu-img merges a disk and its backing files into one image: remove its <backingStore> in step 4."
     variables = f"\n   Copy {manifest.nvram} to the path of <nvram> in {manifest.domain_xml}." if manifest.nvram else ""
     domain = shlex.quote(manifest.domain)
     return f"""\
@@ -22,13 +22,13 @@ Backup of the virtual machine {manifest.domain} as it was at {manifest.snapshot_
 {disks}
   {manifest.domain_xml} is its libvirt definition{nvram}. It may hold passwords.
 
-To restore:
-1. Check the files: sha256sum each one and compare with "digest" in manifest.json.
-2. Shut down a running domain of this name first. Its disks must not be on a `*.vmb-*.qcow2` file:
+To restore it without vmbackup, in this folder:
+1. Check the files: run sha256sum on each one and compare the output with its "digest" in manifest.json.
+2. If a domain of this name is running, shut it down. Its disks must not be on a `*.vmb-*.qcow2` file:
    virsh domblklist --inactive {domain}
-3. Copy each disk to where it shall be, such as:
+3. Copy each disk to its new place, for example:
 {copies}{merged if any(disk.backing for disk in manifest.disks) else ""}{variables}
-4. Copy {manifest.domain_xml}, let each <source file='...'> name the copy of its disk, then:
+4. Make a copy of {manifest.domain_xml}. In each <source file='...'>, write the path of the copied disk. Then:
    virsh define {manifest.domain_xml}
 5. virsh start {domain}
 """

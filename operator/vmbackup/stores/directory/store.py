@@ -56,11 +56,11 @@ class DirectoryStore:
         self._root = Path(root)
 
     def check(self, key: BackupId, sources: Sequence[DiskSource]) -> Mapping[str, Writes]:
-        """See Store. Writes and removes a small file, to see whether that works and whether clones do."""
+        """See Store. Writes and removes a small file, to try whether the store is writable and can clone."""
         places = Places.of(self._root, key)
         if self.published(key):
             raise RefusedError(
-                f"{places.final} is there already: create a new VMBackup, or delete that folder", reason="AlreadyStored"
+                f"{places.final} already exists: create a new VMBackup, or delete that folder", reason="AlreadyStored"
             )
         try:
             for source in sources:
@@ -93,7 +93,7 @@ class DirectoryStore:
                 disk = TakenDisk(source.target, source.virtual_bytes, _take_chain(partial, source, others, control))
                 with errors_of(partial):
                     fsync_folder(partial)
-            control.check()  # it may have hung here since it was given up
+            control.check()  # the caller may have given up while this hung
             notes.write(here.notes, [*others, disk])
         return disk
 
@@ -119,7 +119,7 @@ class DirectoryStore:
                         here.partial.rename(here.final)
                         fsync_folder(here.namespace)
             found = manifest_of(here)
-        self.discard(key)  # the notes; and what a restart has taken anew, not knowing that all was published
+        self.discard(key)  # the notes, and disks that a restarted run has taken again
         return Published(str(places.final), {disk.target: disk.digest for disk in found.disks})
 
     def published(self, key: BackupId) -> str:
@@ -138,7 +138,7 @@ class DirectoryStore:
                 here.notes.unlink(missing_ok=True)
 
     def delete(self, location: str, uid: str) -> None:
-        """See Store. The folder disappears by rename, so that half a backup is never to be seen."""
+        """See Store. The folder disappears by rename, so that nobody ever sees half a backup."""
         places = Places.of_location(self._root, location, uid)
         if not os.path.lexists(places.namespace):
             return
@@ -172,13 +172,13 @@ class DirectoryStore:
 
     @contextmanager
     def _opened(self, places: Places, *, make: bool = False) -> Generator[Places]:
-        """The same places, in the folder of the namespace as it is now, whatever its name may lead to later."""
+        """The same places below the folder of the namespace, held open: its name may lead elsewhere later."""
         with opened_folder(self._root, places.namespace.name, make=make) as namespace:
             yield replace(places, namespace=namespace)
 
 
 def _check_source(source: DiskSource) -> None:
-    """Refuse what would not restore from its own files, or not be understood. Raises RefusedError."""
+    """Refuse a disk that would not restore from its own files. Raises RefusedError."""
     checked_target(source.target)
     for depth, image in enumerate(source.chain):
         is_last = depth == len(source.chain) - 1
@@ -207,10 +207,10 @@ def _bytes_to_copy(paths: Iterable[str], folder: Path) -> dict[str, int]:
     needed: dict[str, int] = {}
     with errors_of(folder), tempfile.TemporaryFile(dir=folder) as probe:
         ours, its = os.fstat(probe.fileno()).st_uid, folder.stat().st_uid
-        if its != ours:  # on a share our files may belong to anybody, but then our folders do too
+        if its != ours:  # a share may map our user to any other, but then for files and folders alike
             raise PermanentError(
-                f"{name_of(folder)} belongs to the user {its}, who could replace what is stored in it, not to {ours}: "
-                "move it away, the agent makes its own",
+                f"{name_of(folder)} belongs to the user {its}, not to {ours}, and that user could replace "
+                "the files in it: move it away; the agent makes a new one",
                 reason="FolderNotOurs",
             )
         for path in sorted(paths):
@@ -222,7 +222,7 @@ def _bytes_to_copy(paths: Iterable[str], folder: Path) -> dict[str, int]:
 def _take_chain(
     folder: Path, source: DiskSource, others: Sequence[TakenDisk], control: CopyControl
 ) -> tuple[TakenImage, ...]:
-    """Take the images of a chain, the template first, so that each copy can be told the name of its backing file."""
+    """Take the images of a chain, the template first, because each copy must name the copy of its backing file."""
     there = {(image.source, image.format): image for disk in others for image in disk.images[1:]}
     new = [image for image in source.chain[1:] if (image.path, image.format) not in there]
     total = sum(length(Path(image.path)) for image in (*new, source.chain[0]))
@@ -246,7 +246,7 @@ def _free_name(folder: Path, image_format: str) -> str:
 def _take_image(
     image: SourceImage, destination: Path, backing: Sequence[TakenImage], control: CopyControl
 ) -> TakenImage:
-    """Take one image, and let it name its backing image in the folder, so that the folder explains itself."""
+    """Take one image, and write the name of its backing image in the folder into its header."""
     copied = clone_or_copy(Path(image.path), destination, control)
     if not backing:
         return TakenImage(destination.name, image.format, copied.bytes, copied.digest, image.path)
@@ -258,7 +258,7 @@ def _take_image(
 
 
 def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], control: CopyControl) -> list[TakenDisk]:
-    """Compute the digests that are missing, noting each, so that a restart does not compute it again."""
+    """Compute the missing digests and note each, so that a restart does not compute it again."""
     missing = {image.file: image.bytes for disk in taken for image in disk.images if not image.digest}
     complete, done = list(taken), 0
     for file, size in missing.items():
@@ -276,7 +276,7 @@ def _with_digest(disk: TakenDisk, file: str, digest: str) -> TakenDisk:
 
 
 def _describe(folder: Path, key: BackupId, taken: Sequence[TakenDisk], facts: GuestFacts) -> None:
-    """Write all but the images: domain XML, NVRAM, README and the manifest."""
+    """Write domain XML, NVRAM, README and, last, the manifest."""
     write_private(folder / DOMAIN_XML, facts.domain_xml.encode())
     if facts.nvram:
         with errors_of(facts.nvram):
