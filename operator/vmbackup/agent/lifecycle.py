@@ -1,4 +1,4 @@
-"""One VMBackup, from the moment that it is seen until nothing is left to do for it."""
+"""One VMBackup, from the moment that it is seen until nothing is left to do for it: carries out what duty() decides."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import Any, Protocol, TypeVar
 
 from vmbackup.agent.backup_run import BackupRun
 from vmbackup.agent.context import Context
+from vmbackup.agent.duty import PAUSES, Local, NodeState, Task, duty, next_look
 from vmbackup.api.backup import BackupSpec, DeletionPolicy
 from vmbackup.api.identity import BackupId
 from vmbackup.api.resource import BackupResource, condition, is_finished, with_generation
 from vmbackup.api.status import GUEST_AWAY, Outcome, Phase, Reason, Report
-from vmbackup.backoff import Backoff
 from vmbackup.cluster.reporter import ClusterReporter
 from vmbackup.cluster.status_writer import StatusWriter
 from vmbackup.errors import RefusedError, TransientError, VMBackupError
-from vmbackup.protocol.record import Record
 from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.reconcile.state.domain_lock import is_locked
@@ -32,7 +31,6 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 _PARKED = (*GUEST_AWAY, Reason.QUARANTINED)
-_PAUSES = Backoff(first=1.0, longest=60.0)  # after failures of the node itself
 _FLUSH = 5.0  # seconds for the last status of an object that others hold
 _LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
 
@@ -70,12 +68,11 @@ class Lifecycle:
         self.reporter = ClusterReporter(
             self._ref, self._writer, context.events, generation=lambda: self._seen.generation, heard=self._heard
         )
-        # The retry with which it ended; None: it has not, or the node knows better than its status.
+        # A reserved domain: the node knows better than the status that the backup has not ended.
         ended = seen.over and not context.queue.reserved(seen.uid)
-        self._handled = seen.handled_retry if ended else None
+        self._local = Local(handled=seen.handled_retry if ended else None)
         self._spec: BackupSpec | None = None
-        self._gone = self._stopped = self._unfinished = False
-        self._deleting: bool | None = None  # deleted; and then, whether its stored data goes too
+        self._unfinished = False  # set by the threads of the backup, so it is no part of _local
         self._deletion_task: asyncio.Task[None] | None = None
         self._request: Request | None = None
         self._backup_run = BackupRun(context, lambda: self._seen, self._current_request, self.reporter)
@@ -83,7 +80,6 @@ class Lifecycle:
         self._changed = asyncio.Event()
         self._at_work = asyncio.Lock()
         self._loops = 0
-        self._failures = 0
         self.see(seen)
 
     @property
@@ -109,21 +105,22 @@ class Lifecycle:
     def see(self, seen: BackupResource, *, gone: bool = False) -> None:
         """It was seen like this; `gone`: for the last time."""
         self._seen = seen
-        self._gone = self._gone or gone
+        if gone:
+            self._local = replace(self._local, gone=True)
         with suppress(RefusedError):  # of a first one, _run says so; the API server lets nobody make a good one bad
             self._spec = BackupSpec.parse(seen.spec)
-        if (seen.terminating or self._gone) and self._deletion_task is None:
+        if (seen.terminating or self._local.gone) and self._deletion_task is None:
             self._deletion_task = self._loop.create_task(self._resolve_deletion())
         self._wake()
 
     def vanish(self) -> None:
         """It does not exist any more."""
-        if not self._gone:
+        if not self._local.gone:
             self.see(self._seen, gone=True)
 
     def stop(self) -> None:
         """This process is to end: let a running backup come to a safe point."""
-        self._stopped = True
+        self._local = replace(self._local, stopped=True)
         self._wake()
 
     async def keep(self, stopped: Stopped) -> None:
@@ -137,7 +134,7 @@ class Lifecycle:
                 if stopping.done():
                     self.stop()
                 await work
-                await self._change(self._pause(), stopping)
+                await self._change(self._next_look(), stopping)
         finally:
             stopping.cancel()
             self._loops -= 1
@@ -152,7 +149,7 @@ class Lifecycle:
                 if not self._at_work.locked():
                     work = asyncio.create_task(self._work())
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._released.wait(), self._pause() or _PAUSES.first)
+                    await asyncio.wait_for(self._released.wait(), self._next_look() or PAUSES.first)
                 if work is not None and work.done():
                     work.result()
                 if time.monotonic() - looked > _LOOK:
@@ -179,11 +176,11 @@ class Lifecycle:
             policy = self._spec.deletion_policy
             self._request = Request(
                 self._spec,
-                deleted=self._deleting is not None,
+                deleted=self._local.deleting is not None,
                 cancelled=self._seen.cancelled,
-                delete_data=bool(self._deleting) and policy is DeletionPolicy.DELETE,
+                delete_data=bool(self._local.deleting) and policy is DeletionPolicy.DELETE,
                 retry=self._seen.retry,
-                stop=self._stopped,
+                stop=self._local.stopped,
             )
             self._backup_run.wake()
         self._changed.set()
@@ -209,11 +206,11 @@ class Lifecycle:
             except TransientError as error:
                 _log.warning("%s: %s", self.name, error)
                 failures += 1
-                await asyncio.sleep(_PAUSES.after(failures))
+                await asyncio.sleep(PAUSES.after(failures))
             except VMBackupError as error:
                 data = False
                 self.reporter.event("DataRetained", f"the stored data stays: {error}", warning=True)
-        self._deleting = data
+        self._local = replace(self._local, deleting=data)
         self._wake()
 
     async def _look(self) -> None:
@@ -227,14 +224,9 @@ class Lifecycle:
 
     # -- what is due
 
-    def _pause(self) -> float | None:
-        """Seconds until something is due without any change; None: never."""
-        if self._failures:
-            return _PAUSES.after(self._failures)
-        if self._deleting is not None:
-            return _PAUSES.first
-        expires = self._seen.expires
-        return None if expires is None else max(_PAUSES.first, expires - time.time())
+    def _next_look(self) -> float | None:
+        """Seconds until something may be due without any change; None: never."""
+        return next_look(self._seen, self._local, time.time())
 
     async def _change(self, seconds: float | None, *others: asyncio.Future[None]) -> None:
         """Wait until something has changed, or one of the others is done, for at most so long."""
@@ -246,73 +238,74 @@ class Lifecycle:
 
     async def _do_what_is_due(self) -> None:
         self._changed.clear()
-        if self._stopped or self._released.is_set():
+        if self._released.is_set():
             return
         try:
-            await self._act()
-            self._failures = 0
+            await self._carry_out()
+            self._local = replace(self._local, failures=0)
         except VMBackupError as error:
-            self._failures += 1
-            _log.log(logging.WARNING if self._failures == 1 else logging.INFO, "%s: %s", self.name, error)
-            if self._failures == 1:
+            failures = self._local.failures + 1
+            self._local = replace(self._local, failures=failures)
+            _log.log(logging.WARNING if failures == 1 else logging.INFO, "%s: %s", self.name, error)
+            if failures == 1:
                 self.reporter.event(error.reason, str(error), warning=True)
 
-    async def _act(self) -> None:
-        seen = self._seen
-        if self._deleting is not None:
-            await self._release()
-        elif not seen.held or seen.terminating or self._gone:
-            return  # no snapshot before the finalizer is stored; and how it is deleted is about to be known
-        elif self._handled is None or seen.retry != self._handled:
-            await self._run()
-        elif seen.stale:
-            await self._note()
-        elif seen.expires is not None and seen.expires <= time.time():
-            _log.info("%s: ttlSecondsAfterFinished has passed: deleting it", self.name)
-            ref = self._ref
-            await self._call(self._context.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
+    async def _carry_out(self) -> None:
+        local = self._local
+        due = duty(self._seen, local, time.time())
+        if due.task is Task.READ:
+            local = replace(local, node=await self._node_state(deleted=local.deleting is not None))
+            due = duty(self._seen, local, time.time())
+        _log.debug("%s: %s: %s", self.name, due.task, due.why)
+        match due.task:
+            case Task.RUN:
+                await self._run(local)
+            case Task.REFUSE:
+                self._refuse()
+            case Task.ACCEPT:
+                self._local = replace(self._local, handled=self._seen.handled_retry)
+            case Task.ACKNOWLEDGE:
+                await self._acknowledge()
+            case Task.EXPIRE:
+                _log.info("%s: ttlSecondsAfterFinished has passed: deleting it", self.name)
+                ref = self._ref
+                await self._call(self._context.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
+            case Task.DELETE_DATA:
+                await self._delete_data()
+                await self._release()
+            case Task.RELEASE:
+                await self._release()
+            case Task.READ | Task.NOTHING:
+                pass
 
-    async def _run(self) -> None:
+    async def _node_state(self, *, deleted: bool) -> NodeState:
+        """The journal, and whether another process runs it. A backup that has begun runs with the journal's spec."""
+        record = await self._call(journals.record_of, self._context.node.state_dir, self._ref.uid)
+        if self._spec is None and record is not None and not record.done:
+            self._spec = spec_of(record)
+            self._wake()
+        locked = deleted and record is None and await self._call(is_locked, self._ref.uid, self._context.node.lock_dir)
+        return NodeState(record, locked=locked, has_spec=self._spec is not None)
+
+    async def _run(self, local: Local) -> None:
         """Run it from wherever it stands."""
-        record = await self._record()
-        if self._spec is None:
-            self._refuse()
-            return
-        if record is None and self._handled is None and self._seen.over:  # another process has run it
-            self._handled = self._seen.handled_retry
-            return
-        if record is None and self._handled is not None:
-            await self._note()  # it is over, and what could be taken up again is not known here any more
-            return
-        ending = await self._backup_run.run(record)
+        ending = await self._backup_run.run(None if local.node is None else local.node.record)
         if ending is Ending.RELEASED:
-            await self._part()
-        elif ending is Ending.FINISHED:
-            self._handled = str(self._writer.latest.get("lastHandledRetry") or "")
-        elif not self._stopped and self._deleting is None:
+            await self._release()
+            return
+        if local.deleting is not None:  # an orphan, or interrupted: it is tried again after a pause
+            return
+        if ending is Ending.FINISHED:
+            handled = str(self._writer.latest.get("lastHandledRetry") or "")
+            self._local = replace(self._local, handled=handled)
+        elif not self._local.stopped and self._local.deleting is None:
             raise TransientError(
                 "another process has run it: its VMBackup will say how that ended", reason="RunElsewhere"
             )
         self._changed.set()
 
     async def _release(self) -> None:
-        """It was deleted: bring the chain home, or record the orphan, and delete the data if that is asked for."""
-        record = await self._record()
-        if record is None and await self._call(is_locked, self._ref.uid, self._context.node.lock_dir):
-            return  # another process runs it: the chain is that one's to bring home
-        if record is None or self._spec is None:
-            await self._delete_data()
-            ending = Ending.RELEASED
-        elif record.orphan and self._seen.held_by_others:
-            ending = Ending.RELEASED  # each run would report anew, each report be seen, and each look run it again
-        else:
-            ending = await self._backup_run.run(record)
-        if ending is Ending.RELEASED:
-            await self._part()
-            self._changed.set()
-
-    async def _part(self) -> None:
-        """Let it vanish. Who else holds it, as Argo CD does a hook, waits for a status that says that it is over."""
+        """Release it. Another controller that holds it, such as Argo CD for a hook, first gets a final status."""
         if self._seen.awaits_its_end and not is_finished(self._writer.latest):
             clean = condition(self._writer.latest, "ChainClean").get("status")
             report = Report(Phase.FAILED, Reason.DELETED, "the VMBackup was deleted", Outcome.DELETED)
@@ -320,6 +313,7 @@ class Lifecycle:
             self.reporter.report(replace(report, backup_complete=False, chain_clean=chain, completion_time=time.time()))
             await self._call(self._writer.flush, _FLUSH)
         self._released.set()
+        self._changed.set()
 
     async def _delete_data(self) -> None:
         location = str(self._seen.status.get("location") or "")
@@ -327,14 +321,14 @@ class Lifecycle:
             store = await self._call(self._backup_run.open_store)
             await self._call(store.delete, location, self._ref.uid)
 
-    async def _note(self) -> None:
-        """Note that a change of a backup that is over was seen."""
+    async def _acknowledge(self) -> None:
+        """Acknowledge a change of a backup that is over in its status."""
         seen, ref = self._seen, self._ref
         status = with_generation(seen.status, seen.generation)
         if seen.retry:
             status["lastHandledRetry"] = seen.retry
         answer = await self._call(self._context.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
-        self._handled = seen.retry
+        self._local = replace(self._local, handled=seen.retry)
         if answer is not None:
             self.see(BackupResource(answer))
 
@@ -345,7 +339,7 @@ class Lifecycle:
         except RefusedError as error:
             self.reporter.event(error.reason, str(error), warning=True)
             self._context.node.metrics.finished(Outcome.REFUSED)
-            self._handled = self._seen.retry
+            self._local = replace(self._local, handled=self._seen.retry)
             self.reporter.report(
                 Report(
                     Phase.FAILED,
@@ -355,7 +349,7 @@ class Lifecycle:
                     backup_complete=False,
                     chain_clean=True,
                     completion_time=time.time(),
-                    last_handled_retry=self._handled,
+                    last_handled_retry=self._seen.retry,
                 )
             )
 
@@ -367,14 +361,6 @@ class Lifecycle:
                 self._loop.call_soon_threadsafe(self.vanish)
             if report.reason in _PARKED and report.phase is not Phase.COPYING:
                 self._loop.call_soon_threadsafe(self._backup_run.park)
-
-    async def _record(self) -> Record | None:
-        """What its journal says. Where the spec cannot be read and it has begun, it is carried on by that."""
-        record = await self._call(journals.record_of, self._context.node.state_dir, self._ref.uid)
-        if self._spec is None and record is not None and not record.done:
-            self._spec = spec_of(record)
-            self._wake()
-        return record
 
     async def _call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await self._context.threads.call(function, *arguments)
