@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 — whoever has an older one shall read why, not a SyntaxError
+if sys.version_info < (3, 11):  # noqa: UP036 — an older Python gets this message, not a SyntaxError
     sys.exit("kubectl vmbackup needs Python 3.11 or later, and python3 is %d.%d" % sys.version_info[:2])  # noqa: UP031
 
 from kubectl_vmbackup.cli import main

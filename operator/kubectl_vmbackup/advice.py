@@ -1,7 +1,8 @@
-"""What a human should do next about a VMBackup. Pure."""
+"""The next step of the person who looks at a VMBackup. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from vmbackup.api.resource import BackupResource, moment
@@ -10,81 +11,94 @@ from vmbackup.api.status import Reason
 _TAKEN_WITHIN = timedelta(seconds=30)
 _SILENT = timedelta(minutes=10)
 
+
+@dataclass(frozen=True)
+class NextStep:
+    """`text` is one sentence, without a full stop. `human`: somebody must act, or nothing makes progress."""
+
+    text: str
+    human: bool = True
+
+
+def _nothing(why: str) -> NextStep:
+    return NextStep(f"nothing: {why}", human=False)
+
+
 _WHILE_RUNNING = {
-    Reason.QUEUED: "nothing: it waits for its turn",
-    Reason.COMMIT_RETRYING: "fix what the message names: the commit is tried again by itself",
-    Reason.COMMIT_NOT_CONVERGING: "let the guest write less, raise spec.commit.bandwidth, or choose "
-    "spec.commit.stallPolicy Throttle or Pause: each takes effect at once",
-    Reason.WAITING_FOR_OTHERS: "wait for the job or migration that the message names, or end it",
-    Reason.DOMAIN_MIGRATED: "see that the agent of the other host has brought the guest home, then undefine the domain "
-    "here (virsh undefine); never start it here while it runs there",
-    Reason.WAITING_FOR_CALLS: "nothing: it goes on 31 s after libvirtd answers again",
-    Reason.ADOPTING_OVERLAY: "nothing: what an earlier backup left goes home first",
+    Reason.QUEUED: _nothing("it is queued"),
+    Reason.COMMIT_RETRYING: NextStep("fix the problem that the message names; the commit is retried automatically"),
+    Reason.COMMIT_NOT_CONVERGING: NextStep(
+        "reduce the guest's writes, raise spec.commit.bandwidth, or set spec.commit.stallPolicy to Throttle or Pause; "
+        "each takes effect at once"
+    ),
+    Reason.WAITING_FOR_OTHERS: NextStep("wait for the job or migration that the message names, or end it"),
+    Reason.DOMAIN_MIGRATED: NextStep(
+        "check that the agent on the destination host has brought the guest home, then undefine the domain here "
+        "(virsh undefine); never start it here while it runs there"
+    ),
+    Reason.WAITING_FOR_CALLS: _nothing("it continues 31 s after libvirtd answers again"),
+    Reason.ADOPTING_OVERLAY: _nothing("the overlay of an earlier backup is merged first"),
 }
 
 
-def next_step(backup: BackupResource, now: datetime) -> str:
-    """One sentence, without a dot at its end."""
+def next_step(backup: BackupResource, now: datetime) -> NextStep:
+    """The next step of the person who looks at this VMBackup."""
     if backup.terminating:
         return _while_deleted(backup, now)
     if not backup.running:
         return _after_the_end(backup)
     if not backup.observed:
-        return _unseen(backup, now)
+        return _unobserved(backup, now)
     if backup.reason == Reason.DOMAIN_OFF:
-        return (
-            f"start the guest on {backup.node} (virsh start {_quoted(backup)}): it boots from its overlay, and is "
-            "brought home; never boot or copy its base alone"
+        return NextStep(
+            f"start the guest on {backup.node} (virsh start {_quoted(backup)}): it boots from its overlay, and the "
+            "agent then brings it home; never boot or copy its base alone"
         )
     if known := _WHILE_RUNNING.get(Reason(backup.reason)) if backup.reason in set(Reason) else None:
         return known
     progress = moment(backup.status.get("lastProgressTime"))
     if progress and now - progress > _SILENT:
-        return f"look at the agent of {backup.node}: there was no progress for {span(now - progress)}"
-    if backup.cancelled:
-        return "nothing: it was cancelled, and the guest is brought home"
-    return "nothing: it is running"
+        return NextStep(f"check the agent of {backup.node}: there was no progress for {span(now - progress)}")
+    return _nothing("it was cancelled, and its guest is brought home" if backup.cancelled else "it is running")
 
 
-def needs_a_human(backup: BackupResource, now: datetime) -> bool:
-    """Whether something must be done, or nothing makes progress."""
-    return not next_step(backup, now).startswith("nothing")
-
-
-def _while_deleted(backup: BackupResource, now: datetime) -> str:
+def _while_deleted(backup: BackupResource, now: datetime) -> NextStep:
     since = now - (backup.deleted_at or now)
     if not backup.held:
-        return f"remove the finalizers of others: {', '.join(backup.finalizers)}"
+        return NextStep(f"remove the finalizers of other controllers: {', '.join(backup.finalizers)}")
     if since < _SILENT:
-        return "nothing: it was deleted, and vanishes once the guest is home"
-    return (
-        f"see to the agent of {backup.node}: it was asked {span(since)} ago to let go of this VMBackup, which vanishes "
-        f"once the guest is home; if that node is gone for good: {_command(backup, 'forget')}"
+        return _nothing("it was deleted, and disappears when the guest is home")
+    return NextStep(
+        f"check the agent of {backup.node}: this VMBackup was deleted {span(since)} ago, and disappears when the guest "
+        f"is home; if that node is gone for good: {_command(backup, 'forget')}"
     )
 
 
-def _after_the_end(backup: BackupResource) -> str:
+def _after_the_end(backup: BackupResource) -> NextStep:
     if backup.ready:
-        return "nothing: it can be restored"
+        return _nothing("it can be restored")
     if backup.reason == Reason.QUARANTINED:
-        return (
-            "do what the message says, mostly: shut the guest down and start it again; the quarantine is then lifted "
-            "by itself; delete no file"
+        return NextStep(
+            "do what the message says, usually: shut the guest down and start it again; the quarantine is then lifted "
+            "automatically; delete no file"
         )
     if backup.left_on_overlay:
-        return f"fix what the message names; the guest runs on, and loses nothing; then: {_command(backup, 'retry')}"
+        return NextStep(
+            "fix the problem that the message names; the guest keeps running and loses no data; then: "
+            f"{_command(backup, 'retry')}"
+        )
     if backup.reason == Reason.CANCELLED:
-        return f"nothing; for a backup after all: {_command(backup, 'retry')} --new"
-    return f"fix what the message names, then: {_command(backup, 'retry')} --new"
+        return NextStep(f"nothing; to take the backup after all: {_command(backup, 'retry')} --new", human=False)
+    return NextStep(f"fix the problem that the message names, then: {_command(backup, 'retry')} --new")
 
 
-def _unseen(backup: BackupResource, now: datetime) -> str:
+def _unobserved(backup: BackupResource, now: datetime) -> NextStep:
     made = moment(backup.metadata.get("creationTimestamp"))
     if made and now - made < _TAKEN_WITHIN:
-        return "nothing: the agent of its node is about to take it"
-    return (
-        f"no agent has taken it: is {backup.node} right, and does an agent with that --node-name run? "
-        f"{_command(backup, 'check')}"
+        return _nothing("the agent of its node is about to take it")
+    return NextStep(
+        f"no agent has taken it: check that spec.nodeName {backup.node} is right, and that an agent with that "
+        f"--node-name runs: {_command(backup, 'check')}"
     )
 
 
@@ -99,7 +113,7 @@ def _quoted(backup: BackupResource) -> str:
 
 
 def span(length: timedelta) -> str:
-    """A length of time in two units at most, as kubectl prints ages."""
+    """A duration in at most two units, as kubectl prints ages."""
     seconds = max(0, int(length.total_seconds()))
     for unit, size, smaller, least in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if seconds >= size:

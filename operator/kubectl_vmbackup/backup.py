@@ -16,13 +16,13 @@ def find(kubectl: Kubectl, name: str) -> BackupResource:
     """A VMBackup of the namespace. Raises PluginError if there is none."""
     body = kubectl.find(BACKUPS, name, "--show-managed-fields")
     if body is None:
-        raise PluginError(f"there is no VMBackup {name} here: `kubectl get vmb -A` shows them all; name its "
+        raise PluginError(f"there is no VMBackup {name} in this namespace: `kubectl get vmb -A` lists all; set its "
                           "namespace with -n")  # fmt: skip
     return BackupResource(body)
 
 
 def every(kubectl: Kubectl, *words: str) -> list[BackupResource]:
-    """The VMBackups of the namespace, or those that `words` select."""
+    """The VMBackups of the namespace, or those selected by `words`."""
     return [BackupResource(body) for body in kubectl.items(BACKUPS, "--show-managed-fields", *words)]
 
 

@@ -1,6 +1,6 @@
-"""`kubectl vmbackup check`: what is in the way of a backup, as far as the API server shows. Changes nothing.
+"""`kubectl vmbackup check`: whether a backup can be taken, as far as the API server shows. Changes nothing.
 
-What only the hypervisor knows (domain, disks, room, locks) is said there by `vmbackup check`.
+Domain, disks, space and locks are known to the hypervisor only: run `vmbackup check` there.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vmbackup.api.resource import BackupResource
 
 
 class Verdict(StrEnum):
-    """Of one thing that was looked at."""
+    """The result for one prerequisite."""
 
     GOOD = "ok"
     BAD = "NO"
-    OPEN = "?"  # cannot be seen from here
+    OPEN = "?"  # cannot be determined from here
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One prerequisite and its result."""
 
     verdict: Verdict
     text: str
@@ -42,9 +42,9 @@ Findings = Iterator[Finding]
 
 
 def check(kubectl: Kubectl, name: str | None, file: str | None) -> int:
-    """Print what is found; the exit code. Raises PluginError where nothing can be looked at."""
+    """Print the findings; the exit code. Raises PluginError if nothing can be checked."""
     if name and file:
-        raise PluginError("give a NAME or -f, one of both", USAGE)
+        raise PluginError("set at most one of NAME and -f", USAGE)
     bad = False
     for title, findings in _subjects(kubectl, name, file):
         print(printable(title))
@@ -71,7 +71,7 @@ def _subjects(kubectl: Kubectl, name: str | None, file: str | None) -> Iterator[
 
 
 def _manifests(kubectl: Kubectl, file: str) -> Iterator[tuple[Object, set[str]]]:
-    """Each VMBackup of a file, as kubectl reads it, and the stores that the file brings with it."""
+    """Each VMBackup of a file as kubectl reads it, and the stores that the file defines."""
     text = sys.stdin.read() if file == "-" else Path(file).read_text() if Path(file).is_file() else None
     if text is None:
         raise PluginError(f"there is no file {file}", USAGE)
@@ -85,7 +85,7 @@ def _manifests(kubectl: Kubectl, file: str) -> Iterator[tuple[Object, set[str]]]
 
 
 def _documents(text: str) -> Iterator[Any]:
-    """JSON documents, one after the other."""
+    """Concatenated JSON documents."""
     decoder, at = json.JSONDecoder(), 0
     while at < len(text):
         body, at = decoder.raw_decode(text, at)
@@ -97,7 +97,7 @@ def _of_manifest(kubectl: Kubectl, body: Object, stores: set[str]) -> Findings:
     verb = ["apply", "--server-side"] if body["metadata"].get("name") else ["create"]
     try:
         kubectl.run(*verb, "--dry-run=server", "-f", "-", stdin=json.dumps(body))
-        yield Finding(Verdict.GOOD, "the API server takes it (tried with --dry-run=server)")
+        yield Finding(Verdict.GOOD, "the API server accepts it (tested with --dry-run=server)")
     except KubectlError as error:
         yield Finding(Verdict.BAD, f"the API server refuses it: {error}")
     yield from _around(kubectl, BackupResource(body), stores)
@@ -108,18 +108,18 @@ def _of_existing(kubectl: Kubectl, backup: BackupResource) -> Findings:
     state = f"{backup.phase}, {backup.reason}: {backup.message}"
     yield Finding(Verdict.BAD if wrong else Verdict.GOOD, state)
     yield from _around(kubectl, backup, set())
-    yield Finding(Verdict.OPEN, f"next: {advice.next_step(backup, now())}")
+    yield Finding(Verdict.OPEN, f"next: {advice.next_step(backup, now()).text}")
 
 
 def _around(kubectl: Kubectl, backup: BackupResource, stores: set[str]) -> Findings:
-    """What a VMBackup needs beside itself."""
+    """The other prerequisites of a VMBackup."""
     store = str(group(backup.spec, "storeRef").get("name", ""))
     yield from _store(kubectl, store, stores)
     yield _policy(kubectl, backup)
     yield from _agent(kubectl, backup.node)
     yield from _others(kubectl, backup)
     domain, node = backup.spec.get("domain"), backup.node
-    yield Finding(Verdict.OPEN, f"whether {domain} is on {node}, runs, and has room: vmbackup check, there")
+    yield Finding(Verdict.OPEN, f"to check that {domain} is on {node}, runs and has space: run vmbackup check there")
 
 
 def _store(kubectl: Kubectl, store: str, stores: set[str]) -> Findings:
@@ -132,10 +132,10 @@ def _store(kubectl: Kubectl, store: str, stores: set[str]) -> Findings:
         yield _unseen(f"the store {store}", error)
         return
     if there:
-        yield Finding(Verdict.GOOD, f"the store {store} is there")
+        yield Finding(Verdict.GOOD, f"the store {store} exists")
     else:
-        yield Finding(Verdict.BAD, f"there is no VMBackupStore {store}: spec.storeRef.name names one that "
-                      "`kubectl get vmbackupstores` shows, or make it")  # fmt: skip
+        yield Finding(Verdict.BAD, f"there is no VMBackupStore {store}: set spec.storeRef.name to one that "
+                      "`kubectl get vmbackupstores` lists, or create it")  # fmt: skip
 
 
 def _policy(kubectl: Kubectl, backup: BackupResource) -> Finding:
@@ -157,14 +157,14 @@ def _agent(kubectl: Kubectl, name: str) -> Findings:
         yield Finding(Verdict.BAD, f"no agent runs on the node {name}: label it vmbackup.dev/hypervisor=true")
     elif signs.last_write is not None:
         age = advice.span(now() - signs.last_write)
-        yield Finding(Verdict.OPEN, f"no pod of an agent is seen on {name}; it wrote a status {age} ago")
+        yield Finding(Verdict.OPEN, f"no agent pod is visible on {name}; its agent wrote a status {age} ago")
     else:
-        seen = f"whether an agent runs on {name}: no Node and no pod of it is seen, and no status that it has written"
-        yield Finding(Verdict.OPEN, f"{seen}; outside the cluster: systemctl status vmbackup-agent, there")
+        seen = f"unknown whether an agent runs on {name}: it has no visible Node, pod or status"
+        yield Finding(Verdict.OPEN, f"{seen}; outside the cluster run there: systemctl status vmbackup-agent")
 
 
 def _others(kubectl: Kubectl, backup: BackupResource) -> Findings:
-    """Other VMBackups of the same domain, as far as they may be seen."""
+    """Other VMBackups of the same domain that may be read."""
     selector = f"--field-selector=spec.nodeName={backup.node}"
     try:
         found = every(kubectl, "-A", selector)
@@ -179,9 +179,9 @@ def _others(kubectl: Kubectl, backup: BackupResource) -> Findings:
             continue
         path = f"{other.namespace}/{other.name}"
         if other.running:
-            yield Finding(Verdict.OPEN, f"{path} backs up the same domain now: the other one waits for it")
+            yield Finding(Verdict.OPEN, f"{path} is backing up the same domain; this one waits for it")
         elif other.left_on_overlay:
-            yield Finding(Verdict.OPEN, f"{path} has left this domain on an overlay, which is brought home first")
+            yield Finding(Verdict.OPEN, f"{path} has left this domain on an overlay, which is merged first")
 
 
 # -- the installation
@@ -198,7 +198,7 @@ def _crds(kubectl: Kubectl) -> Findings:
     try:
         served = kubectl.run("api-resources", f"--api-group={GROUP}", "-o", "name").split()
     except KubectlError as error:
-        yield _unseen("what the API server serves", error)
+        yield _unseen("resources of the API server", error)
         return
     for name in (BACKUPS, STORES, policy.POLICIES):
         plural = name.partition(".")[0]
@@ -233,17 +233,19 @@ def _agents(kubectl: Kubectl) -> Findings:
     for name in sorted(names - {""}):
         yield from _agent(kubectl, name)
     if not names:
-        yield Finding(Verdict.OPEN, f"no node is labelled {GROUP}/hypervisor=true: are all hypervisors outside?")
+        yield Finding(
+            Verdict.OPEN, f"no node is labelled {GROUP}/hypervisor=true: are all hypervisors outside the cluster?"
+        )
 
 
 def _permissions(kubectl: Kubectl) -> Findings:
-    for verb, why in (("create", "make VMBackups"), ("patch", "retry and cancel"), ("delete", "delete them")):
+    for verb, why in (("create", "create VMBackups"), ("patch", "retry and cancel"), ("delete", "delete them")):
         may = _may(lambda verb=verb: kubectl.run("auth", "can-i", verb, BACKUPS))
         yield Finding(Verdict.GOOD if may else Verdict.OPEN, f"you may {'' if may else 'not '}{why} in this namespace")
 
 
 def _may(ask: Callable[[], str]) -> bool:
-    """`kubectl auth can-i` says no by its exit code too."""
+    """`kubectl auth can-i` also answers no with its exit code."""
     try:
         return ask().strip() == "yes"
     except KubectlError:
@@ -251,7 +253,7 @@ def _may(ask: Callable[[], str]) -> bool:
 
 
 def _unseen(what: str, error: KubectlError) -> Finding:
-    """Whether it is there is not known. Raises the error unless it is a matter of permission."""
+    """It may not be read. Raises the error if it is not about permission."""
     if not error.forbidden:
         raise error
     return Finding(Verdict.OPEN, f"{what}: you may not look")

@@ -26,18 +26,18 @@ _GLOBAL = {
     "token": ("", "TOKEN", "a bearer token for the API server"),
     "client-certificate": ("", "FILE", "the file of a client certificate"),
     "client-key": ("", "FILE", "the file of its key"),
-    "certificate-authority": ("", "FILE", "the file with the certificate that the API server's is checked by"),
-    "tls-server-name": ("", "NAME", "the name that the API server's certificate must have"),
+    "certificate-authority": ("", "FILE", "the certificate of the CA that has signed the API server's"),
+    "tls-server-name": ("", "NAME", "the name to expect in the API server's certificate"),
     "as": ("", "USER", "the user to impersonate"),
-    "as-group": ("", "GROUP", "a group to impersonate; may be given more than once"),
+    "as-group": ("", "GROUP", "a group to impersonate; can be repeated"),
     "as-uid": ("", "UID", "the UID to impersonate"),
     "request-timeout": ("", "TIME", "how long one request may take, such as 30s"),
 }
 _INSECURE = "insecure-skip-tls-verify"
 _EXITS = """\
 exit codes:
-  0    done; check: nothing is in the way
-  1    not done, the message says why; check: something is in the way; --wait: it ended without being Ready
+  0    done; check: no problem found
+  1    not done, the message gives the reason; check: a problem was found; --wait: it ended without being Ready
   2    usage
   130  interrupted
 """
@@ -79,7 +79,7 @@ def _run(parsed: argparse.Namespace, kubectl: Kubectl) -> int:
 
 
 def _kubectl(parsed: argparse.Namespace) -> Kubectl:
-    """Kubectl with the flags for it; one that is given twice is kubectl's to judge."""
+    """Kubectl with the flags for it; kubectl decides about one that is set twice."""
     given = ((name, getattr(parsed, name.replace("-", "_"), None) or ()) for name in (*_GLOBAL, _INSECURE))
     return Kubectl(tuple(f"--{name}={value}" for name, values in given for value in values))
 
@@ -93,7 +93,7 @@ def _complete(words: Sequence[str]) -> int:
 
 
 def _kubectl_of(words: Sequence[str]) -> Kubectl:
-    """Kubectl with the flags among the words of a line that is not complete."""
+    """Kubectl with the flags of an incomplete command line."""
     only = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     _add_global(only)
     try:
@@ -105,7 +105,7 @@ def _kubectl_of(words: Sequence[str]) -> Kubectl:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kubectl vmbackup",
-        description="Looks after VMBackups: live backups of libvirt/QEMU guests.",
+        description="Manages VMBackups: live backups of libvirt/QEMU guests.",
         epilog=_EXITS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,22 +126,26 @@ def _parser() -> argparse.ArgumentParser:
         known[name] = its
         return its
 
-    one = command("status", "show one VMBackup in full with what to do next, or all in a table")
-    one.add_argument("name", nargs="*", metavar="NAME", help="VMBackups; default: a table of all")
+    one = command("status", "show one VMBackup in full, with the next step, or all in a table")
+    one.add_argument("name", nargs="*", metavar="NAME", help="VMBackups [default: a table of all]")
     one.add_argument("-A", "--all-namespaces", action="store_true", help="those of all namespaces")
-    one = command("retry", "bring a guest home that a VMBackup has left on its overlay, or create the same backup anew")
+    one = command(
+        "retry", "bring home a guest that a VMBackup has left on its overlay, or create the same backup again"
+    )
     one.add_argument("name", metavar="NAME", help="a VMBackup that has failed")
-    one.add_argument("--new", action="store_true", help="create another VMBackup with the same spec, of this moment")
+    one.add_argument(
+        "--new", action="store_true", help="create another VMBackup with the same spec, of the present moment"
+    )
     _add_wait(one)
-    one = command("cancel", "give up the copy of a running VMBackup, and bring its guest home")
+    one = command("cancel", "cancel the copy of a running VMBackup, and bring its guest home")
     one.add_argument("name", metavar="NAME", help="a VMBackup that is running")
     _add_wait(one)
-    one = command("check", "say whether a backup can be taken, as far as the API server shows; changes nothing")
+    one = command("check", "check whether a backup can be taken, as far as the API server shows; changes nothing")
     one.add_argument("name", nargs="?", metavar="NAME", help="a VMBackup; without it and -f: the installation")
     one.add_argument("-f", "--file", metavar="FILE", help="a manifest with VMBackups; - for stdin")
-    one = command("forget", "let a VMBackup vanish whose node is gone for good, after looking for signs of life")
-    one.add_argument("name", metavar="NAME", help="a VMBackup that cannot be deleted, since its agent is gone")
-    one.add_argument("--yes", action="store_true", help="do not ask")
+    one = command("forget", "remove a VMBackup whose node is gone for good, unless there are signs of life")
+    one.add_argument("name", metavar="NAME", help="a VMBackup that cannot be deleted because its agent is gone")
+    one.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     one.add_argument("--force", action="store_true", help="even if there are signs of life: its guest may stay on an "
                      "overlay that nothing reports")  # fmt: skip
     one.add_argument("--silent-for", type=_duration, default="10m", metavar="TIME",
@@ -152,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_wait(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wait", action="store_true", help="wait for its end")
+    parser.add_argument("--wait", action="store_true", help="wait until it ends")
     parser.add_argument("--timeout", type=lambda text: _duration(text).total_seconds(), metavar="TIME",
                         help="for --wait, such as 30m [default: no limit]")  # fmt: skip
 
@@ -162,13 +166,13 @@ def _add_global(parser: argparse.ArgumentParser) -> None:
     for name, (short, metavar, about) in _GLOBAL.items():
         flags = filter(None, (short, f"--{name}"))
         group.add_argument(*flags, metavar=metavar, action="append", help=about)
-    trust = "trust an API server whose certificate cannot be checked"
+    trust = "do not verify the certificate of the API server"
     group.add_argument(f"--{_INSECURE}", action="append_const", const="true", help=trust)
 
 
 def _duration(text: str) -> timedelta:
     """A time such as 90s, 10m, 1h30m."""
     if not re.fullmatch(r"(\d+[smhd])+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a time such as 90s, 10m, 1h30m")
+        raise argparse.ArgumentTypeError(f"{text!r}: set a time such as 90s, 10m, 1h30m")
     parts = re.findall(r"(\d+)([smhd])", text)
     return timedelta(seconds=sum(int(count) * _UNITS[unit] for count, unit in parts))

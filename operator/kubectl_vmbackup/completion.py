@@ -1,8 +1,8 @@
 """Kubectl's protocol of plugin completion.
 
-For `kubectl vmbackup WORD… <TAB>` kubectl calls `kubectl_complete-vmbackup WORD…`, the last of which is being typed. A
-line for each proposal, with a description behind a tab; the last line is `:` and what the shell may do beside, a number
-of cobra's (pkg/cmd/plugin_completion.go of kubectl; ShellCompDirective of cobra).
+For `kubectl vmbackup WORD… <TAB>` kubectl calls `kubectl_complete-vmbackup WORD…`, the last of which is being typed.
+Each proposal is a line, with a description after a tab. The last line is `:` and a number, which says what else the
+shell may complete (pkg/cmd/plugin_completion.go of kubectl; ShellCompDirective of cobra).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kubectl, called as a program."""
+"""Runs kubectl."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 
 
 class PluginError(Exception):
-    """It cannot be done; the message says why, and what to do."""
+    """The command cannot be carried out. The message gives the reason and the cure."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
@@ -24,16 +24,16 @@ class PluginError(Exception):
 
 
 class KubectlError(PluginError):
-    """Kubectl failed; the message is what it said."""
+    """Kubectl failed; the message is its output."""
 
     @property
     def not_found(self) -> bool:
-        """There is no such object, or no such kind of objects."""
+        """The object, or its kind, does not exist."""
         return "(NotFound)" in str(self) or "the server doesn't have a resource type" in str(self)
 
     @property
     def forbidden(self) -> bool:
-        """RBAC does not allow it."""
+        """RBAC denies it."""
         return "(Forbidden)" in str(self)
 
 
@@ -44,7 +44,7 @@ class Kubectl:
     flags: tuple[str, ...] = ()
 
     def run(self, *words: str, stdin: str = "") -> str:
-        """What kubectl prints. Raises KubectlError."""
+        """The output of kubectl. Raises KubectlError."""
         done = subprocess.run(
             [_program(), *self.flags, *words], input=stdin, capture_output=True, text=True, check=False
         )
@@ -61,7 +61,7 @@ class Kubectl:
         return self.get(*words)["items"]
 
     def find(self, *words: str) -> Object | None:
-        """An object; None if there is none. Raises KubectlError for all else, such as no permission."""
+        """An object; None if it does not exist. Raises KubectlError otherwise, for example without permission."""
         try:
             return self.get(*words)
         except KubectlError as error:
@@ -71,19 +71,19 @@ class Kubectl:
 
 
 def group(body: Object, name: str) -> Object:
-    """A part of an object; empty where it is not there."""
+    """A mapping of an object, empty if it is missing."""
     found: Object | None = body.get(name)
     return found or {}
 
 
 def entries(body: Object, name: str) -> Sequence[Object]:
-    """A list of an object; empty where it is not there."""
+    """A list of an object, empty if it is missing."""
     found: Sequence[Object] | None = body.get(name)
     return found or ()
 
 
 def condition(body: Object, kind: str) -> Object:
-    """A condition of an object's status; empty if there is none."""
+    """A condition of an object's status, empty if it is missing."""
     for each in entries(group(body, "status"), "conditions"):
         if each.get("type") == kind:
             return each
@@ -93,5 +93,5 @@ def condition(body: Object, kind: str) -> Object:
 def _program() -> str:
     program = shutil.which(os.environ.get("KUBECTL", "kubectl"))
     if program is None:
-        raise PluginError("kubectl is not on PATH: install it, or name it in the environment variable KUBECTL")
+        raise PluginError("kubectl is not on PATH: install it, or set the environment variable KUBECTL to its path")
     return program

@@ -1,4 +1,4 @@
-"""Whether the agent of a node is alive, by what the API server shows."""
+"""Signs of life of a node and its agent on the API server."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ AGENT_LABELS = "app.kubernetes.io/name=vmbackup,app.kubernetes.io/component=agen
 
 @dataclass(frozen=True)
 class Signs:
-    """What is seen of a node and of its agent. None: it could not be looked at."""
+    """Facts about a node and its agent. None: no permission to see it."""
 
     name: str
     exists: bool | None  # a Node object
-    ready: bool | None  # as the Node object says, and since when
+    ready: bool | None  # the condition Ready of the Node, and its lastTransitionTime
     since: datetime | None
     pods: Sequence[Object] | None  # of agents, on it
     last_write: datetime | None  # of its agent, to the status of any VMBackup
 
     @property
     def agent_ready(self) -> str:
-        """The name of a pod of an agent there that is ready; ''."""
+        """The ready agent pod of the node; '' if there is none."""
         return next((_path(pod) for pod in self.pods or () if condition(pod, "Ready").get("status") == "True"), "")
 
     @property
     def agent_pod(self) -> str:
-        """The name of a pod of an agent there; ''."""
+        """An agent pod of the node, ready or not; '' if there is none."""
         return next((_path(pod) for pod in self.pods or ()), "")
 
 
 def look(kubectl: Kubectl, name: str) -> Signs:
-    """Look at a node. What may not be looked at is left open; raises KubectlError where there is no API server."""
+    """Read the facts about a node. Those without permission are None. Raises KubectlError for all other errors."""
     exists = ready = since = pods = last = None
     try:
         node = kubectl.find("nodes", name)

@@ -1,4 +1,4 @@
-"""Whether the VMBackupPolicies allow a backup, as far as that is seen from here: only libvirt knows the domain."""
+"""Whether the VMBackupPolicies allow a backup, as far as the API server shows: only libvirt knows the domain."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ POLICIES = f"vmbackuppolicies.{GROUP}"
 
 @dataclass(frozen=True)
 class Answer:
-    """`allowed` None: only the agent of the node can tell."""
+    """`allowed` is None if only the agent of the node knows."""
 
     allowed: bool | None
     text: str
 
 
 def ask(kubectl: Kubectl, backup: BackupResource) -> Answer:
-    """What the policies say to this backup. Raises KubectlError."""
+    """Whether the policies allow this backup. Raises KubectlError."""
     found = _policies(kubectl)
     if not found:
         return Answer(True, "there is no VMBackupPolicy: everything is allowed")
@@ -31,24 +31,26 @@ def ask(kubectl: Kubectl, backup: BackupResource) -> Answer:
 
 
 def judge(policies: Mapping[str, Object], backup: BackupResource, labels: Mapping[str, str] | None) -> Answer:
-    """What these policies, by name, say to it. `labels` of its namespace; None: not to be seen. Pure."""
+    """Whether these policies, by name, allow it. `labels` of its namespace; None: no permission to see them. Pure."""
     rules: list[Rule] = []
     broken: list[str] = []
     for name, spec in policies.items():
         try:
             rules += parse_rules(spec)
-        except RefusedError:  # the agent takes such a policy for one that allows nothing
+        except RefusedError:  # to the agent such a policy allows nothing
             broken.append(name)
     asked = _asked(backup, labels or {})
     where = f"{asked.namespace} to back up {backup.spec.get('domain')} of {asked.node} to the store {asked.store}"
-    aside = f" ({', '.join(broken)} is not understood, and allows nothing)" if broken else ""
+    aside = f" ({', '.join(broken)} cannot be parsed, and allows nothing)" if broken else ""
     if allowed(rules, asked):
         return Answer(True, f"a VMBackupPolicy allows {where}")
     if labels is None and any(rule.selector for rule in rules):
-        return Answer(None, f"whether a VMBackupPolicy allows {where}: you may not see the labels of the namespace")
+        return Answer(
+            None, f"unknown whether a VMBackupPolicy allows {where}: you may not see the labels of the namespace"
+        )
     if allowed([replace(rule, domains=("*",)) for rule in rules], asked):
-        return Answer(None, f"no VMBackupPolicy allows {where} by that name of the domain, perhaps by another or its "
-                      f"UUID{aside}")  # fmt: skip
+        return Answer(None, f"no VMBackupPolicy allows {where} under that name of the domain; one may allow its other "
+                      f"name or its UUID{aside}")  # fmt: skip
     return Answer(False, f"no VMBackupPolicy allows {where}: ask the administrator for a rule{aside}")
 
 

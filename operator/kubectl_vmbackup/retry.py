@@ -1,4 +1,4 @@
-"""`kubectl vmbackup retry`: bring a guest home that was left on its overlay, or make the same backup anew."""
+"""`kubectl vmbackup retry`: bring home a guest that was left on its overlay, or create the same backup again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LONGEST_PREFIX = 190  # a VMBackup's name may have 200 characters, and the API 
 
 
 def retry(kubectl: Kubectl, name: str, *, new: bool, waits: bool, timeout: float | None) -> int:
-    """Try again; the exit code. Raises PluginError where that would be of no use."""
+    """Retry it; the exit code. Raises PluginError if there is nothing to retry."""
     backup = find(kubectl, name)
     if backup.terminating:
-        raise PluginError(f"{name} is being deleted; its guest is brought home before it goes")
+        raise PluginError(f"{name} is being deleted; its guest is brought home first")
     if backup.running:
         raise PluginError(f"{name} is still {backup.phase}: there is nothing to try again yet")
-    return _anew(kubectl, backup, waits, timeout) if new else _home(kubectl, backup, waits, timeout)
+    return _again(kubectl, backup, waits, timeout) if new else _home(kubectl, backup, waits, timeout)
 
 
 def _home(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float | None) -> int:
@@ -29,8 +29,8 @@ def _home(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float 
         raise PluginError(f"{backup.name} is Ready: there is nothing to try again; --new creates another one like it")
     if not backup.left_on_overlay:
         raise PluginError(
-            f"{backup.name} has no copy, and its guest is home: what was not copied then cannot be copied any more; "
-            "--new creates another one like it, of this moment"
+            f"{backup.name} has no copy, and its guest is home: that moment can no longer be copied; "
+            "--new creates another one like it, of the present moment"
         )
     value = now().isoformat(timespec="milliseconds")
     kubectl.run("annotate", BACKUPS, backup.name, "--overwrite", f"{RETRY_ANNOTATION}={value}")
@@ -40,9 +40,9 @@ def _home(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float 
     return _tell(wait(kubectl, backup.name, lambda it: it.handled_retry == value and not it.running, timeout))
 
 
-def _anew(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float | None) -> int:
+def _again(kubectl: Kubectl, backup: BackupResource, waits: bool, timeout: float | None) -> int:
     if backup.left_on_overlay:
-        print(f"{backup.name} has left its guest on an overlay: that goes home first")
+        print(f"{backup.name} has left its guest on an overlay, which is merged first")
     body = {
         "apiVersion": backup.body["apiVersion"],
         "kind": backup.body["kind"],

@@ -11,7 +11,7 @@ from vmbackup.api.resource import BackupResource
 
 
 def status(kubectl: Kubectl, names: Sequence[str], *, all_namespaces: bool) -> int:
-    """Print it; the exit code. Raises PluginError."""
+    """Print it. Returns the exit code; raises PluginError."""
     if names:
         shown = [find(kubectl, name) for name in names]
         print("\n\n".join(view.details(backup, _events(kubectl, backup), now()) for backup in shown))
@@ -26,7 +26,7 @@ def status(kubectl: Kubectl, names: Sequence[str], *, all_namespaces: bool) -> i
 
 
 def _events(kubectl: Kubectl, backup: BackupResource) -> Sequence[Object]:
-    """Its events; none where they may not be read."""
+    """Its events; none without permission to read them."""
     selector = f"--field-selector=involvedObject.uid={backup.metadata['uid']}"
     try:
         return kubectl.items("events", "-n", backup.namespace, selector)

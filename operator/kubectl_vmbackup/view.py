@@ -1,4 +1,4 @@
-"""How VMBackups are shown. Pure: text from objects."""
+"""Text from VMBackups. Pure."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from vmbackup.api.resource import BackupResource, moment
 
 _CONDITIONS = ("Ready", "BackupComplete", "ChainClean")
 _MOST_EVENTS = 12
-_QUIESCED = {"True": ", file systems frozen", "False": ", as after a power cut"}
+_QUIESCED = {"True": ", file systems frozen", "False": ", crash-consistent"}
 
 
 def table(backups: Sequence[BackupResource], now: datetime, *, namespaces: bool) -> str:
-    """All of them, a line each, and below what needs a human."""
+    """A line for each; below them those that need somebody to act."""
     head = ["NAME", "DOMAIN", "NODE", "PHASE", "PROGRESS", "READY", "REASON", "CHAIN", "AGE"]
     rows = [_row(backup, now) for backup in backups]
     if namespaces:
         head.insert(0, "NAMESPACE")
         for backup, row in zip(backups, rows, strict=True):
             row.insert(0, backup.namespace)
-    urgent = [backup for backup in backups if advice.needs_a_human(backup, now)]
+    steps = [(backup, advice.next_step(backup, now)) for backup in backups]
     notes = [
-        f"{backup.namespace}/{backup.name}: {backup.message}\n  next: {advice.next_step(backup, now)}"
-        for backup in urgent
+        f"{backup.namespace}/{backup.name}: {backup.message}\n  next: {step.text}"
+        for backup, step in steps
+        if step.human
     ]
     return "\n\n".join([columns([head, *rows]), *map(printable, notes)])
 
@@ -47,14 +48,14 @@ def _row(backup: BackupResource, now: datetime) -> list[str]:
 
 
 def details(backup: BackupResource, events: Sequence[Object], now: datetime) -> str:
-    """Everything about one."""
+    """One VMBackup in full."""
     parts = [_head(backup, now), _conditions(backup), _disks(backup), _events(events, now)]
-    parts.append(f"Next: {advice.next_step(backup, now)}.")
+    parts.append(f"Next: {advice.next_step(backup, now).text}.")
     return "\n\n".join(printable(part) for part in parts if part)
 
 
 def outcome(backup: BackupResource) -> str:
-    """How it stands, in a line."""
+    """Its state in one line."""
     return printable(f"{backup.name}: {backup.phase}, {backup.reason}: {backup.message}")
 
 
@@ -108,7 +109,7 @@ def _conditions(backup: BackupResource) -> str:
 
 
 def _disks(backup: BackupResource) -> str:
-    rows = [["DISK", "STATE", "FORMAT", "COPIED", "MERGED", "TRIES", "IMAGE IN USE, AND WHAT IS WRONG"]]
+    rows = [["DISK", "STATE", "FORMAT", "COPIED", "MERGED", "TRIES", "IMAGE IN USE, AND ERROR"]]
     for disk in backup.disks:
         total = int(disk.get("totalBytes", 0))
         copied = f"{size(int(disk.get('copiedBytes', 0)))} of {size(total)}" if total else ""
@@ -143,7 +144,7 @@ def _when(event: Object) -> datetime | None:
 
 
 def columns(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need be; the last one is not filled up."""
+    """Aligned columns, without trailing spaces."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -152,7 +153,7 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: names of domains and paths are their users' choice."""
+    """The text without control characters for the terminal: users choose the names of domains and paths."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 

@@ -1,4 +1,4 @@
-"""Waiting for the end of a VMBackup."""
+"""Waits for a state of a VMBackup."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _LOOK = 1.0  # seconds
 
 
 def wait(kubectl: Kubectl, name: str, over: Callable[[BackupResource], bool], seconds: float | None) -> BackupResource:
-    """The VMBackup once it is `over`. Raises PluginError if that takes longer than `seconds`; None: no limit."""
+    """The VMBackup once `over` is true of it. Raises PluginError after `seconds`; None: no limit."""
     until = None if seconds is None else time.monotonic() + seconds
     while not over(backup := find(kubectl, name)):
         if until is not None and time.monotonic() >= until:
-            raise PluginError(f"{name}: still {backup.phase} ({backup.reason}) after {seconds:.0f} s; it goes on")
+            raise PluginError(f"{name}: still {backup.phase} ({backup.reason}) after {seconds:.0f} s; it continues")
         time.sleep(_LOOK)
     return backup

@@ -22,7 +22,6 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.locks import is_locked
-from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.steps.step import Ending
@@ -108,7 +107,7 @@ def swept(node: Node, domain: str, store: Path) -> RunningBackup:
     record = take_in(node, look.guest, overlays, spec)
     assert record is not None
     assert sorted(disk.overlay for disk in record.disks) == sorted(overlays)
-    sweep = RunningBackup(node, key_of(record), spec, store, retry="sweep")
+    sweep = RunningBackup(node, record.identity, spec, store, retry="sweep")
     sweep.ask(deleted=True)
     return sweep
 

@@ -20,6 +20,7 @@ from tests.support.agents import SECONDS, Agent
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.installed import AGENT, NAMESPACE, Pods
 from tests.support.manifests import backup
+from vmbackup.api.identity import BackupId
 from vmbackup.api.names import FINALIZER
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.errors import VMBackupError
@@ -74,8 +75,8 @@ def patch(kube: KubeApi, kubeconfig: Path, name: str, change: dict[str, Any], *f
 
 def write_status(kube: KubeApi, kubeconfig: Path, name: str) -> None:
     """As the agent does it, and with its code."""
-    uid = kube.get("vmbackup", name)["metadata"]["uid"]
-    Cluster(load_client(str(kubeconfig))).put_status("default", name, uid, {"message": "written by an agent"})
+    identity = BackupId.of(kube.get("vmbackup", name))
+    Cluster(load_client(str(kubeconfig))).put_status(identity, {"message": "written by an agent"})
 
 
 DENIED = (KubectlError, VMBackupError)

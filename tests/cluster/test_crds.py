@@ -30,9 +30,9 @@ from tests.support.manifests import (
     store,
 )
 from vmbackup.api.backup import IMMUTABLE_FIELDS, BackupSpec
-from vmbackup.api.names import GROUP, VERSION
+from vmbackup.api.names import BACKUPS, GROUP, POLICIES, STORES, VERSION
 from vmbackup.api.status import DiskReport, DiskState, Report
-from vmbackup.cluster.client import BACKUPS, POLICIES, STORES, load_client
+from vmbackup.cluster.client import load_client
 from vmbackup.cluster.status import CONDITION_TYPES, render
 
 CRDS = Path(__file__).parents[2] / "crds"

@@ -115,7 +115,9 @@ def test_status_lists_all_and_says_below_what_needs_a_human(
     assert line_of(text, "good")[3:7] == ["Pivoted", "100%", "True", "Succeeded"]
     assert line_of(text, "bad")[3:6] == ["Failed", "False", "DomainNotFound"]
     assert "/good:" not in text
-    assert f"next: fix what the message names, then: kubectl vmbackup retry bad -n {namespace} --new" in text
+    assert (
+        f"next: fix the problem that the message names, then: kubectl vmbackup retry bad -n {namespace} --new" in text
+    )
     assert line_of(vmbackup(run, "status", "-A"), namespace)[0] == namespace
 
 
@@ -173,7 +175,7 @@ def test_check_says_what_is_in_the_way_of_a_manifest_and_changes_nothing(
     file.write_text(sample.read_text().replace("name:", "generateName:", 1) + "\n---\n" + _a_store("local"))
     text = vmbackup(run, "check", f"--file={file}")
     assert "the store local is in the same file" in text
-    assert "whether an agent runs on" in text
+    assert "unknown whether an agent runs on" in text
 
 
 def test_check_asks_the_policies_what_they_say(run: Run, kube: KubeApi, agent: Agent) -> None:
@@ -246,7 +248,7 @@ def test_check_sees_the_agent_of_a_node_in_its_pod(run: Run, kube: KubeApi, agen
 def test_who_may_see_little_is_told_so_and_no_more(run: Run, kube: KubeApi, agent: Agent) -> None:
     text = vmbackup(run, "check", kubeconfig=kube.kubeconfig_for("nobody"))
     assert "agents: you may not look" in text
-    assert "you may not make VMBackups" in text
+    assert "you may not create VMBackups" in text
     said = vmbackup(run, "status", code=1, kubeconfig=kube.kubeconfig_for("nobody"))
     assert "Forbidden" in said
     assert "Traceback" not in said
@@ -323,7 +325,7 @@ def test_krew_installs_it_from_its_manifest_and_archive_and_kubectl_finds_it(sys
     assert done.returncode == 0, done.stderr
     found = {"PATH": f"{tmp_path / 'krew/bin'}:/usr/bin:/bin", "HOME": str(tmp_path)}
     helped = subprocess.run([binaries.path("kubectl"), "vmbackup", "--help"], env=found, capture_output=True, text=True)
-    assert "Looks after VMBackups" in helped.stdout, helped.stderr
+    assert "Manages VMBackups" in helped.stdout, helped.stderr
 
 
 @pytest.mark.chaos
@@ -360,7 +362,7 @@ def test_flags_that_kubectl_has_reach_it(run: Run, kube: KubeApi, tmp_path: Path
 
 
 def test_usage_errors_have_their_own_exit_code(run: Run) -> None:
-    assert "give a time such as" in vmbackup(run, "forget", "x", "--silent-for=ten", code=2)
+    assert "set a time such as" in vmbackup(run, "forget", "x", "--silent-for=ten", code=2)
     assert "invalid choice" in vmbackup(run, "destroy", code=2)
     assert "there is no VMBackup nobody" in vmbackup(run, "status", "nobody", code=1)
     assert os.environ.get("KUBECTL") is None

@@ -20,6 +20,7 @@ from tests.support.agents import SECONDS, Agent, CatchBackup, VMBackup, agent_of
 from tests.support.crds import CRDS, RELEASED, ROOT, Crd, commit_before, load, of_commit
 from tests.support.domains import DomainFactory, wait_until
 from tests.support.manifests import backup
+from vmbackup.api.identity import BackupId
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.reconcile.state.journal import Journal
 
@@ -154,7 +155,7 @@ def test_what_a_tighter_definition_would_refuse_can_still_be_reported_on_edited_
 ) -> None:
     large = VMBackup(tighter_kube, "large")
     cluster = Cluster(load_client(str(tighter_kube.kubeconfig)))
-    assert cluster.put_status("default", "large", large.uid, {**large.status, "message": "written by the agent"})
+    assert cluster.put_status(BackupId.of(large.get()), {**large.status, "message": "written by the agent"})
     large.patch({"copy": {"bandwidth": "10Mi"}})
     large.retry("1")
     assert large.get()["spec"]["commit"]["backoffLimit"] == 50

@@ -18,7 +18,8 @@ import pytest
 from sandbox.kube import KubeApi
 from tests.support.manifests import backup, store
 from tests.support.stopwatch import Stopwatch
-from vmbackup.api.identity import BackupId
+from vmbackup.api.identity import BackupId, ObjectId
+from vmbackup.api.names import BACKUPS
 from vmbackup.api.resource import condition, with_generation
 from vmbackup.api.status import DiskReport, DiskState, Outcome, Phase, Reason, Report
 from vmbackup.cluster.client import Cluster, load_client
@@ -38,9 +39,9 @@ class CountingCluster(Cluster):
         super().__init__(load_client(str(kubeconfig)), timeout=(1.0, 5.0))
         self.written: list[Mapping[str, Any]] = []
 
-    def put_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
+    def put_status(self, identity: ObjectId, status: Mapping[str, Any]) -> dict[str, Any] | None:
         self.written.append(status)
-        return super().put_status(namespace, name, uid, status)
+        return super().put_status(identity, status)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def body(kube: KubeApi, cluster: CountingCluster) -> dict[str, Any]:
     """A new VMBackup, as the API server has it."""
     name = f"web-{next(_numbers)}"
     kube.apply(backup(name, NAMESPACE))
-    found = cluster.backup(NAMESPACE, name)
+    found = cluster.get(BACKUPS, NAMESPACE, name)
     assert found is not None
     return found
 
@@ -84,7 +85,7 @@ def writer_of(cluster: Cluster, body: dict[str, Any], interval: float = 60.0) ->
 
 
 def status_of(cluster: Cluster, body: dict[str, Any]) -> dict[str, Any]:
-    found = cluster.backup(NAMESPACE, body["metadata"]["name"])
+    found = cluster.get(BACKUPS, NAMESPACE, body["metadata"]["name"])
     assert found is not None
     return found["status"]
 
@@ -205,11 +206,11 @@ def test_an_edit_after_the_end_is_acknowledged(
     assert writer.flush(10)
     edit = json.dumps({"spec": {"ttlSecondsAfterFinished": 60}})
     kube.kubectl("patch", "vmb", metadata["name"], "-n", NAMESPACE, "--type=merge", "-p", edit)
-    edited = cluster.backup(NAMESPACE, metadata["name"])
+    edited = cluster.get(BACKUPS, NAMESPACE, metadata["name"])
     assert edited is not None
     assert edited["metadata"]["generation"] == 2
     seen = with_generation(edited["status"], 2)
-    cluster.put_status(NAMESPACE, metadata["name"], metadata["uid"], seen)
+    cluster.put_status(BackupId.of(body), seen)
     assert status_of(cluster, body) == seen
     kube.kubectl("wait", "--for=condition=Ready", f"vmb/{metadata['name']}", "-n", NAMESPACE, "--timeout=10s")
 
@@ -286,20 +287,20 @@ def test_calls_to_a_server_that_is_away_are_worth_a_retry(
     cluster: CountingCluster, body: dict[str, Any], outage: Callable[[], None]
 ) -> None:
     with pytest.raises(TransientError, match="does not answer"):
-        cluster.backup(NAMESPACE, body["metadata"]["name"])
+        cluster.get(BACKUPS, NAMESPACE, body["metadata"]["name"])
     with pytest.raises(TransientError, match="does not answer"):
         cluster.store("local")
 
 
 def test_a_server_that_hangs_is_given_up_in_time(kube: KubeApi, body: dict[str, Any]) -> None:
     hurried = Cluster(load_client(str(kube.kubeconfig)), timeout=(0.5, 0.5))
-    assert hurried.backup(NAMESPACE, body["metadata"]["name"])
+    assert hurried.get(BACKUPS, NAMESPACE, body["metadata"]["name"])
     pid = kube.apiserver.pid
     subprocess.run(["kill", "-STOP", str(pid)], check=True)
     try:
         watch = Stopwatch()
         with pytest.raises(TransientError):
-            hurried.backup(NAMESPACE, body["metadata"]["name"])
+            hurried.get(BACKUPS, NAMESPACE, body["metadata"]["name"])
         assert watch.within(3), watch
     finally:
         subprocess.run(["kill", "-CONT", str(pid)], check=True)
@@ -308,12 +309,12 @@ def test_a_server_that_hangs_is_given_up_in_time(kube: KubeApi, body: dict[str, 
 def test_a_user_without_rights_is_told_what_to_check(kube: KubeApi, body: dict[str, Any]) -> None:
     nobody = Cluster(load_client(str(kube.kubeconfig_for("nobody"))))
     with pytest.raises(PermanentError, match="check the ClusterRole") as refused:
-        nobody.backup(NAMESPACE, body["metadata"]["name"])
+        nobody.get(BACKUPS, NAMESPACE, body["metadata"]["name"])
     assert refused.value.reason == "Forbidden"
     with pytest.raises(PermanentError, match="check the ClusterRole"):
         nobody.store("local")
     with pytest.raises(PermanentError, match="check the ClusterRole"):
-        nobody.delete_backup(NAMESPACE, body["metadata"]["name"], body["metadata"]["uid"])
+        nobody.delete(BackupId.of(body))
 
 
 # Events
@@ -415,24 +416,24 @@ def test_a_store_is_found_or_named_with_its_cure(kube: KubeApi, cluster: Countin
 
 
 def test_a_backup_that_is_not_there_is_none(cluster: CountingCluster) -> None:
-    assert cluster.backup(NAMESPACE, "not-there") is None
+    assert cluster.get(BACKUPS, NAMESPACE, "not-there") is None
 
 
 def test_the_backups_of_a_node_are_listed_in_all_namespaces(kube: KubeApi, cluster: CountingCluster) -> None:
     names = {f"listed-{number}" for number in range(5)}
     kube.apply(*(backup(name, NAMESPACE, nodeName="writer-node-b") for name in names))
     kube.apply(backup("listed-default", "default", nodeName="writer-node-b"))
-    found = cluster.backups_of("writer-node-b", page_size=2)
+    found = cluster.of_node(BACKUPS, "writer-node-b", page_size=2)
     assert {one["metadata"]["name"] for one in found} == names | {"listed-default"}
 
 
 def test_only_the_very_object_is_deleted(kube: KubeApi, cluster: CountingCluster, body: dict[str, Any]) -> None:
     ref = BackupId.of(body)
-    cluster.delete_backup(ref.namespace, ref.name, "00000000-0000-0000-0000-000000000000")
-    assert cluster.backup(NAMESPACE, ref.name)
-    cluster.delete_backup(ref.namespace, ref.name, ref.uid)
-    assert cluster.backup(NAMESPACE, ref.name) is None
-    cluster.delete_backup(ref.namespace, ref.name, ref.uid)
+    cluster.delete(replace(ref, uid="00000000-0000-0000-0000-000000000000"))
+    assert cluster.get(BACKUPS, NAMESPACE, ref.name)
+    cluster.delete(ref)
+    assert cluster.get(BACKUPS, NAMESPACE, ref.name) is None
+    cluster.delete(ref)
 
 
 def test_without_a_kubeconfig_the_cure_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from sandbox.kube import KubeApi
 from tests.support.judge import HEALTH_CHECK
 from tests.support.manifests import backup
 from tests.support.moments import HEALTH, MOMENTS
-from vmbackup.api.names import FINALIZER
+from vmbackup.api.identity import BackupId
+from vmbackup.api.names import BACKUPS, FINALIZER
 from vmbackup.api.resource import with_generation
 from vmbackup.api.status import Outcome, Phase, Reason, Report
 from vmbackup.cluster.client import Cluster, load_client
@@ -111,18 +112,18 @@ def _happen(kube: KubeApi, cluster: Cluster, case: Case) -> None:
     status = None
     if case.report is not None:
         status = render(case.report, generation=1, previous=found["status"], now=NOW)
-        cluster.put_status(NAMESPACE, case.slug, found["metadata"]["uid"], status)
+        cluster.put_status(BackupId.of(found), status)
     if case.edited:
         patch = '{"spec": {"copy": {"bandwidth": "10Mi"}}}'
         kube.kubectl("patch", "vmb", case.slug, "-n", NAMESPACE, "--type=merge", "-p", patch)
     if case.noted and status:
-        cluster.put_status(NAMESPACE, case.slug, found["metadata"]["uid"], with_generation(status, 2))
+        cluster.put_status(BackupId.of(found), with_generation(status, 2))
     if case.deleted:
-        cluster.delete_backup(NAMESPACE, case.slug, found["metadata"]["uid"])
+        cluster.delete(BackupId.of(found))
 
 
 def _get(cluster: Cluster, case: Case) -> dict[str, Any]:
-    found = cluster.backup(NAMESPACE, case.slug)
+    found = cluster.get(BACKUPS, NAMESPACE, case.slug)
     assert found is not None
     return found
 

@@ -11,6 +11,7 @@ import pytest
 from kubernetes.client import ApiClient, Configuration
 from kubernetes.config import incluster_config
 
+from vmbackup.api.names import BACKUPS
 from vmbackup.cluster.client import Cluster, authorization, load_client
 from vmbackup.errors import TransientError
 
@@ -56,5 +57,5 @@ def test_in_a_pod_requests_carry_the_token_of_its_service_account(
 def test_an_answer_that_is_none_of_an_api_server_is_worth_a_retry(greeter: str) -> None:
     cluster = Cluster(ApiClient(Configuration(host=greeter)))
     with pytest.raises(TransientError, match=r"no API server.*Welcome") as caught:
-        cluster.backup("default", "web")
+        cluster.get(BACKUPS, "default", "web")
     assert caught.value.reason == "ServerAway"

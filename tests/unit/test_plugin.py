@@ -52,7 +52,7 @@ def ended(reason: str, *, home: bool = True) -> Report:
         (backup(ended(Reason.COMMIT_LIMIT_REACHED, home=False)), "kubectl vmbackup retry nightly -n default"),
         (backup(ended(Reason.COPY_FAILED)), "kubectl vmbackup retry nightly -n default --new"),
         (backup(ended(Reason.QUARANTINED, home=False)), "delete no file"),
-        (backup(ended("BaseInUse")), "fix what the message names"),
+        (backup(ended("BaseInUse")), "fix the problem that the message names"),
         (backup(), "no agent has taken it"),
         (backup(creationTimestamp=NOW.isoformat()), "about to take it"),
         (backup(deletionTimestamp=NOW.isoformat(), finalizers=[FINALIZER]), "nothing: it was deleted"),
@@ -61,7 +61,7 @@ def ended(reason: str, *, home: bool = True) -> Report:
     ],
 )
 def test_the_next_step_is_named_at_every_moment(given: BackupResource, says: str):
-    assert says in next_step(given, NOW)
+    assert says in next_step(given, NOW).text
 
 
 def signs(**changes: Any) -> Signs:
@@ -107,7 +107,7 @@ def test_a_node_without_any_sign_of_life_for_long_enough_is_gone(given: BackupRe
 
 
 def test_what_remains_says_so_where_the_disks_were_never_seen():
-    assert "how the guest's disks stand was never seen" in "\n".join(what_remains(backup()))
+    assert "the state of the guest's disks was never reported" in "\n".join(what_remains(backup()))
 
 
 def test_what_a_user_chose_as_a_name_cannot_drive_the_terminal():

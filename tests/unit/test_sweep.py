@@ -57,7 +57,7 @@ def sweep_of(state_dir: Path, lock_dir: Path) -> tuple[Sweep, Metrics]:
     metrics = Metrics()
     node = Node(cast(Any, SimpleNamespace(guests=list)), state_dir, metrics, lock_dir=lock_dir)
     events = SimpleNamespace(warning=lambda *_: None)
-    cluster = SimpleNamespace(backups_of=lambda _node: [])
+    cluster = SimpleNamespace(of_node=lambda _plural, _node: [])
     policies = SimpleNamespace(look=lambda: None)
     context = Context(node, cast(Any, cluster), cast(Any, events), cast(Any, policies), Queue(1), Threads())
     registry = SimpleNamespace(uids=set(), unattended=lambda _: set(), vanished=lambda _: None, attends=lambda _: False)

@@ -10,7 +10,6 @@ import msgspec
 
 from vmbackup.agent.context import Context
 from vmbackup.agent.runtime.queue import Ticket
-from vmbackup.api.identity import BackupId
 from vmbackup.api.policy import unknown_domain
 from vmbackup.api.resource import BackupResource
 from vmbackup.api.status import Phase, Reason, Report
@@ -55,7 +54,7 @@ class BackupRun:
             await self._find_store(record)
             self._backup = Backup(
                 context.node,
-                BackupId(seen.metadata["namespace"], seen.metadata["name"], seen.uid),
+                seen.identity,
                 request=self._request,
                 open_store=self.open_store,
                 reporter=self._reporter,

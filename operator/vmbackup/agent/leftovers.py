@@ -13,14 +13,12 @@ from vmbackup.agent.context import Context
 from vmbackup.agent.runtime.existing_files import ExistingFiles
 from vmbackup.agent.runtime.queue import Ticket
 from vmbackup.api.backup import BackupSpec
-from vmbackup.api.identity import BackupId
 from vmbackup.api.resource import BackupResource
 from vmbackup.cluster.events import NodeRef, Subject
 from vmbackup.cluster.reporter import OrphanReporter
 from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
-from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.leftovers.held_guests import holds
 from vmbackup.reconcile.leftovers.orphans import (
@@ -152,7 +150,7 @@ class Orphans:
                 seen = listed.get(overlay.uid8)
                 if overlay.path in known or (seen is not None and not seen.over):
                     continue
-                subject = self._node if seen is None else BackupId.of(seen.body)
+                subject = self._node if seen is None else seen.identity
                 whose = f"a backup with the uid {overlay.uid8}…, of which no journal is here"
                 story = f"left on the domain {look.guest.name} by {whose}: {self._fate(look, overlay)}"
                 mine.append(_Orphan(overlay.path, subject, story, look.guest if look.live else None))
@@ -199,7 +197,7 @@ class Orphans:
         halfway = self._policy is OrphanPolicy.REPORT
         backup = Backup(
             context.node,
-            key_of(record),
+            record.identity,
             request=lambda: Request(
                 spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._rests(record))
             ),
@@ -289,4 +287,4 @@ def _left(record: Record, there: Collection[str]) -> list[str]:
 
 
 def _subject(record: Record, node: NodeRef) -> Subject:
-    return node if is_orphan_record(record) else BackupId(record.namespace, record.name, record.uid)
+    return node if is_orphan_record(record) else record.identity

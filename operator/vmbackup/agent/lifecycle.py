@@ -15,7 +15,7 @@ from vmbackup.agent.backup_run import BackupRun
 from vmbackup.agent.context import Context
 from vmbackup.agent.duty import PAUSES, Local, NodeState, Task, duty, next_look
 from vmbackup.api.backup import BackupSpec, DeletionPolicy
-from vmbackup.api.identity import BackupId
+from vmbackup.api.names import BACKUPS
 from vmbackup.api.resource import BackupResource, condition, is_finished, with_generation
 from vmbackup.api.status import GUEST_AWAY, Outcome, Phase, Reason, Report
 from vmbackup.cluster.reporter import ClusterReporter
@@ -57,16 +57,16 @@ class Lifecycle:
         self._context = context
         self._seen = seen
         self._loop = asyncio.get_running_loop()
-        self._ref = BackupId.of(seen.body)
+        self._identity = seen.identity
         self._writer = StatusWriter(
             context.cluster,
-            self._ref,
+            self._identity,
             generation=seen.generation,
             previous=seen.status or None,
             late=partial(context.node.metrics.unreported, seen.uid),
         )
         self.reporter = ClusterReporter(
-            self._ref, self._writer, context.events, generation=lambda: self._seen.generation, heard=self._heard
+            self._identity, self._writer, context.events, generation=lambda: self._seen.generation, heard=self._heard
         )
         # A reserved domain: the node knows better than the status that the backup has not ended.
         ended = seen.over and not context.queue.reserved(seen.uid)
@@ -198,7 +198,7 @@ class Lifecycle:
         while data:
             try:
                 data = not await self._context.threads.call(
-                    self._context.cluster.namespace_terminating, self._ref.namespace
+                    self._context.cluster.namespace_terminating, self._identity.namespace
                 )
                 if not data:
                     self.reporter.event("DataRetained", "the whole namespace is being deleted: the stored data stays")
@@ -216,10 +216,10 @@ class Lifecycle:
     async def _look(self) -> None:
         """While it is being deleted, its events wait: see for ourselves what is asked for, and whether it is there."""
         try:
-            found = await self._context.threads.call(self._context.cluster.backup, self._ref.namespace, self._ref.name)
+            found = await self._call(self._context.cluster.get, BACKUPS, self._identity.namespace, self._identity.name)
         except VMBackupError:
             return
-        if found is not None and found["metadata"]["uid"] == self._ref.uid:
+        if found is not None and found["metadata"]["uid"] == self._identity.uid:
             self.see(BackupResource(found))
 
     # -- what is due
@@ -268,8 +268,7 @@ class Lifecycle:
                 await self._acknowledge()
             case Task.EXPIRE:
                 _log.info("%s: ttlSecondsAfterFinished has passed: deleting it", self.name)
-                ref = self._ref
-                await self._call(self._context.cluster.delete_backup, ref.namespace, ref.name, ref.uid)
+                await self._call(self._context.cluster.delete, self._identity)
             case Task.DELETE_DATA:
                 await self._delete_data()
                 await self._release()
@@ -280,11 +279,13 @@ class Lifecycle:
 
     async def _node_state(self, *, deleted: bool) -> NodeState:
         """The journal, and whether another process runs it. A backup that has begun runs with the journal's spec."""
-        record = await self._call(journals.record_of, self._context.node.state_dir, self._ref.uid)
+        record = await self._call(journals.record_of, self._context.node.state_dir, self._identity.uid)
         if self._spec is None and record is not None and not record.done:
             self._spec = spec_of(record)
             self._wake()
-        locked = deleted and record is None and await self._call(is_locked, self._ref.uid, self._context.node.lock_dir)
+        locked = (
+            deleted and record is None and await self._call(is_locked, self._identity.uid, self._context.node.lock_dir)
+        )
         return NodeState(record, locked=locked, has_spec=self._spec is not None)
 
     async def _run(self, local: Local) -> None:
@@ -319,15 +320,15 @@ class Lifecycle:
         location = str(self._seen.status.get("location") or "")
         if self._request is not None and self._request.delete_data and location:
             store = await self._call(self._backup_run.open_store)
-            await self._call(store.delete, location, self._ref.uid)
+            await self._call(store.delete, location, self._identity.uid)
 
     async def _acknowledge(self) -> None:
         """Acknowledge a change of a backup that is over in its status."""
-        seen, ref = self._seen, self._ref
+        seen = self._seen
         status = with_generation(seen.status, seen.generation)
         if seen.retry:
             status["lastHandledRetry"] = seen.retry
-        answer = await self._call(self._context.cluster.put_status, ref.namespace, ref.name, ref.uid, status)
+        answer = await self._call(self._context.cluster.put_status, self._identity, status)
         self._local = replace(self._local, handled=seen.retry)
         if answer is not None:
             self.see(BackupResource(answer))

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from vmbackup.agent.context import Context
 from vmbackup.api.store import StoreSpec
 from vmbackup.protocol.record import Record
-from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.telling.log import LogReporter
@@ -51,7 +50,7 @@ class OfflineRuns:
         spec = spec_of(record)
         return Backup(
             self._context.node,
-            key_of(record),
+            record.identity,
             request=lambda: Request(spec, retry=record.handled_retry, stop=self._stopped),
             open_store=lambda: open_store(StoreSpec.parse(record.store)),
             reporter=LogReporter(record.full_name),

@@ -34,10 +34,10 @@ from vmbackup.agent.runtime.queue import Queue
 from vmbackup.agent.runtime.threads import Threads
 from vmbackup.agent.runtime.watchdog import RESTART_MENDS, Watchdog
 from vmbackup.agent.sweep import Sweep
-from vmbackup.api.names import FINALIZER, GROUP, VERSION
+from vmbackup.api.names import BACKUPS, FINALIZER, GROUP, VERSION
 from vmbackup.api.resource import BackupResource
 from vmbackup.backoff import Backoff
-from vmbackup.cluster.client import BACKUPS, Cluster, authorization, load_client
+from vmbackup.cluster.client import Cluster, authorization, load_client
 from vmbackup.cluster.events import Events
 from vmbackup.errors import RefusedError, VMBackupError
 from vmbackup.hypervisor.hypervisor import Hypervisor

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from vmbackup.agent.context import Context
 from vmbackup.agent.lifecycle import Lifecycle, Stopped
-from vmbackup.api.identity import BackupId
+from vmbackup.api.names import BACKUPS
 from vmbackup.api.resource import BackupResource, Body
 from vmbackup.cluster.reporter import ClusterReporter
 from vmbackup.cluster.status_writer import StatusWriter
@@ -98,13 +98,12 @@ class Registry:
         if lifecycle is not None:
             return lifecycle.reporter
         context = self._context
-        body = context.cluster.backup(record.namespace, record.name)
+        body = context.cluster.get(BACKUPS, record.namespace, record.name)
         if body is None or body["metadata"]["uid"] != record.uid:
             return None
         seen = BackupResource(body)
-        ref = BackupId.of(body)
-        writer = StatusWriter(context.cluster, ref, generation=seen.generation, previous=seen.status or None)
-        return ClusterReporter(ref, writer, context.events, generation=lambda: seen.generation)
+        writer = StatusWriter(context.cluster, seen.identity, generation=seen.generation, previous=seen.status or None)
+        return ClusterReporter(seen.identity, writer, context.events, generation=lambda: seen.generation)
 
     def _lifecycle(self, body: Body) -> Lifecycle:
         seen = BackupResource(body)

@@ -15,6 +15,7 @@ from vmbackup.agent.offline import OfflineRuns
 from vmbackup.agent.registry import Registry
 from vmbackup.agent.runtime import memory
 from vmbackup.agent.runtime.existing_files import ExistingFiles
+from vmbackup.api.names import BACKUPS
 from vmbackup.api.resource import BackupResource, Body, condition
 from vmbackup.api.status import Reason
 from vmbackup.errors import VMBackupError
@@ -111,7 +112,8 @@ class Sweep:
 
     async def _list(self) -> list[Body] | None:
         try:
-            bodies: Sequence[Body] = await self._context.threads.call(self._context.cluster.backups_of, self._node_name)
+            cluster = self._context.cluster
+            bodies: Sequence[Body] = await self._context.threads.call(cluster.of_node, BACKUPS, self._node_name)
         except VMBackupError as error:
             _log.warning("the VMBackups of node %s cannot be listed: %s", self._node_name, error)
             return None

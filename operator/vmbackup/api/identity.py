@@ -1,17 +1,40 @@
-"""Which backup is meant."""
+"""The identity of an object of our API."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
-from vmbackup.api.names import GROUP, VERSION
+from vmbackup.api.names import BACKUPS, GROUP, VERSION
+
+
+class ObjectId(Protocol):
+    """One object of a kind of ours: this very object, not a later one of the same name."""
+
+    plural: ClassVar[str]
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name within the namespace."""
+        ...
+
+    @property
+    def uid(self) -> str:
+        """The uid that the API server gave it."""
+        ...
 
 
 @dataclass(frozen=True)
 class BackupId:
-    """One VMBackup: this very object, not a later one of the same name. `vmbackup run` makes up the uid."""
+    """One VMBackup. `vmbackup run` derives the uid from its file."""
+
+    plural: ClassVar[str] = BACKUPS
 
     namespace: str
     name: str

@@ -1,4 +1,4 @@
-"""Names of the API: its group and version, its annotations, its finalizer, and the form of an object's name."""
+"""Names of the API: its group, version and kinds, its annotations, its finalizer, and the form of an object's name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 GROUP = "vmbackup.dev"
 VERSION = "v1alpha1"
+BACKUPS, STORES, POLICIES = "vmbackups", "vmbackupstores", "vmbackuppolicies"  # plurals, as in paths of the API server
 RETRY_ANNOTATION = f"{GROUP}/retry"
 CANCEL_ANNOTATION = f"{GROUP}/cancel"  # "true": cancel the copy
 FINALIZER = f"{GROUP}/chain-home"

@@ -1,6 +1,6 @@
-"""The calls to the API server that an agent makes: synchronous, bounded in time, safe from any thread.
+"""Calls to the API server: synchronous, bounded in time, safe from any thread.
 
-The client's typed interfaces are not used: CoreV1Api alone takes 70 MB, and a custom resource has no types there.
+The client's typed interfaces are not used: CoreV1Api alone takes 70 MB, and has no types for custom resources.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from kubernetes import config as kubernetes_config
 from kubernetes.client import ApiClient, ApiException, Configuration
 from urllib3.exceptions import HTTPError
 
-from vmbackup.api.names import GROUP, VERSION
+from vmbackup.api.identity import ObjectId
+from vmbackup.api.names import GROUP, POLICIES, STORES, VERSION
 from vmbackup.api.store import StoreSpec
 from vmbackup.errors import Cause, PermanentError, RefusedError, TransientError, VMBackupError
 from vmbackup.version import __version__
 
-BACKUPS = "vmbackups"
-STORES = "vmbackupstores"
-POLICIES = "vmbackuppolicies"
 _JSON, _JSON_PATCH = "application/json", "application/json-patch+json"
 
 
 def load_client(kubeconfig: str | None = None) -> ApiClient:
-    """A client of its own: from this kubeconfig, else from the pod's service account, else as kubectl finds it.
+    """A new client, configured from this kubeconfig, else the pod's service account, else as kubectl is.
 
     Raises PermanentError if there is no usable configuration.
     """
@@ -38,17 +36,17 @@ def load_client(kubeconfig: str | None = None) -> ApiClient:
             kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
     except (kubernetes_config.ConfigException, OSError) as error:
         raise PermanentError(
-            f"no access to a Kubernetes API server: {error}; give --kubeconfig, or run in a pod with a service account"
+            f"no access to a Kubernetes API server: {error}; set --kubeconfig, or run in a pod with a service account"
         ) from error
-    # Whoever calls decides whether to try again: nothing is to be kept waiting behind its back.
+    # No hidden retries: the caller decides whether and when to try again.
     configuration.retries = False
     client: Any = ApiClient(configuration)
-    client.user_agent = f"vmbackup/{__version__}"  # up to the slash it names who manages a field
+    client.user_agent = f"vmbackup/{__version__}"  # the part before the slash becomes the field manager
     return client
 
 
 def authorization(client: ApiClient) -> str:
-    """The header Authorization of the client's requests, its token read again when that is due; '' if it has none."""
+    """The header Authorization of the client's requests, with the token reread when due; '' without one."""
     untyped: Any = client
     return str(untyped.configuration.get_api_key_with_prefix("BearerToken", alias="authorization") or "")
 
@@ -56,24 +54,24 @@ def authorization(client: ApiClient) -> str:
 class Cluster:
     """The custom resources on the API server.
 
-    Every call takes at most `timeout` (seconds to connect, seconds to answer) and raises TransientError when the server
-    is away, overloaded or says Conflict, and PermanentError when it refuses (reason NotFound, Forbidden or Invalid).
+    Every call takes at most `timeout` (seconds to connect, seconds to answer). It raises TransientError when the server
+    is away, overloaded or answers Conflict, and PermanentError if it refuses (reason NotFound, Forbidden or Invalid).
     """
 
     def __init__(self, client: ApiClient, *, timeout: tuple[float, float] = (3.0, 10.0)) -> None:
         self._client: Any = client
         self._timeout = timeout
 
-    def backup(self, namespace: str, name: str) -> dict[str, Any] | None:
-        """The VMBackup as it is now; None if there is none."""
-        return self._get(_path(namespace, name))
+    def get(self, plural: str, namespace: str, name: str) -> dict[str, Any] | None:
+        """An object of this kind as it is now; None if there is none."""
+        return self._get(_path(plural, namespace, name))
 
-    def backups_of(self, node: str, *, page_size: int = 500) -> list[dict[str, Any]]:
-        """All VMBackups of this node, in all namespaces, selected on the server."""
+    def of_node(self, plural: str, node: str, *, page_size: int = 500) -> list[dict[str, Any]]:
+        """All objects of this kind with this spec.nodeName, in all namespaces, selected on the server."""
         query = {"fieldSelector": f"spec.nodeName={node}", "limit": str(page_size)}
         found: list[dict[str, Any]] = []
         while True:
-            answer = self._call("GET", f"/apis/{GROUP}/{VERSION}/{BACKUPS}", query=query)
+            answer = self._call("GET", f"/apis/{GROUP}/{VERSION}/{plural}", query=query)
             found += answer["items"]
             following = answer["metadata"].get("continue")
             if not following:
@@ -86,7 +84,7 @@ class Cluster:
         if found is None:
             raise RefusedError(
                 f"spec.storeRef.name is {name!r}: there is no VMBackupStore of this name; "
-                "create it, or name one that `kubectl get vmbackupstores` lists",
+                "create it, or set one that `kubectl get vmbackupstores` lists",
                 reason="StoreNotFound",
             )
         return StoreSpec.parse(found.get("spec", {}))
@@ -96,31 +94,31 @@ class Cluster:
         items = self._call("GET", f"/apis/{GROUP}/{VERSION}/{POLICIES}")["items"]
         return {item["metadata"]["name"]: item.get("spec") or {} for item in items}
 
-    def put_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Make this the status of this very object, never of another of the same name.
+    def put_status(self, identity: ObjectId, status: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Replace the status of this very object, never of another of the same name.
 
         Returns the object as it is now; None if it is gone. The uid is tested by a JSON patch, since the status
         subresource ignores the metadata of any other kind of write (measured, Kubernetes 1.37).
         """
         operations = [
-            {"op": "test", "path": "/metadata/uid", "value": uid},
+            {"op": "test", "path": "/metadata/uid", "value": identity.uid},
             {"op": "add", "path": "/status", "value": dict(status)},
         ]
         try:
-            return self._call("PATCH", f"{_path(namespace, name)}/status", operations, kind=_JSON_PATCH)
+            return self._call("PATCH", f"{_path_of(identity)}/status", operations, kind=_JSON_PATCH)
         except VMBackupError as error:
             # A failed test is answered like any other invalid patch: only a look tells.
-            if error.reason in (Cause.NOT_FOUND, Cause.INVALID) and self._is_gone(namespace, name, uid):
+            if error.reason in (Cause.NOT_FOUND, Cause.INVALID) and self._is_gone(identity):
                 return None
             raise
 
-    def delete_backup(self, namespace: str, name: str, uid: str) -> None:
-        """Delete this very object; nothing happens if it is gone, or another has its name."""
-        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+    def delete(self, identity: ObjectId) -> None:
+        """Delete this very object. Does nothing if it is gone, or another has its name."""
+        options = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": identity.uid}}
         try:
-            self._call("DELETE", _path(namespace, name), options)
+            self._call("DELETE", _path_of(identity), options)
         except VMBackupError as error:
-            if error.reason not in (Cause.NOT_FOUND, Cause.CONFLICT) or not self._is_gone(namespace, name, uid):
+            if error.reason not in (Cause.NOT_FOUND, Cause.CONFLICT) or not self._is_gone(identity):
                 raise
 
     def namespace_terminating(self, name: str) -> bool:
@@ -137,9 +135,9 @@ class Cluster:
         """Create an event of events.k8s.io/v1, which `kubectl describe` shows under its object."""
         self._call("POST", f"/apis/events.k8s.io/v1/namespaces/{namespace}/events", dict(event))
 
-    def _is_gone(self, namespace: str, name: str, uid: str) -> bool:
-        found = self.backup(namespace, name)
-        return found is None or found["metadata"]["uid"] != uid
+    def _is_gone(self, identity: ObjectId) -> bool:
+        found = self._get(_path_of(identity))
+        return found is None or found["metadata"]["uid"] != identity.uid
 
     def _get(self, path: str) -> dict[str, Any] | None:
         try:
@@ -160,22 +158,26 @@ class Cluster:
             )
             answer = self._client.call_api(*request, _request_timeout=self._timeout)
             text: bytes = answer.read()
-        except (ApiException, HTTPError) as error:  # the former where TLS fails
+        except (ApiException, HTTPError) as error:  # the former if TLS fails
             raise TransientError(f"the API server does not answer: {error}", reason="ServerAway") from error
         if not 200 <= answer.status <= 299:
             raise _classified(answer.status, f"{answer.status} {answer.reason}: {text.decode(errors='replace')}")
         try:
             return json.loads(text)
         except ValueError as error:
-            raise TransientError(f"what answers is no API server: {text[:100]!r}", reason="ServerAway") from error
+            raise TransientError(f"not an API server: {text[:100]!r}", reason="ServerAway") from error
 
 
-def _path(namespace: str, name: str) -> str:
-    return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{BACKUPS}/{name}"
+def _path(plural: str, namespace: str, name: str) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{plural}/{name}"
+
+
+def _path_of(identity: ObjectId) -> str:
+    return _path(identity.plural, identity.namespace, identity.name)
 
 
 def _classified(status: int, answer: str) -> VMBackupError:
-    """What an answer of the API server means (Kubernetes API conventions, "HTTP status codes")."""
+    """The error for an HTTP status of the API server (Kubernetes API conventions, "HTTP status codes")."""
     text = f"the API server answers {answer.strip()[:500]}"
     if status == 409:
         return TransientError(text, reason=Cause.CONFLICT)

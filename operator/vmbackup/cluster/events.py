@@ -1,4 +1,4 @@
-"""Kubernetes events on their way to the API server, without anybody ever waiting for it."""
+"""Sends Kubernetes events to the API server in the background, so that nobody waits for it."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _NOTE_LIMIT = 1000  # characters: the API server takes 1 kB (events.k8s.io/v1, f
 
 
 class Subject(Protocol):
-    """What an event regards."""
+    """The object that an event regards."""
 
     @property
     def namespace(self) -> str:
-        """Where the event is."""
+        """The namespace of the event."""
         ...
 
     @property
     def name(self) -> str:
-        """The name of what it regards."""
+        """The name of the object."""
         ...
 
     @property
     def regarding(self) -> Mapping[str, str]:
-        """The object reference of it."""
+        """The reference of the object."""
         ...
 
 
 @dataclass(frozen=True)
 class NodeRef:
-    """A node of the cluster, or a hypervisor outside of it: for what concerns no VMBackup.
+    """A node of the cluster, or a hypervisor outside of it, for events that concern no VMBackup.
 
-    Its events are in the namespace `default`, as those of all that has none. `kubectl describe node` finds events by
-    the uid, and takes the name for one, as the kubelet does.
+    Its events are in the namespace `default`, as for every object without one. `kubectl describe node` finds events by
+    uid, and the kubelet uses the name of the node as its uid.
     """
 
     name: str
@@ -63,8 +63,8 @@ class NodeRef:
 class Events:
     """Events of this agent, sent in order by a thread that lives only while there is something to send.
 
-    Nothing here waits or raises. While the server is away they wait for it, each with its own time; beyond `limit` the
-    oldest are dropped, and the log says how many. What the server refuses is logged, and not tried again.
+    No method waits or raises. While the server is away events are kept, each with its own time; beyond `limit` the
+    oldest are dropped, and the log says how many. An event that the server refuses is logged and not retried.
     """
 
     def __init__(self, cluster: Cluster, *, node: str, limit: int = _LIMIT) -> None:
@@ -81,15 +81,15 @@ class Events:
         self._closed = False
 
     def normal(self, subject: Subject, reason: str, message: str) -> None:
-        """Something happened as it should."""
+        """Create an event of type Normal."""
         self._emit(subject, "Normal", reason, message)
 
     def warning(self, subject: Subject, reason: str, message: str) -> None:
-        """Something happened that a human may have to look at."""
+        """Create an event of type Warning."""
         self._emit(subject, "Warning", reason, message)
 
     def flush(self, seconds: float) -> bool:
-        """Wait, for at most so long, until all of them are sent or refused. False: not yet; it goes on trying."""
+        """Wait at most this long until all are sent or refused. False: not yet; it keeps trying."""
         with self._changed:
             self._hurried = True
             self._changed.notify_all()
@@ -98,7 +98,7 @@ class Events:
             return arrived
 
     def close(self) -> None:
-        """Give up what is not sent yet."""
+        """Discard what is not sent yet."""
         with self._changed:
             self._closed = True
             if self._waiting:
@@ -141,7 +141,7 @@ class Events:
             except TransientError as error:
                 self._failed(event, error)
                 continue
-            except Exception as error:  # also what the client did not foresee: this thread has to go on
+            except Exception as error:  # also unforeseen errors of the client: this thread must go on
                 logger.warning("event %s about %s not sent: %s", event["reason"], metadata["name"], error)
             self._done_with(event)
 
@@ -157,7 +157,7 @@ class Events:
             return None
 
     def _pause(self) -> float:
-        """Seconds from the last failure until it is tried again."""
+        """Seconds from the last failure to the next attempt."""
         if not self._failures:
             return 0.0
         return (_HURRIED_RETRIES if self._hurried else _RETRIES).after(self._failures)
@@ -173,7 +173,7 @@ class Events:
     def _done_with(self, event: Mapping[str, Any]) -> None:
         with self._changed:
             self._failures = 0
-            if self._waiting and self._waiting[0] is event:  # else it was dropped, or given up, meanwhile
+            if self._waiting and self._waiting[0] is event:  # else it was dropped or discarded meanwhile
                 self._waiting.popleft()
             if self._dropped:
                 logger.warning("%d events were dropped while the API server was away", self._dropped)

@@ -1,4 +1,4 @@
-"""What is known of a backup, as the status that `kubectl`, Flux (kstatus) and Argo CD read. Pure: no I/O."""
+"""Renders a report as the status that `kubectl`, Flux (kstatus) and Argo CD read. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmbackup.api.status import DiskReport, DiskState, Outcome, Reason, Report
 # Ready first: kstatus takes Reconciling and Stalled in list order, and people read from the top.
 CONDITION_TYPES = ("Ready", "BackupComplete", "ChainClean", "Reconciling", "Stalled")
 
-_LONGEST_TEXT = 2000  # characters; the output of a tool may be long, and every watcher gets it with each write
+_LONGEST_TEXT = 2000  # characters; the output of a tool may be long, and every watcher receives each write
 _WORD = {True: "True", False: "False", None: "Unknown"}
 _STANDARD_MESSAGE: dict[tuple[str, bool | None], str] = {
     ("BackupComplete", True): "The copy of every disk is stored and verified.",
@@ -20,7 +20,7 @@ _STANDARD_MESSAGE: dict[tuple[str, bool | None], str] = {
     ("BackupComplete", None): "The copy is not finished yet.",
     ("ChainClean", True): "Every disk runs on its own image; no overlay is left.",
     ("ChainClean", False): "The guest runs on an overlay.",
-    ("ChainClean", None): "The chain of the disks was not looked at yet.",
+    ("ChainClean", None): "The chain of the disks has not been checked yet.",
 }
 
 
@@ -121,7 +121,7 @@ def _progress(report: Report) -> dict[str, Any]:
 
 
 def _percentage(report: Report, copied: int, total: int) -> int:
-    """How much is done. 100 only when all of it is: the copy verified and stored, and every disk home."""
+    """Progress. It is 100 only at the end: the copy verified and stored, and every disk home."""
     if report.outcome is Outcome.SUCCEEDED:
         return 100
     if total <= 0:
@@ -151,7 +151,7 @@ def _disk(disk: DiskReport) -> dict[str, Any]:
 
 
 def is_significant(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether the change is one to be reported at once (phase, a condition, a retry), rather than mere progress."""
+    """Whether the change must be sent at once (phase, condition, retry), because it is more than progress."""
     return _verdict(before) != _verdict(after)
 
 

@@ -1,4 +1,4 @@
-"""The status of VMBackups on its way to the API server, without a backup ever waiting for it."""
+"""Sends the status of a VMBackup to the API server in the background, so that no backup waits for it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _HURRIED_RETRIES = Backoff(first=0.5, longest=1.0)
 class StatusWriter:
     """Writes the status of one VMBackup.
 
-    `write` never waits: a thread, which lives only while there is something to send, does. What matters (phase,
-    conditions, a handled retry) is sent at once and in order, mere progress at most every `interval` seconds. While the
-    server is away only the newest is kept, and tried again until it arrives.
-    `previous` is the status as last seen, `generation` that of the spec being acted on; `late` is told since when
-    something waits to arrive (seconds since the epoch), and None once all has.
+    `write` never waits: a thread sends, which lives only while there is something to send. Significant changes (phase,
+    conditions, a handled retry) are sent at once and in order, progress at most every `interval` seconds. While the
+    server is away only the newest status is kept, and retried until it arrives.
+    `previous` is the status as last seen, `generation` that of the spec being acted on; `late` is called with
+    the time since which a status waits to be sent (seconds since the epoch), and with None when none waits.
     """
 
     def __init__(
         self,
         cluster: Cluster,
-        ref: BackupId,
+        identity: BackupId,
         *,
         generation: int,
         previous: Mapping[str, Any] | None = None,
@@ -41,7 +41,7 @@ class StatusWriter:
         late: Callable[[float | None], None] = lambda _since: None,
     ) -> None:
         self._cluster = cluster
-        self._ref = ref
+        self._identity = identity
         self._interval = interval
         self._late = late
         self._generation = generation
@@ -57,16 +57,16 @@ class StatusWriter:
 
     @property
     def gone(self) -> bool:
-        """Whether the object was found deleted, or replaced by another of its name: nothing is written any more."""
+        """The object was found deleted, or replaced by another of its name: nothing more is written."""
         return self._gone
 
     @property
     def latest(self) -> Mapping[str, Any]:
-        """The status as it is, or will be, on the server."""
+        """The newest status, on the server or on its way."""
         return self._newest
 
     def write(self, report: Report, *, generation: int | None = None) -> None:
-        """Report this. `generation`: that of the spec being acted on from now on, if it has changed."""
+        """Send this report. `generation`: that of the spec being acted on, if it has changed."""
         with self._changed:
             self._generation = self._generation if generation is None else generation
             status = render(report, generation=self._generation, previous=self._newest, now=time.time())
@@ -81,12 +81,14 @@ class StatusWriter:
                 self._pending.pop()
             self._pending.append(status)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._send_all, name=f"status-{self._ref.name}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._send_all, name=f"status-{self._identity.name}", daemon=True
+                )
                 self._thread.start()
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> bool:
-        """Wait, for at most so long, until all is written or the object is gone. False: not yet; it goes on trying."""
+        """Wait at most this long until all is written or the object is gone. False: not yet; it keeps trying."""
         with self._changed:
             self._hurried = True
             self._changed.notify_all()
@@ -95,7 +97,7 @@ class StatusWriter:
             return arrived
 
     def close(self) -> None:
-        """Give up what is not written yet."""
+        """Discard what is not written yet."""
         with self._changed:
             self._pending.clear()
             self._late(None)
@@ -104,8 +106,8 @@ class StatusWriter:
     def _send_all(self) -> None:
         while (status := self._next()) is not None:
             try:
-                answer = self._cluster.put_status(self._ref.namespace, self._ref.name, self._ref.uid, status)
-            except Exception as error:  # also what the client did not foresee: this thread has to go on
+                answer = self._cluster.put_status(self._identity, status)
+            except Exception as error:  # also unforeseen errors of the client: this thread must go on
                 self._failed(error)
             else:
                 self._arrived(status, answer)
@@ -131,7 +133,7 @@ class StatusWriter:
 
     def _failed(self, error: Exception) -> None:
         level = logging.DEBUG if self._failures else logging.WARNING
-        logger.log(level, "status of %s/%s not written, will try again: %s", self._ref.namespace, self._ref.name, error)
+        logger.log(level, "status of %s not written, will try again: %s", self._identity.full_name, error)
         with self._changed:
             self._sent_at = time.monotonic()
             self._failures += 1

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from vmbackup.api.identity import BackupId
+
 
 class Image(StrEnum):
     """Which of the images of a disk is meant."""
@@ -164,6 +166,11 @@ class Record:
     domain_xml: str = ""
     nvram: str = ""
     handled_retry: str = ""
+
+    @property
+    def identity(self) -> BackupId:
+        """The VMBackup that it is the record of."""
+        return BackupId(self.namespace, self.name, self.uid)
 
     @property
     def full_name(self) -> str:

@@ -26,7 +26,7 @@ from vmbackup.protocol.transition import (
     with_commits_of,
     without_switches,
 )
-from vmbackup.reconcile.admission.plan import Planner, key_of
+from vmbackup.reconcile.admission.plan import Planner
 from vmbackup.reconcile.background.copying import Copying, delete_stored
 from vmbackup.reconcile.background.merging import Merging
 from vmbackup.reconcile.driver import Driver
@@ -306,7 +306,7 @@ def release_guest_of(node: Node, record: Record) -> Ending:
     """
     request = Request(spec_of(record), retry=record.handled_retry, stop=True)
     reporter = LogReporter(record.full_name)
-    backup = Backup(node, key_of(record), request=lambda: request, open_store=_no_store, reporter=reporter)
+    backup = Backup(node, record.identity, request=lambda: request, open_store=_no_store, reporter=reporter)
     return backup.run()
 
 

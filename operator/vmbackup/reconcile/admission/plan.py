@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmbackup.api.backup import BackupSpec
-from vmbackup.api.identity import BackupId
 from vmbackup.errors import Cause, PermanentError, RefusedError
 from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
@@ -66,7 +65,7 @@ class Planner:
         disks = self.admit(guest, chosen, record.uid, image_uses(self.hypervisor.guests()))
         if persistent is not None:
             disks = tuple(replace(d, persistent_disk_xml=chain.disk_xml(persistent, d.target)) for d in disks)
-        disks = with_room(disks, open_store().check(key_of(record), [source_of(disk) for disk in disks]))
+        disks = with_room(disks, open_store().check(record.identity, [source_of(disk) for disk in disks]))
         facts = chain.domain_facts(live)
         return replace(record, disks=disks, skipped=skipped, domain_xml=persistent or live, nvram=facts.nvram or "")
 
@@ -221,11 +220,6 @@ def not_running(name: str) -> RefusedError:
     return RefusedError(
         f"domain {name} is not running: start it, or copy its disks as they are", reason="DomainNotRunning"
     )
-
-
-def key_of(record: Record) -> BackupId:
-    """Which backup of the store it is."""
-    return BackupId(record.namespace, record.name, record.uid)
 
 
 def source_of(disk: DiskRecord) -> DiskSource:

@@ -13,7 +13,7 @@ from vmbackup.imaging import CopyControl
 from vmbackup.imaging.copy import reading
 from vmbackup.protocol.record import Copy, Record
 from vmbackup.protocol.transition import copy_stored, copy_taken
-from vmbackup.reconcile.admission.plan import key_of, source_of
+from vmbackup.reconcile.admission.plan import source_of
 from vmbackup.reconcile.background.transfer import Transfer, at_work
 from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.telling.listener import BackupMetrics
@@ -59,7 +59,7 @@ class Copying:
         """Complete the backup in the store: the record with it, or None while that runs."""
         store = open_store()
         self._shipping = True
-        result = self._run(lambda control: _publish(record, store, store.taken(key_of(record)), control), record)
+        result = self._run(lambda control: _publish(record, store, store.taken(record.identity), control), record)
         return None if result is None or result.published is None else _stored(record, result.published)
 
     def make_way(self) -> None:
@@ -99,7 +99,7 @@ class Copying:
                 others.enter_context(reading(Path(disk.base), control))
             for disk in record.disks:
                 watched = replace(control, progress=self._watch(disk.target))
-                taken.append(store.take(key_of(record), source_of(disk), watched))
+                taken.append(store.take(record.identity, source_of(disk), watched))
         control.check()
         if all(image.digest for disk in taken for image in disk.images):
             return _publish(record, store, taken, control)
@@ -129,13 +129,13 @@ def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
         return
     with suppress(VMBackupError):
         store = open_store()
-        if location := store.published(key_of(record)):
+        if location := store.published(record.identity):
             store.delete(location, record.uid)
 
 
 def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: CopyControl) -> _Result:
     missing = {disk.target for disk in record.disks} - {disk.target for disk in taken}
-    if missing and not store.published(key_of(record)):
+    if missing and not store.published(record.identity):
         raise PermanentError(
             f"the store no longer has the staged copy of {', '.join(sorted(missing))}; create a new backup"
         )
@@ -146,7 +146,7 @@ def _publish(record: Record, store: Store, taken: Sequence[TakenDisk], control: 
         nvram=Path(record.nvram) if record.nvram else None,
         snapshot_time=record.snapshot_time or 0.0,
     )
-    return _Result(taken, store.publish(key_of(record), taken, facts, control))
+    return _Result(taken, store.publish(record.identity, taken, facts, control))
 
 
 def _stored(record: Record, published: Published) -> Record:

@@ -9,7 +9,6 @@ from vmbackup.errors import VMBackupError
 from vmbackup.protocol.record import Copy, Snapshot
 from vmbackup.protocol.terms import Action, Do, Observation
 from vmbackup.protocol.transition import finished, recorded
-from vmbackup.reconcile.admission.plan import key_of
 from vmbackup.reconcile.background.copying import delete_stored
 from vmbackup.reconcile.steps import (
     commit,
@@ -74,7 +73,7 @@ def _finish(run: Run, _task: Task) -> Next:
     if run.record.copy is Copy.FAILED and run.record.snapshot is Snapshot.DONE:
         run.copying.cancel()  # a shipment of what is discarded must not publish the rest of it
         try:
-            run.open_store().discard(key_of(run.record))
+            run.open_store().discard(run.record.identity)
         except VMBackupError as error:
             run.announcer.event("DiscardFailed", str(error), warning=True)
     run.write(finished(run.record, time.time()))
