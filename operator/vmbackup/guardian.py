@@ -1,11 +1,11 @@
-"""The process that outlives `vmbackup agent` and `vmbackup run`: should its starter die, it lets suspended guests run.
+"""A process that outlives `vmbackup agent` and `vmbackup run`. If its starter dies, it resumes guests left suspended.
 
     python -m vmbackup.guardian LIBVIRT-URI LIBVIRT-CONFIG-DIR STATE-DIR LOCK-DIR
 
-It waits for the end of the pipe that is its standard input. Then the starter is dead, however it died (one that ends in
-good order kills it before), and what it left suspended or frozen runs again by the same decisions as ever
-(reconcile/rescue.py). All that this takes is imported before it waits: a guest that stands still need not wait for it,
-nor for a disk that may have failed, nor for a version that was installed meanwhile.
+It waits for the end of the pipe on its standard input, which means that the starter has died (one that ends normally
+kills it first). Then reconcile/rescue.py resumes and thaws the guests that it left, by the usual decisions. All modules
+are imported before the wait, so that a suspended guest does not wait for imports or a disk that may have failed, and no
+version that was installed meanwhile is mixed in.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.rescue import release_guests
 from vmbackup.telemetry.metrics import Metrics
 
-_HASTE = -10  # nice value: a guest stands still, and what killed the starter may be a machine that is overloaded
+_HASTE = -10  # nice value: a guest is suspended, and an overloaded machine may have killed the starter
 _NAME = b"vmb-guardian"  # what ps and top show; at most 15 bytes
 
 
 def main() -> None:
-    """Wait for the end of the starter; then do what is due."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are meant for the starter
+    """Wait for the end of the starter, then resume its guests."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the starter
         signal.signal(number, signal.SIG_IGN)
     os.chdir("/")
     name = os.open("/proc/self/comm", os.O_WRONLY)

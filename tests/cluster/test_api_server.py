@@ -75,7 +75,7 @@ def test_when_the_api_server_is_back_its_keeper_takes_over_what_was_carried_on_a
     own_agent.kill()
     kube_away.apiserver.stop()
     own_agent.start()
-    wait_until(lambda: "carried on without the API server" in own_agent.log, "carried on", SECONDS)
+    wait_until(lambda: "continuing it without the API server" in own_agent.log, "it continues", SECONDS)
     kube_away.start_apiserver()
     made.patch({"copy": {"bandwidth": None}})
     assert_stored(made.wait())

@@ -437,7 +437,7 @@ def test_only_the_very_object_is_deleted(kube: KubeApi, cluster: CountingCluster
 
 
 def test_without_a_kubeconfig_the_cure_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PermanentError, match="give --kubeconfig"):
+    with pytest.raises(PermanentError, match="set --kubeconfig"):
         load_client(str(tmp_path / "not-there"))
 
 

@@ -56,6 +56,6 @@ def test_in_a_pod_requests_carry_the_token_of_its_service_account(
 
 def test_an_answer_that_is_none_of_an_api_server_is_worth_a_retry(greeter: str) -> None:
     cluster = Cluster(ApiClient(Configuration(host=greeter)))
-    with pytest.raises(TransientError, match=r"no API server.*Welcome") as caught:
+    with pytest.raises(TransientError, match=r"not from an API server.*Welcome") as caught:
         cluster.get(BACKUPS, "default", "web")
     assert caught.value.reason == "ServerAway"

@@ -1,1 +1,1 @@
-"""The agent of a hypervisor: what it does with all the VMBackups of its node."""
+"""The agent of a hypervisor: runs the VMBackups of its node."""

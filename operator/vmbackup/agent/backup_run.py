@@ -1,4 +1,4 @@
-"""A run of one VMBackup: its place in the queue, its store, and the thread that it runs in."""
+"""Runs of one VMBackup: its place in the queue, its store and its thread."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 class BackupRun:
-    """Runs a VMBackup, one time after the other. Belongs to the event loop, except where a method says otherwise.
+    """Runs a VMBackup, once or more often. Belongs to the event loop, except where a method says otherwise.
 
-    `seen` and `request` are asked anew all the time, `request` by the threads of the backup.
+    `seen` and `request` return the newest state; `request` is also called by the threads of the backup.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BackupRun:
         self._forbidden: RefusedError | None = None
 
     async def run(self, record: Record | None) -> Ending:
-        """Run it from wherever its record stands, once it may. Raises VMBackupError if it cannot even begin."""
+        """Wait until it may run, then run it from the state of its record. Raises VMBackupError if it cannot begin."""
         context, seen = self._context, self._seen()
         try:
             if not await self._admitted(seen, record):
@@ -71,7 +71,7 @@ class BackupRun:
             context.queue.unreserve(seen.uid)
 
     def wake(self) -> None:
-        """The request has changed: whoever runs looks at once, and who needs no turn any more waits no longer."""
+        """Take note of a new request: wakes a running backup, and leaves the queue if it no longer needs to run."""
         if self._backup is not None:
             self._backup.wake()
         ticket = self._ticket
@@ -79,28 +79,28 @@ class BackupRun:
             self._context.queue.abandon(ticket)
 
     def park(self) -> None:
-        """It waits for its guest or a human: others may run meanwhile."""
+        """Free its slot while it waits for its guest or a person."""
         if self._ticket is not None:
             self._context.queue.park(self._ticket)
 
     def open_store(self) -> Store:
-        """Its store. Blocks, and is called by the threads of the backup."""
+        """Its store. Blocks; called by the threads of the backup."""
         if self._store is None:
             self._store = self._context.cluster.store(self._request().spec.store)
         return open_store(self._store)
 
     async def _admitted(self, seen: BackupResource, record: Record | None) -> bool:
-        """Wait for its turn, where it needs one. False: it need not run any more."""
+        """Wait in the queue if necessary. False: it does not need to run any more."""
         if record is not None and record.done:
             return True
         has_begun = record is not None and record.begun
         if self._dropped and not has_begun:
-            return True  # it ends at once, without touching its domain
+            return True  # it ends at once and does not touch its domain
         domain = record.domain_uuid if record is not None else ""
         if not has_begun:
             try:
                 domain = await self._context.threads.call(self._looked_up)
-            except RefusedError as error:  # the backup says so; whom it would have to wait for is not told either
+            except RefusedError as error:  # reported by the backup; the queue would reveal other domains
                 self._forbidden = error
                 return True
             except TransientError as error:
@@ -114,22 +114,22 @@ class BackupRun:
 
     @property
     def _dropped(self) -> bool:
-        """What has not begun never will."""
+        """If it has not begun, it never will."""
         return self._request().deleted or self._request().cancelled
 
     def _show_queued(self, why: str) -> None:
-        self._show_pending(Reason.QUEUED, f"waiting: {why}")
+        self._show_pending(Reason.QUEUED, f"queued: {why}")
 
     def _show_pending(self, reason: str, message: str) -> None:
         handled = self._seen().handled_retry
         self._reporter.report(Report(Phase.PENDING, reason, message, chain_clean=True, last_handled_retry=handled))
 
     def _log_waiting(self, why: str) -> None:
-        """Of one that has begun, the status tells more than that it waits."""
+        """Log only: the status of a backup that has begun shows more than the queue."""
         _log.info("%s waits: %s", self._seen().full_name, why)
 
     def _looked_up(self) -> str:
-        """The UUID of its domain; '' if it cannot be had: then the backup itself will say why. Raises as `_admit`."""
+        """The UUID of its domain; '' if it is unknown, which the backup will report. Raises as `_admit`."""
         guest = None
         try:
             guest = self._context.node.hypervisor.guest(self._request().spec.domain)
@@ -142,7 +142,7 @@ class BackupRun:
         return "" if guest is None else guest.uuid
 
     def _admit(self, guest: Guest | None) -> None:
-        """Raise RefusedError where no policy allows a backup of this domain, or of one that is not there. Blocks."""
+        """Raise RefusedError if no policy allows a backup of this domain (None: it does not exist). Blocks."""
         if self._forbidden is not None:
             raise self._forbidden
         spec = self._request().spec
@@ -151,14 +151,14 @@ class BackupRun:
         self._context.policies.check(namespace, spec.domain, spec.store, domain=domain, domain_uuid=uuid)
 
     async def _find_store(self, record: Record | None) -> None:
-        """Look the store up beforehand: a backup that has begun must not fail because the API server is away."""
+        """Look up the store first: a backup that has begun must not fail because the API server is away."""
         try:
             await self._context.threads.call(self.open_store)
         except TransientError:
             if record is not None and record.store:
-                with suppress(RefusedError):  # of a later version: the backup asks for it again
+                with suppress(RefusedError):  # written by a later version: the backup looks it up again
                     self._store = StoreSpec.parse(record.store)
             elif not self._request().deleted:
                 raise
         except VMBackupError:
-            return  # the backup says so
+            return  # reported by the backup

@@ -1,4 +1,4 @@
-"""What all VMBackups of a node share, as the agent sees them."""
+"""Objects that all VMBackups of a node share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmbackup.reconcile.node import Node
 
 @dataclass(frozen=True)
 class Context:
-    """The hypervisor and its backups, the API server, its policies, the queue, and threads for what blocks."""
+    """The hypervisor and its backups, the API server, its policies, the queue, and threads for blocking calls."""
 
     node: Node
     cluster: Cluster

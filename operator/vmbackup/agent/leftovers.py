@@ -1,4 +1,4 @@
-"""Overlays that nobody waits for: told, counted, and brought home where that is the policy."""
+"""Orphaned overlays of a node: reported, counted, and merged if the policy is Commit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class OrphanPolicy(StrEnum):
-    """What becomes of an overlay that nobody waits for. A VMBackup that is being deleted waits for its own."""
+    """What to do with an orphaned overlay. That of a VMBackup being deleted is no orphan yet."""
 
     COMMIT = "Commit"
     REPORT = "Report"
@@ -49,7 +49,7 @@ class OrphanPolicy(StrEnum):
 
 @dataclass(frozen=True)
 class _Orphan:
-    """One that was found. `guest`: the one that runs on it, where no journal knows it."""
+    """An orphaned overlay. `guest` runs on it; set only if no journal knows the overlay."""
 
     path: str
     subject: Subject
@@ -58,11 +58,11 @@ class _Orphan:
 
 
 class Orphans:
-    """Those of one node. Belongs to the event loop.
+    """The orphaned overlays of one node. Belongs to the event loop.
 
-    An orphan is an overlay of ours whose VMBackup is gone (with its journal here), whose journal is lost (with no
-    VMBackup here that is about to adopt it), or of a `vmbackup run` that was interrupted, which only its user carries
-    on. Where another process works on the domain, it is left to that.
+    An overlay of ours is orphaned if its VMBackup is gone but its journal is here, if its journal is lost and no
+    VMBackup is about to adopt it, or if an interrupted `vmbackup run` left it, which only its user continues. While
+    another process works on the domain, its overlays are left to that process.
     """
 
     def __init__(self, context: Context, node_name: str, policy: OrphanPolicy) -> None:
@@ -77,27 +77,27 @@ class Orphans:
         self._stopped = False
 
     def stop(self) -> None:
-        """This process is to end."""
+        """Stop, because this process ends."""
         self._stopped = True
 
     async def begin(self) -> None:
-        """Before the API server has answered: no guest stands still for it, whose backup is lost."""
+        """Before the API server has answered: resume and thaw guests held by a lost backup."""
         await self.see()
-        await self._let_go()
+        await self._resume_held()
 
     async def see(self) -> None:
-        """See all domains. Before journals are read: whatever has no journal then, never will have one."""
+        """Look at all domains. Call it before reading journals: an overlay without a journal then never gets one."""
         try:
             self._seen = await self._context.threads.call(self._look)
-        except VMBackupError as error:  # what was seen last counts on
-            _log.warning("the domains cannot be looked at: %s", error)
+        except VMBackupError as error:  # keep the last view
+            _log.warning("the domains cannot be listed: %s", error)
             return
         self._context.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
 
     async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[BackupResource]) -> None:
-        """Tell, count and bring home what is left over.
+        """Report, count and merge orphaned overlays.
 
-        `gone`: those of the records whose VMBackup is gone with something left to do; `backups`: all of this node.
+        `gone`: the records whose VMBackup is gone, with something left to do; `backups`: all VMBackups of this node.
         """
         left = [record for record in records if _is_left(record, gone)]
         there = await self._files.of(disk.overlay for record in left for disk in record.disks)
@@ -109,39 +109,39 @@ class Orphans:
         self._tell(found)
         for record in gone:
             self.bring_home(record)
-        await self._let_go()
+        await self._resume_held()
         if self._policy is OrphanPolicy.COMMIT:
             guests = {orphan.guest.uuid: orphan.guest for orphan in found if orphan.guest is not None}
             for guest in guests.values():
                 await self._take_in(guest, [orphan.path for orphan in found if orphan.guest is guest])
 
     def bring_home(self, record: Record) -> None:
-        """Bring the chain of this record home, whose VMBackup is gone; or only to a safe point, as the policy says."""
+        """Merge the overlays of this record, whose VMBackup is gone. Policy Report: only resume and thaw the guest."""
         if record.uid in self._merging or self._stopped:
             return
         if self._policy is OrphanPolicy.REPORT and not holds(record):
-            self._context.queue.unreserve(record.uid)  # the next backup of its domain adopts what it left
+            self._context.queue.unreserve(record.uid)  # the next backup of its domain adopts its overlays
         else:
             self._merging[record.uid] = asyncio.create_task(self._bring_home(record))
 
-    # -- what is found
+    # -- find
 
     def _look(self) -> list[Look]:
         return list(look_at(self._context.node.hypervisor.guests()))
 
     async def _interrupted(self, records: Iterable[Record], there: Collection[str]) -> list[_Orphan]:
-        """The overlays of runs of `vmbackup run` that were interrupted, and that nobody has carried on yet."""
+        """The overlays of interrupted runs of `vmbackup run` that nobody has continued yet."""
         found: list[_Orphan] = []
         for record in records:
             left = _left(record, there) if _is_interrupted(record) else []
             if left and await self._is_free(record.domain_uuid):
                 run = f"`vmbackup run` of {record.full_name}"
-                story = f"left on the domain {record.domain} by an interrupted {run}: run it again, and it carries on"
+                story = f"left on the domain {record.domain} by an interrupted {run}; run it again to continue"
                 found += [_Orphan(path, self._node, story) for path in left]
         return found
 
     async def _unknown(self, records: Iterable[Record], listed: Mapping[str, BackupResource]) -> list[_Orphan]:
-        """Overlays that no journal knows, nor a VMBackup that is not over: that one adopts its own."""
+        """Overlays without a journal and without an unfinished VMBackup, which would adopt them."""
         known = {disk.overlay for record in records if not record.done for disk in record.disks}
         found: list[_Orphan] = []
         for look in self._seen:
@@ -151,7 +151,7 @@ class Orphans:
                 if overlay.path in known or (seen is not None and not seen.over):
                     continue
                 subject = self._node if seen is None else seen.identity
-                whose = f"a backup with the uid {overlay.uid8}…, of which no journal is here"
+                whose = f"a backup with the uid {overlay.uid8}…, whose journal is lost"
                 story = f"left on the domain {look.guest.name} by {whose}: {self._fate(look, overlay)}"
                 mine.append(_Orphan(overlay.path, subject, story, look.guest if look.live else None))
             if mine and await self._is_free(look.guest.uuid):
@@ -160,33 +160,33 @@ class Orphans:
 
     def _fate(self, look: Look, overlay: OurOverlay) -> str:
         if overlay.buried:
-            return "another overlay, which is not ours, is above it: commit that one first"
+            return "commit the overlay above it first, which is not ours"
         if self._policy is OrphanPolicy.REPORT:
-            return "it stays (--orphan-policy Report), the next backup of the domain commits it"
-        return "it is committed now" if look.live else "start the guest, and it is committed"
+            return "the next backup of the domain will commit it (--orphan-policy Report)"
+        return "committing it now" if look.live else "start the guest, then it will be committed"
 
     async def _is_free(self, domain_uuid: str) -> bool:
-        """Whether nobody works on this domain: what somebody works on is no orphan."""
+        """Whether no process works on this domain, whose overlays would not be orphans."""
         return await self._context.threads.call(nobody_works_on, self._context.node, domain_uuid)
 
-    async def _let_go(self) -> None:
-        """Let go of guests that stand still since a backup was lost, whatever the policy."""
+    async def _resume_held(self) -> None:
+        """Resume and thaw guests held by a lost backup, whatever the policy."""
         for look in self._seen:
             if is_marked(look):
                 await self._take_in(look.guest, [])
 
     async def _take_in(self, guest: Guest, overlays: Sequence[str]) -> None:
-        """Give what no journal knows a record again, and bring it home."""
+        """Create a record for overlays without a journal, and merge them."""
         spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
         try:
             record = await self._context.threads.call(take_in, self._context.node, guest, overlays, spec)
         except VMBackupError as error:
-            _log.warning("domain %s: what a lost backup left cannot be taken care of: %s", guest.name, error)
+            _log.warning("domain %s: the overlays of a lost backup cannot be merged: %s", guest.name, error)
             return
         if record is not None:
             self.bring_home(record)
 
-    # -- the way home
+    # -- merge
 
     async def _bring_home(self, record: Record) -> None:
         context = self._context
@@ -199,55 +199,57 @@ class Orphans:
             context.node,
             record.identity,
             request=lambda: Request(
-                spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._rests(record))
+                spec, deleted=True, retry=retry, stop=self._stopped or (halfway and self._guest_runs(record))
             ),
             open_store=lambda: self._store(spec),
             reporter=reporter,
         )
         try:
-            await context.queue.enter(ticket, lambda why: _log.info("%s, which is gone, waits: %s", name, why))
+            await context.queue.enter(
+                ticket, lambda why: _log.info("%s is gone; merging its overlays waits: %s", name, why)
+            )
             context.queue.park(ticket)
-            _log.info("%s is gone, its journal is not: bringing the chain %s", name, "to rest" if halfway else "home")
+            _log.info("%s is gone; %s", name, "resuming its guest" if halfway else "merging its overlays")
             await context.threads.run(backup.run, f"merge-{record.name}")
             if halfway and is_orphan_record(record):
                 await context.threads.call(journals.forget, context.node.state_dir, record.uid)
             else:
                 await self._tell_home(record, reporter)
         except Exception:
-            _log.exception("%s is gone, and its chain could not be brought home: the next sweep tries again", name)
+            _log.exception("%s is gone, and its overlays could not be merged: the next sweep tries again", name)
         finally:
             context.queue.leave(ticket)
             context.queue.unreserve(record.uid)
             self._merging.pop(record.uid, None)
             await self._count()
 
-    def _rests(self, record: Record) -> bool:
-        """Whether the guest does not stand still for this one any more. Called by its thread."""
+    def _guest_runs(self, record: Record) -> bool:
+        """Whether the guest is no longer held by this backup. Called by its thread."""
         now = journals.record_of(self._context.node.state_dir, record.uid)
         return now is None or not holds(now)
 
     async def _tell_home(self, record: Record, reporter: OrphanReporter) -> None:
-        """An orphan that was recorded tells itself that it is home."""
+        """Report overlays that are merged. A recorded orphan does that itself."""
         left = await self._context.threads.call(journals.record_of, self._context.node.state_dir, record.uid)
         if left is None and record.disks and not record.orphan:
             overlays = ", ".join(disk.overlay for disk in record.disks)
-            reporter.event("OrphanHome", f"the overlay that was left is home: {overlays}")
+            reporter.event("OrphanHome", f"the orphaned overlay is merged: {overlays}")
 
     def _store(self, spec: BackupSpec) -> Store:
         return open_store(self._context.cluster.store(spec.store))
 
-    # -- telling
+    # -- report
 
     def _tell(self, found: Iterable[_Orphan]) -> None:
-        """One event for each, and for each foreign overlay, when it is seen first."""
+        """Create one event for each new orphan and each new foreign overlay."""
         told: set[str] = set()
         for orphan in found:
             self._tell_once(told, orphan.path, orphan.subject, "OrphanOverlay", orphan.story)
         for look in self._seen:
             for path, target in foreign_overlays(look).items():
                 story = (
-                    f"disk {target} of the domain {look.guest.name} writes it, and goes back to an older image at the "
-                    "next start; it is not ours and stays: commit it (virsh blockcommit --shallow --active --pivot)"
+                    f"disk {target} of the domain {look.guest.name} writes it, and would boot an older image at the "
+                    "next start; it is not ours: commit it (virsh blockcommit --shallow --active --pivot)"
                 )
                 self._tell_once(told, path, self._node, "ForeignOverlay", story)
         self._told = told
@@ -265,7 +267,7 @@ class Orphans:
 def _forgotten(
     records: Iterable[Record], gone: Sequence[Record], node: NodeRef, there: Collection[str]
 ) -> Iterator[_Orphan]:
-    """The overlays of those whose VMBackup is gone, or is about to be, and whose journal is here."""
+    """The overlays with a journal whose VMBackup is gone, or is about to be removed."""
     for record in records:
         if record.orphan or record in gone:
             story = f"left on the domain {record.domain} by {record.full_name}, which is gone"
@@ -273,12 +275,12 @@ def _forgotten(
 
 
 def _is_interrupted(record: Record) -> bool:
-    """One of `vmbackup run`, which only its user carries on."""
+    """A record of `vmbackup run`, which only its user continues."""
     return not record.spec and record.begun
 
 
 def _is_left(record: Record, gone: Sequence[Record]) -> bool:
-    """Nobody waits for what it may have left."""
+    """Its overlays, if any are left, are orphans."""
     return record.orphan or record in gone or _is_interrupted(record)
 
 

@@ -1,4 +1,4 @@
-"""One VMBackup, from the moment that it is seen until nothing is left to do for it: carries out what duty() decides."""
+"""The life of one VMBackup, from its first sight until nothing is left to do: carries out the decisions of duty()."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 _PARKED = (*GUEST_AWAY, Reason.QUARANTINED)
-_FLUSH = 5.0  # seconds for the last status of an object that others hold
-_LOOK = 3.0  # seconds between looks at an object that is being deleted: its events wait until it is let go
+_FLUSH = 5.0  # seconds to send the last status of an object with finalizers of others
+_LOOK = (
+    3.0  # seconds between reads of an object that is being deleted: kopf delivers no events of it until it is released
+)
 
 
 class Stopped(Protocol):
@@ -48,9 +50,9 @@ async def _wait(stopped: Stopped) -> None:
 
 
 class Lifecycle:
-    """Keeps one VMBackup. Belongs to the event loop; backups run in threads of their own.
+    """Looks after one VMBackup. Belongs to the event loop; backups run in threads of their own.
 
-    `keep` does what is due as long as it is let; `let_go` returns once a deleted VMBackup may vanish.
+    `keep` does what is due until it is stopped; `release` returns once a deleted VMBackup may be removed.
     """
 
     def __init__(self, context: Context, seen: BackupResource) -> None:
@@ -84,17 +86,17 @@ class Lifecycle:
 
     @property
     def wanted(self) -> bool:
-        """There is something left to do: by what is seen, or by what is known and may not be seen yet."""
+        """Something is left to do, by the API server or by a report that may not have arrived there yet."""
         return self._seen.wanted or self._unfinished
 
     @property
     def attended(self) -> bool:
-        """Somebody does what is due."""
+        """A task does what is due."""
         return self._loops > 0
 
     @property
     def released(self) -> bool:
-        """It was deleted, and may vanish."""
+        """It was deleted, and may be removed."""
         return self._released.is_set()
 
     @property
@@ -103,28 +105,28 @@ class Lifecycle:
         return self._seen.full_name
 
     def see(self, seen: BackupResource, *, gone: bool = False) -> None:
-        """It was seen like this; `gone`: for the last time."""
+        """Take note of its newest state; `gone`: it does not exist any more."""
         self._seen = seen
         if gone:
             self._local = replace(self._local, gone=True)
-        with suppress(RefusedError):  # of a first one, _run says so; the API server lets nobody make a good one bad
+        with suppress(RefusedError):  # reported by REFUSE; an update cannot make a valid spec invalid
             self._spec = BackupSpec.parse(seen.spec)
         if (seen.terminating or self._local.gone) and self._deletion_task is None:
             self._deletion_task = self._loop.create_task(self._resolve_deletion())
         self._wake()
 
     def vanish(self) -> None:
-        """It does not exist any more."""
+        """Take note that it does not exist any more."""
         if not self._local.gone:
             self.see(self._seen, gone=True)
 
     def stop(self) -> None:
-        """This process is to end: let a running backup come to a safe point."""
+        """Stop at a safe point, because this process ends."""
         self._local = replace(self._local, stopped=True)
         self._wake()
 
     async def keep(self, stopped: Stopped) -> None:
-        """Do what is due until `stopped`, or until it was deleted and let go."""
+        """Do what is due until `stopped`, or until it was deleted and released."""
         stopping = asyncio.ensure_future(_wait(stopped))
         self._loops += 1
         try:
@@ -139,8 +141,8 @@ class Lifecycle:
             stopping.cancel()
             self._loops -= 1
 
-    async def let_go(self) -> None:
-        """Return once it may vanish: its chain is home, or its orphan is recorded. Nothing ends it earlier."""
+    async def release(self) -> None:
+        """Return once it may be removed: its chain is home, or its orphan is recorded. Nothing else ends it."""
         self._loops += 1
         work: asyncio.Task[None] | None = None
         looked = time.monotonic()
@@ -165,13 +167,13 @@ class Lifecycle:
             await self._do_what_is_due()
 
     def flush(self, seconds: float) -> None:
-        """Wait, for at most so long, until its status has arrived. Blocks."""
+        """Wait at most this long until its status has been sent. Blocks."""
         self._writer.flush(seconds)
 
-    # -- what is asked for
+    # -- the request
 
     def _wake(self) -> None:
-        """The request as it is now; whoever waits or runs looks at once."""
+        """Build the current request. A running or queued backup looks at it at once."""
         if self._spec is not None:
             policy = self._spec.deletion_policy
             self._request = Request(
@@ -186,13 +188,13 @@ class Lifecycle:
         self._changed.set()
 
     def _current_request(self) -> Request:
-        """Asked by the threads of the backup."""
+        """Called by the threads of the backup."""
         if self._request is None:
-            raise AssertionError("a backup without a spec is never run")
+            raise AssertionError("a backup without a spec never runs")
         return self._request
 
     async def _resolve_deletion(self) -> None:
-        """It is deleted. Where its data is to go too, the namespace decides: it keeps the data if it goes itself."""
+        """Decide whether the stored data is deleted too. It is kept if the whole namespace is being deleted."""
         data = self._spec is not None and self._spec.deletion_policy is DeletionPolicy.DELETE
         failures = 0
         while data:
@@ -201,7 +203,7 @@ class Lifecycle:
                     self._context.cluster.namespace_terminating, self._identity.namespace
                 )
                 if not data:
-                    self.reporter.event("DataRetained", "the whole namespace is being deleted: the stored data stays")
+                    self.reporter.event("DataRetained", "the whole namespace is being deleted; keeping the stored data")
                 break
             except TransientError as error:
                 _log.warning("%s: %s", self.name, error)
@@ -209,12 +211,12 @@ class Lifecycle:
                 await asyncio.sleep(PAUSES.after(failures))
             except VMBackupError as error:
                 data = False
-                self.reporter.event("DataRetained", f"the stored data stays: {error}", warning=True)
+                self.reporter.event("DataRetained", f"keeping the stored data: {error}", warning=True)
         self._local = replace(self._local, deleting=data)
         self._wake()
 
     async def _look(self) -> None:
-        """While it is being deleted, its events wait: see for ourselves what is asked for, and whether it is there."""
+        """Read it from the API server, because kopf delivers no events of an object that is being deleted."""
         try:
             found = await self._call(self._context.cluster.get, BACKUPS, self._identity.namespace, self._identity.name)
         except VMBackupError:
@@ -222,14 +224,14 @@ class Lifecycle:
         if found is not None and found["metadata"]["uid"] == self._identity.uid:
             self.see(BackupResource(found))
 
-    # -- what is due
+    # -- the duty
 
     def _next_look(self) -> float | None:
         """Seconds until something may be due without any change; None: never."""
         return next_look(self._seen, self._local, time.time())
 
     async def _change(self, seconds: float | None, *others: asyncio.Future[None]) -> None:
-        """Wait until something has changed, or one of the others is done, for at most so long."""
+        """Wait at most this long until something has changed, or one of the others is done."""
         changed = asyncio.ensure_future(self._changed.wait())
         try:
             await asyncio.wait({changed, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -271,9 +273,9 @@ class Lifecycle:
                 await self._call(self._context.cluster.delete, self._identity)
             case Task.DELETE_DATA:
                 await self._delete_data()
-                await self._release()
+                await self._finish_release()
             case Task.RELEASE:
-                await self._release()
+                await self._finish_release()
             case Task.READ | Task.NOTHING:
                 pass
 
@@ -289,24 +291,22 @@ class Lifecycle:
         return NodeState(record, locked=locked, has_spec=self._spec is not None)
 
     async def _run(self, local: Local) -> None:
-        """Run it from wherever it stands."""
+        """Run it from its present state."""
         ending = await self._backup_run.run(None if local.node is None else local.node.record)
         if ending is Ending.RELEASED:
-            await self._release()
+            await self._finish_release()
             return
-        if local.deleting is not None:  # an orphan, or interrupted: it is tried again after a pause
+        if local.deleting is not None:  # an orphan, or interrupted: retried after a pause
             return
         if ending is Ending.FINISHED:
             handled = str(self._writer.latest.get("lastHandledRetry") or "")
             self._local = replace(self._local, handled=handled)
         elif not self._local.stopped and self._local.deleting is None:
-            raise TransientError(
-                "another process has run it: its VMBackup will say how that ended", reason="RunElsewhere"
-            )
+            raise TransientError("another process has run it; its VMBackup will show the result", reason="RunElsewhere")
         self._changed.set()
 
-    async def _release(self) -> None:
-        """Release it. Another controller that holds it, such as Argo CD for a hook, first gets a final status."""
+    async def _finish_release(self) -> None:
+        """Allow its removal. Another controller that holds it, such as Argo CD for a hook, gets a final status."""
         if self._seen.awaits_its_end and not is_finished(self._writer.latest):
             clean = condition(self._writer.latest, "ChainClean").get("status")
             report = Report(Phase.FAILED, Reason.DELETED, "the VMBackup was deleted", Outcome.DELETED)
@@ -334,7 +334,7 @@ class Lifecycle:
             self.see(BackupResource(answer))
 
     def _refuse(self) -> None:
-        """The spec makes no sense. The API server's validation lets nobody come so far."""
+        """Report a spec that cannot be parsed. The validation of the API server normally prevents that."""
         try:
             BackupSpec.parse(self._seen.spec)
         except RefusedError as error:
@@ -355,9 +355,9 @@ class Lifecycle:
             )
 
     def _heard(self, report: Report) -> None:
-        """What the backup reports, in any thread."""
+        """Take note of a report of the backup. Called by any thread."""
         self._unfinished = report.outcome is None or report.reason == Reason.QUARANTINED
-        with suppress(RuntimeError):  # the loop is closed: this process ends, and its backups come to a safe point
+        with suppress(RuntimeError):  # the loop is closed: this process ends
             if self._writer.gone:
                 self._loop.call_soon_threadsafe(self.vanish)
             if report.reason in _PARKED and report.phase is not Phase.COPYING:

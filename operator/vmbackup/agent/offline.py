@@ -1,4 +1,4 @@
-"""What had begun is carried on while the API server is away: a guest does not wait on its overlay for it."""
+"""Continues backups while the API server is away, so that no guest stays on its overlay until it is back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class OfflineRuns:
-    """Runs backups as their journals say that they were asked for. Belongs to the event loop.
+    """Runs backups with the specs in their journals. Belongs to the event loop.
 
-    Each is taken over by its lifecycle once the API server answers: that one tells its VMBackup what became of it.
+    Once the API server answers, the Lifecycle of each takes over and reports the result to its VMBackup.
     """
 
     def __init__(self, context: Context) -> None:
@@ -37,13 +37,13 @@ class OfflineRuns:
             self._runs.append(asyncio.create_task(self._run(record, backup)))
 
     def stop(self) -> None:
-        """Let each come to a safe point."""
+        """Stop each at a safe point."""
         self._stopped = True
         for backup in self._backups:
             backup.wake()
 
     async def ended(self) -> None:
-        """Return once all have."""
+        """Return once all have ended."""
         await asyncio.gather(*self._runs)
 
     def _backup(self, record: Record) -> Backup:
@@ -57,8 +57,8 @@ class OfflineRuns:
         )
 
     async def _run(self, record: Record, backup: Backup) -> None:
-        _log.warning("%s had begun: it is carried on without the API server", record.full_name)
+        _log.warning("%s had begun; continuing it without the API server", record.full_name)
         try:
             await self._context.threads.run(backup.run, f"offline-{record.name}")
         except Exception:
-            _log.exception("%s cannot be carried on without the API server", record.full_name)
+            _log.exception("%s cannot be continued without the API server", record.full_name)

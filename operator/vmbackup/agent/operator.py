@@ -1,15 +1,15 @@
-"""`vmbackup agent`: the wiring of kopf. What it does with a VMBackup is in node/.
+"""`vmbackup agent`: the wiring of kopf. The life of a VMBackup is in lifecycle.py.
 
-The traps of kopf 1.45 that this goes around (measured; tests/cluster/test_agent_kopf.py has one test for each):
+This works around traps of kopf 1.45 (measured; tests/cluster/test_agent_kopf.py has a test for each):
 
-- A daemon that returns is never started again: so ours ends only when kopf asks it to, or when its VMBackup is gone.
-- The daemon of a VMBackup that is gone without its finalizer is never asked to: so the lifecycle looks for that itself.
-- A daemon starts before its finalizer is stored: so the lifecycle waits until the API server shows it.
-- Of a VMBackup that is being deleted kopf removes the finalizer at once where no daemon runs, as after a restart, and
-  else asks by a write to the object, each second or minute, whether the daemon has ended. So the watching handler,
-  which kopf awaits before all this, returns only when the VMBackup may go.
-- Handlers of changes keep a copy of the spec in an annotation: so there are none.
-- A ClusterKopfPeering that somebody made pauses all operators: so this one stands offline.
+- A daemon that returns is never started again. Ours ends only when kopf asks it to, or when its VMBackup is gone.
+- The daemon of a VMBackup that is gone without its finalizer is never asked to end. Lifecycle notices that itself.
+- A daemon starts before its finalizer is stored. duty() waits until the API server shows it.
+- When a VMBackup is being deleted and no daemon runs, as after a restart, kopf removes the finalizer at once. With a
+  daemon it writes to the object each second or minute until the daemon has ended. The event handler, which kopf awaits
+  before both, therefore returns only when the VMBackup may be removed.
+- Change handlers keep a copy of the spec in an annotation. There are none.
+- A ClusterKopfPeering that somebody created pauses all operators. This one runs standalone.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ from vmbackup.telemetry.server import Certificate
 
 _log = logging.getLogger(__name__)
 
-_STOP_SECONDS = 20.0  # for backups to come to a safe point; manifests/ give 60 for all
+_STOP_SECONDS = 20.0  # for backups to come to a safe point; manifests/ allow 60 in total
 _FLUSH_SECONDS = 3.0
-_RESCUE_SECONDS = 60.0  # an unanswered call takes 31 s to be safe; a libvirtd that is away holds nobody up for ever
+_RESCUE_SECONDS = (
+    60.0  # an unanswered call is safe after 31 s; a libvirtd that is away must not block the start forever
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class AgentSettings:
 
 
 def run(settings: AgentSettings) -> int:
-    """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError if there is no way to the API server."""
+    """Run until SIGTERM or SIGINT; the exit code. Raises PermanentError without access to an API server."""
     memory.one_heap()
     for noisy in ("kopf.objects", "kopf.activities"):  # a line for each event and handler
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
@@ -95,7 +97,7 @@ def run(settings: AgentSettings) -> int:
                 restart_mends=RESTART_MENDS,
             ) as health,
         ):
-            _say_what_it_does(settings, hypervisor, health.port)
+            _log_settings(settings, hypervisor, health.port)
             try:
                 kopf.run(registry=agent.registry, clusterwide=True)
             finally:
@@ -110,11 +112,11 @@ def _certificate(settings: AgentSettings) -> Certificate | None:
     if certificate and key:
         return Certificate(certificate, key)
     if certificate or key:
-        raise RefusedError("give --metrics-tls-cert and --metrics-tls-key, both or none")
+        raise RefusedError("set both --metrics-tls-cert and --metrics-tls-key, or neither")
     return None
 
 
-def _say_what_it_does(settings: AgentSettings, hypervisor: Hypervisor, port: int) -> None:
+def _log_settings(settings: AgentSettings, hypervisor: Hypervisor, port: int) -> None:
     _log.info(
         "runs the VMBackups with spec.nodeName %s on %s, %d at a time; journals in %s, overlays %s; "
         "/metrics and /healthz on port %d of %s",
@@ -128,14 +130,14 @@ def _say_what_it_does(settings: AgentSettings, hypervisor: Hypervisor, port: int
     )
     if not hypervisor.config_dir.is_dir():
         _log.warning(
-            "%s is not there: without libvirt's configuration nothing proves that it is durable on disk, and a power "
-            "cut during a backup may boot a stale image; mount it, or give --libvirt-config-dir",
+            "%s does not exist: without libvirt's configuration directory the agent cannot check that definitions are "
+            "on disk, and a power cut during a backup may boot a stale image; mount it, or set --libvirt-config-dir",
             hypervisor.config_dir,
         )
 
 
 class _Agent:
-    """The handlers, and what they need."""
+    """The handlers of kopf and the objects that they need."""
 
     def __init__(self, settings: AgentSettings, client: ApiClient, hypervisor: Hypervisor) -> None:
         self._settings = settings
@@ -164,9 +166,9 @@ class _Agent:
         self.registry = self._register()
 
     def end(self) -> None:
-        """Let running backups come to a safe point; another agent carries on. Commits go on in QEMU meanwhile."""
+        """Stop running backups at a safe point; the next agent continues them. Commits continue in QEMU meanwhile."""
         if not self._threads.join(_STOP_SECONDS):
-            _log.warning("some backups did not come to a safe point within %.0f s", _STOP_SECONDS)
+            _log.warning("some backups did not reach a safe point within %.0f s", _STOP_SECONDS)
         self._backups.flush(_FLUSH_SECONDS)
         self._events.flush(_FLUSH_SECONDS)
         self._events.close()
@@ -187,19 +189,19 @@ class _Agent:
         settings.watching.connect_timeout = 10.0
         settings.networking.request_timeout = 30.0
         settings.peering.standalone = True
-        settings.posting.enabled = False  # our events come from report/
-        settings.scanning.disabled = True  # our resources are there: the sweep has listed them
+        settings.posting.enabled = False  # our events come from cluster/
+        settings.scanning.disabled = True  # our CRDs exist: the sweep has listed their objects
         settings.persistence.finalizer = FINALIZER
         settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
         settings.background.cancellation_polling = 0.5
         settings.background.instant_exit_timeout = 2.0
         self._background = [asyncio.create_task(self.watchdog.beat())]
         try:
-            with suppress(TimeoutError):  # guests come first, whether or not the API server answers
+            with suppress(TimeoutError):  # guests first, even if the API server does not answer
                 rescue = self._threads.run(partial(release_guests, self.node), "rescue")
                 await asyncio.wait_for(rescue, _RESCUE_SECONDS)
             await self._sweep.begin()
-        except asyncio.CancelledError:  # told to end already: kopf calls no _stop then
+        except asyncio.CancelledError:  # already told to end: kopf does not call _stop then
             await self._stop()
             raise
         memory.give_back()
@@ -212,7 +214,7 @@ class _Agent:
         self._sweep.stop()
 
     def _login(self, **_: Any) -> kopf.ConnectionInfo:
-        """The same access as the client's; asked again when the API server says 401."""
+        """The access of the client. kopf calls it again when the API server answers 401."""
         client: Any = self._client
         access: Any = client.configuration
         scheme, _space, token = authorization(self._client).rpartition(" ")
@@ -233,10 +235,10 @@ class _Agent:
         self._backups.see(body, gone=gone)
         seen = BackupResource(body)
         if gone:
-            with suppress(VMBackupError, OSError):  # the next sweep sees it too
+            with suppress(VMBackupError, OSError):  # the next sweep notices it too
                 await self._sweep.forget(seen.uid)
         elif seen.terminating and (seen.held or seen.awaits_its_end):
-            await self._backups.let_go(body)
+            await self._backups.release(body)
 
     def _wanted(self, body: kopf.Body, **_: Any) -> bool:
         return self._backups.wants(body)

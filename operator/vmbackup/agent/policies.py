@@ -1,4 +1,4 @@
-"""The VMBackupPolicies of the cluster, and what they say to a backup that wants to begin."""
+"""Checks a backup against the VMBackupPolicies of the cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class Policies:
-    """Asked at each admission, so a change counts at once. Every method blocks, and may be called by any thread."""
+    """Read at each admission, so a change takes effect at once. Every method blocks and may be called by any thread."""
 
     def __init__(self, cluster: Cluster, events: Events, metrics: Metrics, node_name: str) -> None:
         self._cluster = cluster
@@ -25,7 +25,7 @@ class Policies:
         self._wrong: dict[str, str] = {}
 
     def look(self) -> None:
-        """Say whether there are any, where that is news. An API server that does not answer is asked at each backup."""
+        """Report whether policies exist, if that has changed."""
         try:
             rules = self._rules()
         except VMBackupError as error:
@@ -36,17 +36,17 @@ class Policies:
         if reason == self._told:
             return
         self._told = reason
-        message = "what no VMBackupPolicy allows is refused"
+        message = "backups that no VMBackupPolicy allows are refused"
         if not some:
             message = "there is no VMBackupPolicy: every namespace may back up every domain of this node to every store"
         _log.log(logging.INFO if some else logging.WARNING, "%s", message)
         self._events.normal(NodeRef(self._node_name), reason, message)
 
     def check(self, namespace: str, wanted: str, store: str, *, domain: str, domain_uuid: str) -> None:
-        """Let a backup begin, or raise RefusedError (ForbiddenByPolicy).
+        """Return if a backup may begin; raise RefusedError (ForbiddenByPolicy) if not.
 
-        `wanted` is spec.domain, which the message names: not what it was resolved to, which its user may not know.
-        `domain`, `domain_uuid`: what libvirt knows of it. Raises TransientError where the policies cannot be read.
+        `wanted` is spec.domain, which the message names, because its user may not know the resolved name or UUID.
+        `domain`, `domain_uuid`: as libvirt has them. Raises TransientError if the policies cannot be read.
         """
         rules = self._rules()
         if rules is None:
@@ -56,18 +56,18 @@ class Policies:
         if not allowed(rules, asked):
             raise RefusedError(
                 f"no VMBackupPolicy allows the namespace {namespace} to back up the domain {wanted!r} of the node "
-                f"{self._node_name} to the store {store}: ask the administrator for one that does, or name a domain "
+                f"{self._node_name} to the store {store}: ask the administrator for one that does, or set a domain "
                 "and a store that one allows",
                 reason="ForbiddenByPolicy",
             )
 
     def _rules(self) -> list[Rule] | None:
-        """The rules of all policies that can be understood; None where there is no policy."""
+        """The rules of all policies that can be parsed; None if there is no policy."""
         try:
             policies = self._cluster.policies()
         except PermanentError as error:
             raise TransientError(
-                f"the VMBackupPolicies cannot be read, so no backup begins: {error}; apply the CRDs of this release "
+                f"the VMBackupPolicies cannot be read, so no backup can begin: {error}; apply the CRDs of this release "
                 "(kubectl apply --server-side -k crds/, or install.yaml), and let the agent's ClusterRole get and list "
                 "vmbackuppolicies",
                 reason="PoliciesUnreadable",
@@ -86,7 +86,7 @@ class Policies:
     def _tell_wrong(self, wrong: dict[str, str]) -> None:
         for name, why in wrong.items():
             if self._wrong.get(name) != why:
-                message = f"VMBackupPolicy {name} is not understood, so it allows nothing: {why}"
+                message = f"VMBackupPolicy {name} cannot be parsed, so it allows nothing: {why}"
                 _log.warning("%s", message)
                 self._events.warning(NodeRef(self._node_name), "PolicyNotUnderstood", message)
         self._wrong = wrong

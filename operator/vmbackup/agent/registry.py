@@ -1,4 +1,4 @@
-"""All VMBackups of this node: who keeps which, what the list of them says, and the way to an end."""
+"""All VMBackups of this node, each with its Lifecycle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmbackup.reconcile.telling.listener import Reporter
 
 _log = logging.getLogger(__name__)
 
-_AGAIN = 5.0  # seconds after something unexpected
+_AGAIN = 5.0  # seconds after an unexpected error
 
 
 class Registry:
@@ -29,71 +29,71 @@ class Registry:
         self._stopping = False
 
     def see(self, body: Body, *, gone: bool = False) -> None:
-        """A VMBackup was seen like this; `gone`: it does not exist any more."""
+        """Take note of the newest state of a VMBackup; `gone`: it does not exist any more."""
         seen = BackupResource(body)
         if lifecycle := self._lifecycles.get(seen.uid):
             lifecycle.see(seen, gone=gone)
 
     def wants(self, body: Body) -> bool:
-        """Whether this VMBackup needs its lifecycle, and its finalizer."""
+        """Whether something is left to do for this VMBackup, so that it needs its finalizer."""
         seen = BackupResource(body)
         lifecycle = self._lifecycles.get(seen.uid)
         known = lifecycle.wanted if lifecycle else self._context.queue.reserved(seen.uid)
         return seen.wanted or known
 
     async def keep(self, body: Body, stopped: Stopped) -> None:
-        """Keep this VMBackup until `stopped`, or until it was deleted and let go."""
+        """Look after this VMBackup until `stopped`, or until it was deleted and released."""
         lifecycle = self._lifecycle(body)
         try:
             await lifecycle.keep(stopped)
         finally:
             self._dismiss(lifecycle, body)
 
-    async def let_go(self, body: Body) -> None:
-        """Return once this deleted VMBackup may vanish. Raises nothing: whoever calls takes that for a yes."""
+    async def release(self, body: Body) -> None:
+        """Return once this deleted VMBackup may be removed. Never raises: kopf would then remove the finalizer."""
         lifecycle = self._lifecycle(body)
         while not lifecycle.released:
             try:
-                await lifecycle.let_go()
+                await lifecycle.release()
             except Exception:
-                _log.exception("%s cannot be let go yet, will try again", lifecycle.name)
+                _log.exception("%s: cannot be released yet, will try again", lifecycle.name)
                 await asyncio.sleep(_AGAIN)
         self._dismiss(lifecycle, body)
 
     def unattended(self, bodies: Iterable[Body]) -> set[str]:
-        """The uids of those that are not over and that nobody keeps."""
+        """The uids of those that are not over and that no task looks after."""
         found = [BackupResource(body) for body in bodies]
         return {seen.uid for seen in found if not seen.over and not self.attends(seen.uid)}
 
     def attends(self, uid: str) -> bool:
-        """Whether somebody keeps this one."""
+        """Whether a task looks after this one."""
         lifecycle = self._lifecycles.get(uid)
         return lifecycle is not None and lifecycle.attended
 
     @property
     def uids(self) -> set[str]:
-        """Those that are kept."""
+        """The known ones."""
         return set(self._lifecycles)
 
     def vanished(self, uids: Iterable[str]) -> None:
-        """These were deleted without a word."""
+        """Take note that these do not exist any more, though no event said so."""
         for uid in uids:
             if lifecycle := self._lifecycles.get(uid):
                 lifecycle.vanish()
 
     def stop(self) -> None:
-        """This process is to end: every running backup comes to a safe point."""
+        """Stop every running backup at a safe point, because this process ends."""
         self._stopping = True
         for lifecycle in self._lifecycles.values():
             lifecycle.stop()
 
     def flush(self, seconds: float) -> None:
-        """Wait until what was reported has arrived, for at most so long. Blocks."""
+        """Wait until all reports have been sent, at most this long each. Blocks."""
         for lifecycle in list(self._lifecycles.values()):
             lifecycle.flush(seconds)
 
     def reporter_of(self, record: Record) -> Reporter | None:
-        """Who is told of this backup; None if its VMBackup is gone. Called by the threads of other backups."""
+        """The reporter of this backup; None if its VMBackup is gone. Called by the threads of other backups."""
         lifecycle = self._lifecycles.get(record.uid)
         if lifecycle is not None:
             return lifecycle.reporter

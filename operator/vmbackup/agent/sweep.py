@@ -1,4 +1,4 @@
-"""Our own look at what there is, at the start and then again and again: no watch is trusted for ever."""
+"""Periodic relist: compares VMBackups, journals and domains, in case a watch event was missed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LIST_AGAIN = 2.0  # seconds
 class Sweep:
     """Compares the VMBackups of this node with its journals and its domains.
 
-    A journal whose VMBackup is gone is removed if its chain is home; else the chain is brought home now, or stays
-    recorded as an orphan that is tried again at the next look. Journals of `vmbackup run` are left offline.
+    A journal whose VMBackup is gone is removed if its chain is home. Otherwise the chain is brought home now, or stays
+    recorded as an orphan and is retried at the next sweep. Journals of `vmbackup run` are not touched.
     """
 
     def __init__(self, context: Context, registry: Registry, orphans: Orphans, node_name: str, interval: float) -> None:
@@ -45,9 +45,9 @@ class Sweep:
         self._neglected: set[str] = set()
 
     async def begin(self) -> None:
-        """Before anything runs: what had begun keeps its domain, and metrics are what they were.
+        """Before any backup runs: reserve the domains of those that had begun, and restore metrics.
 
-        Waits for the API server; what had begun is carried on meanwhile.
+        Waits for the API server; backups that had begun continue meanwhile.
         """
         records = await self._records()
         for record in records:
@@ -55,7 +55,7 @@ class Sweep:
                 continue
             if record.begun and not record.finished:
                 self._context.queue.reserve(record.domain_uuid, record.uid)
-        await self._orphans.begin()  # guests come first
+        await self._orphans.begin()  # guests first
         await self._tell_overlays([record for record in records if record.spec])
         bodies = await self._list()
         if bodies is None:
@@ -63,12 +63,12 @@ class Sweep:
         self._tell_ends(bodies, records)
 
     async def watch(self) -> None:
-        """Look again and again. Runs until it is cancelled."""
+        """Look at each interval. Runs until it is cancelled."""
         while True:
             try:
                 await self.look()
             except Exception:
-                _log.exception("could not compare VMBackups with journals, will look again")
+                _log.exception("comparing VMBackups with journals failed, will try again")
             await self._context.threads.call(memory.give_back)
             await asyncio.sleep(self._interval)
 
@@ -77,7 +77,9 @@ class Sweep:
         await self._context.threads.call(self._context.policies.look)
         kept = self._backups.uids
         await self._orphans.see()
-        records = await self._records()  # first: whoever has a journal now and is not listed next is gone
+        records = (
+            await self._records()
+        )  # before the list, so that a record without a listed VMBackup means that it is gone
         bodies = await self._list()
         if bodies is None:
             return
@@ -93,18 +95,18 @@ class Sweep:
         await self._orphans.look(records, [each for each in gone if not each.done], map(BackupResource, bodies))
 
     def neglected(self) -> str:
-        """What is wrong with the watch: VMBackups that nobody had heard of at the last two looks. From any thread."""
+        """The problem of the watch: VMBackups unnoticed at the last two looks; '' if none. From any thread."""
         count = len(self._neglected)
-        return f"{count} unfinished VMBackups were not noticed: the watch has died" if count else ""
+        return f"the watch has stopped: {count} unfinished VMBackups were not noticed" if count else ""
 
     async def forget(self, uid: str) -> None:
-        """A VMBackup is gone: so is its journal, if nothing is left to do for its chain."""
+        """Remove the journal of a VMBackup that is gone, if nothing is left to do for its chain."""
         record = await self._context.threads.call(journals.record_of, self._context.node.state_dir, uid)
         if record is not None and record.done:
             await self._context.threads.call(journals.forget, self._context.node.state_dir, uid)
 
     def stop(self) -> None:
-        """This process is to end."""
+        """Stop, because this process ends."""
         self._orphans.stop()
 
     async def _records(self) -> list[Record]:
@@ -150,7 +152,7 @@ class Sweep:
             if ready == "True" and taken and ended:
                 metrics.succeeded(domain, _seconds(str(taken)), _seconds(str(ended)))
             elif reason in (Reason.CANCELLED, Reason.DELETED):
-                continue  # somebody wanted that
+                continue  # on request, so no failure
             elif ready == "False" and ended and seen.over and seen.status.get("domainUUID"):
                 metrics.failed(domain, _seconds(str(ended)))
 

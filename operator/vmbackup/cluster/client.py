@@ -165,7 +165,9 @@ class Cluster:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise TransientError(f"not an API server: {text[:100]!r}", reason="ServerAway") from error
+            raise TransientError(
+                f"the answer is not from an API server: {text[:100]!r}", reason="ServerAway"
+            ) from error
 
 
 def _path(plural: str, namespace: str, name: str) -> str:

@@ -1,1 +1,1 @@
-"""What the agent's modules stand on: the queue, threads, memory, files that are there."""
+"""The base of the agent: queue, threads, memory, files, watchdog."""

@@ -1,4 +1,4 @@
-"""Which overlays are there: a file system that does not answer stops neither the event loop nor the sweep."""
+"""Checks which overlays exist, without blocking the event loop or the sweep on a file system that hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PATIENCE = 5.0  # seconds
 
 
 class ExistingFiles:
-    """Belongs to the event loop. Asks in one thread at a time, so that none but one is lost where a mount is dead."""
+    """Belongs to the event loop. Uses one thread at a time, so a dead mount blocks only that one."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
@@ -23,7 +23,7 @@ class ExistingFiles:
         self._asked: asyncio.Task[set[str]] | None = None
 
     async def of(self, paths: Iterable[str]) -> set[str]:
-        """Those of these files that are there. While nothing can be told, all of them count as there."""
+        """Those of these files that exist. While a file system hangs, all count as existing."""
         if not (wanted := set(paths)):
             return wanted
         async with self._turn:
@@ -35,12 +35,12 @@ class ExistingFiles:
                 found = self._asked.result()
                 self._asked = None
                 return found
-        _log.warning("a file system does not answer, of one of these: %s", ", ".join(sorted(wanted)))
+        _log.warning("a file system of one of these files does not answer: %s", ", ".join(sorted(wanted)))
         return wanted
 
 
 def _is_there(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # it cannot be told
+    except OSError:  # unknown
         return True

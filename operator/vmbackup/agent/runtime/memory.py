@@ -1,4 +1,4 @@
-"""Memory that is not needed goes back to the system: an agent does nothing most of the time, on every hypervisor."""
+"""Returns unused memory to the system, because an agent is idle most of the time, on every hypervisor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _M_ARENA_MAX = -8  # mallopt(3)
 
 
 def one_heap() -> None:
-    """Let all threads share one heap: else each of those that run backups leaves one behind. Nothing without glibc."""
+    """Make all threads share one heap; otherwise each backup thread leaves one behind. Does nothing without glibc."""
     with suppress(AttributeError):
         _c_library().mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back() -> None:
-    """Give back what is free, such as what importing left behind: some 10 MB. Nothing without glibc."""
+    """Return free memory, for example some 10 MB after the imports. Does nothing without glibc."""
     gc.collect()
     with suppress(AttributeError):
         _c_library().malloc_trim(0)

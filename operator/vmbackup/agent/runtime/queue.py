@@ -1,4 +1,4 @@
-"""Who may run: one backup a domain, so many a node, and those that have begun before all others."""
+"""Admission queue: one backup per domain, a limit per node; backups that have begun come first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Ticket:
-    """A place in the queue. `domain` is a UUID ('' if not known); `begun`: its guest may be on an overlay already."""
+    """A place in the queue. `domain` is a UUID ('' if unknown); `begun`: its guest may already be on an overlay."""
 
     uid: str
     name: str
@@ -23,15 +23,15 @@ class Ticket:
 
     @property
     def rank(self) -> tuple[bool, str, str]:
-        """Its place: the smallest first."""
+        """The order in the queue, smallest first."""
         return (not self.begun, self.since, self.name)
 
 
 class Queue:
-    """Admits backups. Belongs to the event loop: none of this may be called from another thread.
+    """Admits backups. Belongs to the event loop: no method may be called from another thread.
 
-    `limit`: how many that have not begun yet are admitted beside those that run. Begun ones are never kept waiting for
-    it, since a guest must not stay on its overlay because its node is busy.
+    `limit`: the number of backups that may run at a time. It does not delay backups that have begun, because a guest
+    must not stay on its overlay while its node is busy.
     """
 
     def __init__(self, limit: int) -> None:
@@ -41,20 +41,20 @@ class Queue:
         self._reserved: dict[str, str] = {}
 
     def reserve(self, domain: str, uid: str) -> None:
-        """Keep a domain for a backup that had begun before this process did, until it comes and has run."""
+        """Reserve a domain for a backup that had begun before this process started, until it has run."""
         self._reserved.setdefault(domain, uid)
 
     def unreserve(self, uid: str) -> None:
-        """That backup does not need its domain any more."""
+        """End the reservation of this backup."""
         self._reserved = {domain: owner for domain, owner in self._reserved.items() if owner != uid}
         self._admit()
 
     def reserved(self, uid: str) -> bool:
-        """Whether a domain is kept for this backup."""
+        """Whether a domain is reserved for this backup."""
         return uid in self._reserved.values()
 
     async def enter(self, ticket: Ticket, tell: Callable[[str], None]) -> bool:
-        """Return once it may run; `tell` is given what it waits for, each time that changes. False: abandoned."""
+        """Return True once it may run, False if abandoned. `tell` is called with each new reason to wait."""
         self._waiting.append(ticket)
         self._waiting.sort(key=lambda each: each.rank)
         self._admit()
@@ -72,18 +72,18 @@ class Queue:
         return ticket.admitted
 
     def abandon(self, ticket: Ticket) -> None:
-        """It need not wait any longer. Nothing happens if it was admitted already."""
+        """End the wait. Does nothing if it was already admitted."""
         ticket.abandoned = True
         ticket.news.set()
 
     def leave(self, ticket: Ticket) -> None:
-        """It is done, or waits no longer."""
+        """Leave the queue, at the end of a run or of a wait."""
         self._waiting = [each for each in self._waiting if each is not ticket]
         self._running = [each for each in self._running if each is not ticket]
         self._admit()
 
     def park(self, ticket: Ticket) -> None:
-        """It waits for its guest or a human: others may run meanwhile, though not on its domain."""
+        """Free its slot while it waits for its guest or a person. Its domain stays taken."""
         if ticket.slot:
             ticket.slot = False
             self._admit()
@@ -97,13 +97,13 @@ class Queue:
             ticket.news.set()
 
     def _obstacle(self, ticket: Ticket) -> str:
-        """What keeps it from running; '' if nothing does."""
+        """The reason to wait; '' if there is none."""
         if ticket.domain:
             for other in self._running:
                 if other.domain == ticket.domain:
                     return f"{other.name} is backing up the same domain"
             if self._reserved.get(ticket.domain, ticket.uid) != ticket.uid:
-                return "an earlier backup of the same domain is carried on first"
+                return "an earlier backup of the same domain continues first"
         if not ticket.begun and sum(other.slot for other in self._running) >= self._limit:
-            return f"the node backs up as many domains at a time as it may: {self._limit} (--max-concurrent-backups)"
+            return f"the limit of the node is reached: {self._limit} backups at a time (--max-concurrent-backups)"
         return ""

@@ -1,4 +1,4 @@
-"""Blocking work, off the event loop."""
+"""Threads for blocking work, outside the event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CALLS = 6  # threads for short calls to libvirt, the API server and the file sy
 class Threads:
     """A few threads for short calls, and one of its own for each backup that runs.
 
-    Cancelling a task that waits here does not end the work: it goes on in its thread.
+    Cancelling a task that waits here does not end the work, which continues in its thread.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Threads:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     async def run(self, function: Callable[[], Result], name: str, *, awaited: bool = True) -> Result:
-        """The result of long blocking work; `awaited`: by `join` too."""
+        """The result of long blocking work. `awaited`: `join` waits for it too."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
 
@@ -59,7 +59,7 @@ class Threads:
         return await future
 
     def join(self, seconds: float) -> bool:
-        """Wait, for at most so long, until the long work is done."""
+        """Wait at most this long for the long work. False: some of it is not done."""
         ends = [thread for thread in list(self._long) if thread.is_alive()]
         deadline = time.monotonic() + seconds
         for thread in ends:

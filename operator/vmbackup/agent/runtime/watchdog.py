@@ -1,4 +1,4 @@
-"""What /healthz asks: does the event loop turn, does libvirtd answer, does the watch notice VMBackups?"""
+"""Checks for /healthz: the event loop turns, libvirtd answers, the watch notices VMBackups."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BEAT = 1.0  # seconds
 _LOOP_LIMIT = 30.0  # seconds without a beat
 _LIBVIRT_LIMIT = 60.0  # seconds without an answer: libvirtd restarts in less
 
-RESTART_MENDS = ("event loop", "watch")  # of `checks`: a libvirtd that is away comes back by itself, or not at all
+RESTART_MENDS = ("event loop", "watch")  # of `checks`: a restart of the agent does not bring libvirtd back
 
 
 class Watchdog:
-    """Its checks are called by the threads of the health server."""
+    """The checks are called by the threads of the health server."""
 
     def __init__(self, hypervisor: Hypervisor, watch: Callable[[], str]) -> None:
         self._hypervisor = hypervisor
@@ -31,7 +31,7 @@ class Watchdog:
         return {"event loop": self._check_loop, "libvirt": self._check_libvirt, "watch": self._watch}
 
     async def beat(self) -> None:
-        """Show that the event loop turns. Runs until it is cancelled."""
+        """Record that the event loop turns. Runs until it is cancelled."""
         while True:
             self._beat = time.monotonic()
             await asyncio.sleep(_BEAT)
