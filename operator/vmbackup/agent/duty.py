@@ -45,15 +45,15 @@ class Local:
 class Task(StrEnum):
     """What to do next."""
 
-    NOTHING = "Nothing"
-    READ = "Read"  # the state on the node, then decide again
-    RUN = "Run"
-    REFUSE = "Refuse"
-    ACCEPT = "Accept"  # the end that its status shows
-    ACKNOWLEDGE = "Acknowledge"  # a change of a backup that is over, in its status
-    EXPIRE = "Expire"
-    DELETE_DATA = "DeleteData"  # if that is asked for; then release
-    RELEASE = "Release"
+    NOTHING = "nothing"
+    READ = "read"  # the state on the node, then decide again
+    RUN = "run"
+    REFUSE = "refuse"
+    ACCEPT = "accept"  # the end that its status shows
+    ACKNOWLEDGE = "acknowledge"  # a change of a backup that is over, in its status
+    EXPIRE = "expire"
+    DELETE_DATA = "delete data"  # if that is asked for; then release
+    RELEASE = "release"
 
 
 @dataclass(frozen=True)

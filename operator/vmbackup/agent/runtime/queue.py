@@ -105,5 +105,5 @@ class Queue:
             if self._reserved.get(ticket.domain, ticket.uid) != ticket.uid:
                 return "an earlier backup of the same domain continues first"
         if not ticket.begun and sum(other.slot for other in self._running) >= self._limit:
-            return f"the limit of the node is reached: {self._limit} backups at a time (--max-concurrent-backups)"
+            return f"the node is at its limit of concurrent backups: {self._limit} (--max-concurrent-backups)"
         return ""
