@@ -132,17 +132,17 @@ def test_a_certificate_of_the_group_alone_is_the_agent_of_no_node(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"spec": {"copy": {"bandwidth": "1Mi"}}}, "changes no spec"),
-        ({"spec": {"deletionPolicy": "Delete"}}, "changes no spec"),
-        ({"metadata": {"annotations": {"argocd.argoproj.io/sync-wave": "1"}}}, "changes no annotations"),
-        ({"metadata": {"annotations": {"theirs": None}}}, "changes no annotations"),
-        ({"metadata": {"annotations": {"theirs": "changed"}}}, "changes no annotations"),
-        ({"metadata": {"labels": {"app": "web"}}}, "changes no labels"),
-        ({"metadata": {"labels": {"theirs": None}}}, "changes no labels"),
-        ({"metadata": {"finalizers": ["their.dev/finalizer", "other.dev/finalizer"]}}, "changes no finalizers"),
-        ({"metadata": {"finalizers": [FINALIZER]}}, "changes no finalizers"),
+        ({"spec": {"copy": {"bandwidth": "1Mi"}}}, "may not change the spec"),
+        ({"spec": {"deletionPolicy": "Delete"}}, "may not change the spec"),
+        ({"metadata": {"annotations": {"argocd.argoproj.io/sync-wave": "1"}}}, "may only change annotations"),
+        ({"metadata": {"annotations": {"theirs": None}}}, "may only change annotations"),
+        ({"metadata": {"annotations": {"theirs": "changed"}}}, "may only change annotations"),
+        ({"metadata": {"labels": {"app": "web"}}}, "may only change labels"),
+        ({"metadata": {"labels": {"theirs": None}}}, "may only change labels"),
+        ({"metadata": {"finalizers": ["their.dev/finalizer", "other.dev/finalizer"]}}, "may only change finalizers"),
+        ({"metadata": {"finalizers": [FINALIZER]}}, "may only change finalizers"),
         ({"metadata": {"ownerReferences": [
-            {"apiVersion": "v1", "kind": "Node", "name": "node-a", "uid": "0"}]}}, "changes no owners"),
+            {"apiVersion": "v1", "kind": "Node", "name": "node-a", "uid": "0"}]}}, "may not change owner references"),
     ],
 )  # fmt: skip
 def test_what_is_the_users_an_agent_does_not_touch_even_on_its_own_node(
@@ -194,8 +194,8 @@ def event(node: str, kind: str = "VMBackup", name: str = "web-01", **fields: str
     [
         (event(NODE_A), ""),
         (event(NODE_A, "Node", NODE_A), ""),
-        (event(NODE_B), "reportingInstance vmbackup-NODE, of its own node"),
-        (event(NODE_A, reportingController="kubelet"), "as reportingController vmbackup"),
+        (event(NODE_B), "reportingInstance vmbackup-NODE of its node"),
+        (event(NODE_A, reportingController="kubelet"), "with reportingController vmbackup"),
         (event(NODE_A, "Node", NODE_B), "about VMBackups and its own node"),
         (event(NODE_A, "Pod", "etcd"), "about VMBackups and its own node"),
     ],

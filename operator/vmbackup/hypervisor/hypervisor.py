@@ -30,7 +30,8 @@ class Hypervisor(Connection):
             else:
                 return Guest(self, domain.UUIDString(), domain.name())
         raise RefusedError(
-            f"domain {name_or_uuid!r} is not defined on this hypervisor: correct spec.domain or spec.nodeName",
+            f"domain {name_or_uuid!r} is not defined on this hypervisor: correct spec.domain, "
+            "or choose the hypervisor that has it",
             reason=Cause.DOMAIN_NOT_FOUND,
         )
 
