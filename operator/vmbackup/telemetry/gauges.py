@@ -1,4 +1,4 @@
-"""What is so at this moment, as gauges: looked up at each scrape, and gone from it when it is no more."""
+"""Gauges of current state: read at each scrape; a sample exists only while its subject does."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 Value = Callable[[], float | None]
-"""The value at this moment; None where it cannot be seen."""
+"""The current value; None if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class StateGauge:
-    """A gauge that has a sample only while what it tells of is there.
+    """A gauge that has a sample only while its subject exists.
 
-    The first `keys` of its labels say what a sample is about, so there is one for each; the others tell of it.
+    The first `keys` labels identify the subject, which has one sample; the other labels describe it.
     """
 
     name: str
@@ -27,7 +27,7 @@ class StateGauge:
 
 
 class StateGauges(Collector):
-    """The samples of some gauges. All methods may be called from any thread."""
+    """The samples of several gauges. All methods may be called from any thread."""
 
     def __init__(self, gauges: Sequence[StateGauge]) -> None:
         self._lock = threading.Lock()
@@ -36,18 +36,18 @@ class StateGauges(Collector):
         }
 
     def put(self, gauge: StateGauge, labels: tuple[str, ...], value: Value | float = 1.0) -> None:
-        """From now on this is so; it takes the place of what was known of the same."""
+        """Set a sample, replacing an older one of the same subject."""
         look = value if callable(value) else lambda: value
         with self._lock:
             self._samples[gauge][labels[: gauge.keys]] = (labels, look)
 
     def drop(self, gauge: StateGauge, *key: str) -> None:
-        """Not any more, or it never was."""
+        """Remove a sample, if there is one."""
         with self._lock:
             self._samples[gauge].pop(key, None)
 
     def collect(self) -> Iterator[Metric]:
-        """All that is so, for a scrape."""
+        """All current samples, for a scrape."""
         with self._lock:
             shown = {gauge: list(samples.values()) for gauge, samples in self._samples.items()}
         for gauge, samples in shown.items():

@@ -1,4 +1,4 @@
-"""The HTTP server of an agent: /metrics for Prometheus, /healthz and /livez for whoever watches over it."""
+"""The HTTP server of an agent: /metrics for Prometheus, /healthz and /livez for its supervisor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, exposition
 from vmbackup.telemetry.server import Certificate, Server
 
 Check = Callable[[], str]
-"""Says what is wrong, '' if nothing is. What it raises counts as wrong too."""
+"""Returns the problem, '' if there is none. An exception counts as a problem too."""
 
 
 class HealthServer:
@@ -47,7 +47,7 @@ class HealthServer:
 
     @property
     def port(self) -> int:
-        """The TCP port that is served."""
+        """The TCP port that it listens on."""
         return self._server.server_port
 
     def __enter__(self) -> HealthServer:
@@ -62,7 +62,7 @@ class HealthServer:
         self._server.server_close()
 
     def _failures(self, checks: Iterable[_GuardedCheck]) -> dict[str, str]:
-        """What is wrong, by the name of its check; empty if all is well. Takes at most `limit` seconds."""
+        """The problems by the name of their check; empty if there is none. Takes at most `limit` seconds."""
         deadline = time.monotonic() + self._limit
         for check in checks:
             check.start()
@@ -95,7 +95,7 @@ def _text(start_response: StartResponse, status: str, text: str, *headers: tuple
 
 
 class _GuardedCheck:
-    """A check in a thread of its own: at most one, however often it is asked for and however long it hangs."""
+    """A check with at most one thread of its own, even if it hangs and is requested again."""
 
     def __init__(self, name: str, check: Check) -> None:
         self.name = name
