@@ -22,7 +22,8 @@ from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Report
 from vmbackup.hypervisor.hypervisor import Hypervisor
 from vmbackup.imaging.locks import is_locked
-from vmbackup.reconcile.leftovers.orphans import look_at, our_overlays, take_in
+from vmbackup.reconcile.leftovers.reader import read_all
+from vmbackup.reconcile.leftovers.takeover import take_over_lost
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.steps.step import Ending
 
@@ -101,10 +102,10 @@ def being_migrated(witness: Witness, to: Libvirtd, *options: str) -> Generator[N
 
 def swept(node: Node, domain: str, store: Path) -> RunningBackup:
     """Bring home what no journal of this node knows, as its agent does when it looks (agent/leftovers.py)."""
-    (look,) = [look for look in look_at(node.hypervisor.guests()) if look.guest.name == domain]
-    overlays = [overlay.path for overlay in our_overlays(look)]
+    (look,) = [look for look in read_all(node.hypervisor.guests()) if look.guest.name == domain]
+    overlays = [overlay.path for overlay in look.overlays]
     spec = {"nodeName": "elsewhere", "domain": look.guest.uuid, "storeRef": {"name": "none"}}
-    record = take_in(node, look.guest, overlays, spec)
+    record = take_over_lost(node, look.guest, overlays, spec)
     assert record is not None
     assert sorted(disk.overlay for disk in record.disks) == sorted(overlays)
     sweep = RunningBackup(node, record.identity, spec, store, retry="sweep")
@@ -220,8 +221,8 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the
 
     there.watch_snapshots(monkeypatch)
     spec = {"nodeName": "elsewhere", "domain": there.name, "storeRef": {"name": "store"}}
-    (look,) = [look for look in look_at(node_elsewhere.hypervisor.guests()) if look.guest.name == there.name]
-    assert sorted(overlay.path for overlay in our_overlays(look)) == [str(overlay) for overlay in overlays]
+    (look,) = [look for look in read_all(node_elsewhere.hypervisor.guests()) if look.guest.name == there.name]
+    assert sorted(overlay.path for overlay in look.overlays) == [str(overlay) for overlay in overlays]
     following = RunningBackup(
         node_elsewhere, BackupId("tests", "next", str(uuid.uuid4())), spec, tmp_path / "store-elsewhere"
     )

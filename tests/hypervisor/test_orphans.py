@@ -20,7 +20,7 @@ from tests.support.survival import SUSPENDED_SECONDS, longest_suspension, task_o
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.mark import URI, Mark
 from vmbackup.protocol.terms import Power
-from vmbackup.reconcile.leftovers.orphans import take_in
+from vmbackup.reconcile.leftovers.takeover import take_over_lost
 from vmbackup.reconcile.node import Node
 
 # Without its journal, a driver may define a domain while the snapshot of a killed one is in flight.
@@ -115,7 +115,7 @@ def test_a_guest_that_somebody_else_suspended_is_never_resumed(
     guest = domain(size="4M")
     assert backup(guest.name).end().outcome is Outcome.SUCCEEDED
     assert guest.guest.state()[0] is Power.PAUSED
-    assert take_in(node, guest.guest, [], SPEC) is None
+    assert take_over_lost(node, guest.guest, [], SPEC) is None
     assert guest.guest.state()[0] is Power.PAUSED
 
 
@@ -127,12 +127,12 @@ def test_a_mark_that_was_only_left_is_taken_away_and_means_nothing(
     ended = backup(guest.name)
     assert ended.end().outcome is Outcome.SUCCEEDED
     guest.guest.mark(Mark(ended.record.uid))
-    assert take_in(node, guest.guest, [], SPEC) is None
+    assert take_over_lost(node, guest.guest, [], SPEC) is None
     assert Mark.of(guest.guest.live_xml() or "") is None
 
     guest.guest.mark(Mark("01234567-of-a-lost-one"))
     libvirtd.virsh("resume", guest.name)
-    assert take_in(node, guest.guest, [], SPEC) is None
+    assert take_over_lost(node, guest.guest, [], SPEC) is None
     assert Mark.of(guest.guest.live_xml() or "") is None
 
 

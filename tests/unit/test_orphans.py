@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmbackup.reconcile.leftovers.orphans import Look, OurOverlay, foreign_overlays, our_overlays
+from vmbackup.reconcile.leftovers.reader import Leftovers, OurOverlay
 
 BASE, OURS, OTHER = "/images/web.raw", "/images/web.vmb-01234567-vda.qcow2", "/images/web.snap1"
 
@@ -20,8 +20,8 @@ def xml(*images: str) -> str:
     return f"<domain><devices>{disk}</devices></domain>"
 
 
-def look(live: str | None, persistent: str | None) -> Look:
-    return Look(cast(Any, None), live, persistent)
+def leftovers(live: str | None, persistent: str | None) -> Leftovers:
+    return Leftovers(cast(Any, None), live, persistent)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def look(live: str | None, persistent: str | None) -> Look:
 def test_an_overlay_of_ours_is_found_wherever_the_domain_names_it(
     live: str | None, persistent: str | None, buried: bool
 ) -> None:
-    assert our_overlays(look(live, persistent)) == [OurOverlay(OURS, "01234567", buried)]
+    assert leftovers(live, persistent).overlays == [OurOverlay(OURS, "01234567", buried)]
 
 
 def test_a_domain_on_its_own_images_has_none() -> None:
-    assert our_overlays(look(xml(BASE), xml(BASE))) == []
+    assert leftovers(xml(BASE), xml(BASE)).overlays == []
 
 
 def test_somebody_elses_overlay_is_one_that_the_definition_does_not_know() -> None:
-    assert foreign_overlays(look(xml(OTHER, BASE), xml(BASE))) == {OTHER: "vda"}
+    assert leftovers(xml(OTHER, BASE), xml(BASE)).foreign_overlays == {OTHER: "vda"}
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_somebody_elses_overlay_is_one_that_the_definition_does_not_know() -> No
     ],
 )
 def test_what_may_be_meant_so_is_no_foreign_overlay(live: str | None, persistent: str | None) -> None:
-    assert foreign_overlays(look(live, persistent)) == {}
+    assert leftovers(live, persistent).foreign_overlays == {}

@@ -8,7 +8,7 @@ import pytest
 
 from vmbackup.hypervisor.mark import URI, Mark, MarkedDisk
 from vmbackup.protocol.record import Call, Freeze, Guard, Record, Snapshot
-from vmbackup.reconcile.leftovers.held_guests import Standing, standing
+from vmbackup.reconcile.leftovers.reader import MarkState, mark_state
 
 MARK = Mark("uid-1", frozen=True, disks=(MarkedDisk("vda", "/a & b.qcow2", pivoting=True), MarkedDisk("vdb", "/c")))
 
@@ -31,15 +31,15 @@ def test_what_others_write_into_metadata_is_no_mark(metadata: str) -> None:
 @pytest.mark.parametrize(
     ("uid", "fields", "expected"),
     [
-        ("uid-2", {"guard": Guard.OURS, "snapshot": Snapshot.DONE}, Standing.LOST),
-        ("uid-1", {}, Standing.LOST),  # started anew after its journal was lost
-        ("uid-1", {"guard": Guard.OURS, "snapshot": Snapshot.INTENDED}, Standing.KNOWN),
-        ("uid-1", {"freeze": Freeze.FROZEN}, Standing.KNOWN),
-        ("uid-1", {"freeze": Freeze.THAW_DUE, "snapshot": Snapshot.DONE}, Standing.KNOWN),
-        ("uid-1", {"call": Call("resume", "boot", 1.0), "snapshot": Snapshot.DONE}, Standing.KNOWN),
-        ("uid-1", {"snapshot": Snapshot.DONE}, Standing.STALE),
-        ("uid-1", {"snapshot": Snapshot.DONE, "guard": Guard.FOUND_PAUSED}, Standing.STALE),
+        ("uid-2", {"guard": Guard.OURS, "snapshot": Snapshot.DONE}, MarkState.LOST),
+        ("uid-1", {}, MarkState.LOST),  # started anew after its journal was lost
+        ("uid-1", {"guard": Guard.OURS, "snapshot": Snapshot.INTENDED}, MarkState.KNOWN),
+        ("uid-1", {"freeze": Freeze.FROZEN}, MarkState.KNOWN),
+        ("uid-1", {"freeze": Freeze.THAW_DUE, "snapshot": Snapshot.DONE}, MarkState.KNOWN),
+        ("uid-1", {"call": Call("resume", "boot", 1.0), "snapshot": Snapshot.DONE}, MarkState.KNOWN),
+        ("uid-1", {"snapshot": Snapshot.DONE}, MarkState.STALE),
+        ("uid-1", {"snapshot": Snapshot.DONE, "guard": Guard.FOUND_PAUSED}, MarkState.STALE),
     ],
 )
-def test_the_journal_of_its_backup_answers_for_a_mark(uid: str, fields: dict[str, Any], expected: Standing) -> None:
-    assert standing(Mark("uid-1"), [Record(uid, "default", "nightly", **fields)]) is expected
+def test_the_journal_of_its_backup_answers_for_a_mark(uid: str, fields: dict[str, Any], expected: MarkState) -> None:
+    assert mark_state(Mark("uid-1"), [Record(uid, "default", "nightly", **fields)]) is expected

@@ -22,7 +22,7 @@ from vmbackup.agent.sweep import Sweep
 from vmbackup.errors import TransientError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import DiskRecord, Record, Snapshot
-from vmbackup.reconcile.leftovers.orphans import Look, look_at
+from vmbackup.reconcile.leftovers.reader import Leftovers, read_all
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.journal import Journal
 from vmbackup.telemetry.metrics import Metrics
@@ -140,8 +140,8 @@ class Domain:
         return "<domain/>"
 
 
-def looked_at(*domains: Domain) -> list[Look]:
-    return list(look_at(cast("list[Guest]", domains)))
+def looked_at(*domains: Domain) -> list[Leftovers]:
+    return list(read_all(cast("list[Guest]", domains)))
 
 
 def test_a_domain_that_cannot_be_looked_at_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:

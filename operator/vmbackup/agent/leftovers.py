@@ -20,18 +20,8 @@ from vmbackup.errors import VMBackupError
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
-from vmbackup.reconcile.leftovers.held_guests import holds
-from vmbackup.reconcile.leftovers.orphans import (
-    Look,
-    OurOverlay,
-    foreign_overlays,
-    is_marked,
-    is_orphan_record,
-    look_at,
-    nobody_works_on,
-    our_overlays,
-    take_in,
-)
+from vmbackup.reconcile.leftovers.reader import Leftovers, OurOverlay, may_hold_guest, read_all
+from vmbackup.reconcile.leftovers.takeover import nobody_works_on, replaces_lost_journal, take_over_lost
 from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.stores.base import Store
@@ -73,7 +63,7 @@ class Orphans:
         self._merging: dict[str, asyncio.Task[None]] = {}
         self._overlays: set[str] = set()
         self._told: set[str] = set()
-        self._seen: list[Look] = []
+        self._seen: list[Leftovers] = []
         self._stopped = False
 
     def stop(self) -> None:
@@ -88,11 +78,13 @@ class Orphans:
     async def see(self) -> None:
         """Look at all domains. Call it before reading journals: an overlay without a journal then never gets one."""
         try:
-            self._seen = await self._context.threads.call(self._look)
+            self._seen = await self._context.threads.call(self._read)
         except VMBackupError as error:  # keep the last view
             _log.warning("the domains cannot be listed: %s", error)
             return
-        self._context.node.metrics.domains(name for look in self._seen for name in (look.guest.name, look.guest.uuid))
+        self._context.node.metrics.domains(
+            name for domain in self._seen for name in (domain.guest.name, domain.guest.uuid)
+        )
 
     async def look(self, records: Sequence[Record], gone: Sequence[Record], backups: Iterable[BackupResource]) -> None:
         """Report, count and merge orphaned overlays.
@@ -113,21 +105,21 @@ class Orphans:
         if self._policy is OrphanPolicy.COMMIT:
             guests = {orphan.guest.uuid: orphan.guest for orphan in found if orphan.guest is not None}
             for guest in guests.values():
-                await self._take_in(guest, [orphan.path for orphan in found if orphan.guest is guest])
+                await self._take_over(guest, [orphan.path for orphan in found if orphan.guest is guest])
 
     def bring_home(self, record: Record) -> None:
         """Merge the overlays of this record, whose VMBackup is gone. Policy Report: only resume and thaw the guest."""
         if record.uid in self._merging or self._stopped:
             return
-        if self._policy is OrphanPolicy.REPORT and not holds(record):
+        if self._policy is OrphanPolicy.REPORT and not may_hold_guest(record):
             self._context.queue.unreserve(record.uid)  # the next backup of its domain adopts its overlays
         else:
             self._merging[record.uid] = asyncio.create_task(self._bring_home(record))
 
     # -- find
 
-    def _look(self) -> list[Look]:
-        return list(look_at(self._context.node.hypervisor.guests()))
+    def _read(self) -> list[Leftovers]:
+        return list(read_all(self._context.node.hypervisor.guests()))
 
     async def _interrupted(self, records: Iterable[Record], there: Collection[str]) -> list[_Orphan]:
         """The overlays of interrupted runs of `vmbackup run` that nobody has continued yet."""
@@ -144,26 +136,26 @@ class Orphans:
         """Overlays without a journal and without an unfinished VMBackup, which would adopt them."""
         known = {disk.overlay for record in records if not record.done for disk in record.disks}
         found: list[_Orphan] = []
-        for look in self._seen:
+        for domain in self._seen:
             mine: list[_Orphan] = []
-            for overlay in our_overlays(look):
+            for overlay in domain.overlays:
                 seen = listed.get(overlay.uid8)
                 if overlay.path in known or (seen is not None and not seen.over):
                     continue
                 subject = self._node if seen is None else seen.identity
                 whose = f"a backup with the uid {overlay.uid8}…, whose journal is lost"
-                story = f"left on the domain {look.guest.name} by {whose}: {self._fate(look, overlay)}"
-                mine.append(_Orphan(overlay.path, subject, story, look.guest if look.live else None))
-            if mine and await self._is_free(look.guest.uuid):
+                story = f"left on the domain {domain.guest.name} by {whose}: {self._fate(domain, overlay)}"
+                mine.append(_Orphan(overlay.path, subject, story, domain.guest if domain.live else None))
+            if mine and await self._is_free(domain.guest.uuid):
                 found += mine
         return found
 
-    def _fate(self, look: Look, overlay: OurOverlay) -> str:
+    def _fate(self, domain: Leftovers, overlay: OurOverlay) -> str:
         if overlay.buried:
             return "commit the overlay above it first, which is not ours"
         if self._policy is OrphanPolicy.REPORT:
             return "the next backup of the domain will commit it (--orphan-policy Report)"
-        return "committing it now" if look.live else "start the guest, then it will be committed"
+        return "committing it now" if domain.live else "start the guest, then it will be committed"
 
     async def _is_free(self, domain_uuid: str) -> bool:
         """Whether no process works on this domain, whose overlays would not be orphans."""
@@ -171,15 +163,15 @@ class Orphans:
 
     async def _resume_held(self) -> None:
         """Resume and thaw guests held by a lost backup, whatever the policy."""
-        for look in self._seen:
-            if is_marked(look):
-                await self._take_in(look.guest, [])
+        for domain in self._seen:
+            if domain.mark is not None:
+                await self._take_over(domain.guest, [])
 
-    async def _take_in(self, guest: Guest, overlays: Sequence[str]) -> None:
+    async def _take_over(self, guest: Guest, overlays: Sequence[str]) -> None:
         """Create a record for overlays without a journal, and merge them."""
         spec = {"nodeName": self._node.name, "domain": guest.uuid, "storeRef": {"name": "none"}}
         try:
-            record = await self._context.threads.call(take_in, self._context.node, guest, overlays, spec)
+            record = await self._context.threads.call(take_over_lost, self._context.node, guest, overlays, spec)
         except VMBackupError as error:
             _log.warning("domain %s: the overlays of a lost backup cannot be merged: %s", guest.name, error)
             return
@@ -190,7 +182,7 @@ class Orphans:
 
     async def _bring_home(self, record: Record) -> None:
         context = self._context
-        name = record.name if is_orphan_record(record) else record.full_name
+        name = record.name if replaces_lost_journal(record) else record.full_name
         reporter = OrphanReporter(name, context.events, _subject(record, self._node))
         ticket = Ticket(record.uid, name, record.domain_uuid, begun=True, since="")
         spec, retry = spec_of(record), f"sweep-{time.time():.0f}"
@@ -211,7 +203,7 @@ class Orphans:
             context.queue.park(ticket)
             _log.info("%s is gone; %s", name, "resuming its guest" if halfway else "merging its overlays")
             await context.threads.run(backup.run, f"merge-{record.name}")
-            if halfway and is_orphan_record(record):
+            if halfway and replaces_lost_journal(record):
                 await context.threads.call(journals.forget, context.node.state_dir, record.uid)
             else:
                 await self._tell_home(record, reporter)
@@ -226,7 +218,7 @@ class Orphans:
     def _guest_runs(self, record: Record) -> bool:
         """Whether the guest is no longer held by this backup. Called by its thread."""
         now = journals.record_of(self._context.node.state_dir, record.uid)
-        return now is None or not holds(now)
+        return now is None or not may_hold_guest(now)
 
     async def _tell_home(self, record: Record, reporter: OrphanReporter) -> None:
         """Report overlays that are merged. A recorded orphan does that itself."""
@@ -245,10 +237,10 @@ class Orphans:
         told: set[str] = set()
         for orphan in found:
             self._tell_once(told, orphan.path, orphan.subject, "OrphanOverlay", orphan.story)
-        for look in self._seen:
-            for path, target in foreign_overlays(look).items():
+        for domain in self._seen:
+            for path, target in domain.foreign_overlays.items():
                 story = (
-                    f"disk {target} of the domain {look.guest.name} writes it, and would boot an older image at the "
+                    f"disk {target} of the domain {domain.guest.name} writes it, and would boot an older image at the "
                     "next start; it is not ours: commit it (virsh blockcommit --shallow --active --pivot)"
                 )
                 self._tell_once(told, path, self._node, "ForeignOverlay", story)
@@ -289,4 +281,4 @@ def _left(record: Record, there: Collection[str]) -> list[str]:
 
 
 def _subject(record: Record, node: NodeRef) -> Subject:
-    return node if is_orphan_record(record) else record.identity
+    return node if replaces_lost_journal(record) else record.identity

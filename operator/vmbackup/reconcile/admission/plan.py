@@ -17,11 +17,11 @@ from vmbackup.imaging import image
 from vmbackup.imaging.errors import errors_of
 from vmbackup.imaging.locks import has_writer
 from vmbackup.protocol import advice
-from vmbackup.protocol.record import DiskRecord, Freeze, Record, Snapshot
+from vmbackup.protocol.record import DiskRecord, Freeze, Record
 from vmbackup.protocol.transition import planned_again
 from vmbackup.reconcile.admission.overlay_space import with_room
-from vmbackup.reconcile.leftovers.held_guests import lost_hold, taken_back
-from vmbackup.reconcile.leftovers.overlays import left_on_overlay
+from vmbackup.reconcile.leftovers.reader import read_leftovers
+from vmbackup.reconcile.leftovers.takeover import take_over
 from vmbackup.stores.base import DiskSource, SourceImage, Store
 
 
@@ -46,19 +46,19 @@ class Planner:
     ) -> Record:
         """The record with its disks chosen, or with those that an earlier backup left on their overlay (PROTOCOL R7).
 
-        So it is with a guest that a lost one left suspended. `earlier`: the records of other backups of this domain.
+        The same holds for a guest that a lost backup left suspended or frozen. `earlier`: the records of the other
+        backups of this domain.
         Raises RefusedError naming the field and the cure.
         """
-        live, persistent, earlier = guest.live_xml(), guest.persistent_xml(), list(earlier)
-        mark = lost_hold(guest, live, [*earlier, record])
-        if mark and mark.frozen and record.freeze is Freeze.TRIED:  # to thaw it, in vain
+        leftovers, earlier = read_leftovers(guest), list(earlier)
+        live, persistent = leftovers.live, leftovers.persistent
+        lost_mark = leftovers.lost_mark([*earlier, record])
+        if lost_mark and lost_mark.frozen and record.freeze is Freeze.TRIED:  # a thaw was tried and failed
             raise RefusedError(advice.stays_frozen(guest.name), reason="GuestFrozen")
         record = replace(planned_again(record), disks=(), skipped=(), domain=guest.name, domain_uuid=guest.uuid)
-        left = left_on_overlay(live, persistent, earlier)
-        if mark and live:
-            return taken_back(replace(record, disks=left), mark, guest, live, persistent)
-        if left:
-            return replace(record, disks=left, snapshot=Snapshot.ADOPTED)
+        adopted = take_over(record, leftovers, leftovers.disks(earlier), lost_mark)
+        if adopted is not None:
+            return adopted
         if live is None:
             raise not_running(guest.name)
         chosen, skipped = choose(chain.disks(live), spec.disks)

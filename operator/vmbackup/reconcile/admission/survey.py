@@ -17,7 +17,7 @@ from vmbackup.protocol.record import DiskRecord, Record
 from vmbackup.protocol.terms import Power
 from vmbackup.reconcile.admission.overlay_space import with_room
 from vmbackup.reconcile.admission.plan import ImageUse, Planner, choose, image_uses, not_running, source_of
-from vmbackup.reconcile.leftovers.overlays import left_on_overlay
+from vmbackup.reconcile.leftovers.reader import read_leftovers
 from vmbackup.stores.base import Writes
 
 _NO_UID = "00000000"
@@ -80,13 +80,14 @@ def survey(planner: Planner, guests: Iterable[Guest], records: Sequence[Record])
 
 def _survey(planner: Planner, guest: Guest, records: Sequence[Record], uses: Sequence[ImageUse]) -> DomainSurvey:
     state, _ = guest.state()
-    live, persistent = guest.live_xml(), guest.persistent_xml()
+    leftovers = read_leftovers(guest)
+    live, persistent = leftovers.live, leftovers.persistent
     found = chain.disks(live or persistent or "<domain/>")
     agent = chain.guest_agent(live) if live else None
     domain_refusals: list[Refusal] = []
     left: dict[str, str] = {}
     try:
-        left = {disk.target: disk.overlay for disk in left_on_overlay(live, persistent, records)}
+        left = {disk.target: disk.overlay for disk in leftovers.disks(records)}
         choose(found, ())
         _refuse_state(guest, state)
     except VMBackupError as error:

@@ -1,1 +1,1 @@
-"""What a lost backup left: overlays, guests suspended or frozen, and the record that brings them home."""
+"""Overlays and held guests that earlier or lost backups left: one reader, and one way to take them over."""
