@@ -377,7 +377,7 @@ def test_check_says_why_a_domain_would_be_refused(domain: DomainFactory, vmbacku
     assert done.returncode == 1
     (found,) = json.loads(done.stdout)["domains"]
     assert found["refused"][0]["reason"] == "BaseInUse"
-    assert f"is used by disk vdb of domain {other.name} too" in found["refused"][0]["message"]
+    assert f"is also used by disk vdb of domain {other.name}" in found["refused"][0]["message"]
     assert found["disks"][0]["verdict"] == "Refused"
     everything = vmbackup("check")
     assert everything.returncode == 1
@@ -396,18 +396,24 @@ def test_check_tells_of_overlays_and_whose_they_are(domain: DomainFactory, vmbac
     stray.touch()
     done = vmbackup("check", guest.name)
     assert re.search(r"vda .*vda\.vmb-[0-9a-f]{8}-vda\.qcow2 .*on overlay", done.stdout)
-    assert "vda: overlays of the backup default/nightly: it is running, or goes on when it is run again" in done.stdout
+    assert (
+        "vda: overlays of the backup default/nightly: it is still running, or continues when it is run again"
+        in done.stdout
+    )
     assert f"vdb: {stray} is named like one of vmbackup's overlays, but nothing uses it" in done.stdout
 
     unknown = vmbackup("check", guest.name, VMBACKUP_STATE_DIR=str(vmbackup.directory / "elsewhere"))
-    assert "vda: overlays whose journal is not here: the next backup brings them home first" in unknown.stdout
+    assert "vda: overlays without a journal on this host: the next backup merges them first" in unknown.stdout
     assert vmbackup("run", "-f", vmbackup.manifest(guest.name, disks=["vda"])).returncode == 0
 
 
 def test_check_tells_what_a_transient_domain_and_a_missing_configuration_mean(
     domain: DomainFactory, vmbackup: Cli, tmp_path: Path
 ) -> None:
-    assert "transient: nothing protects it from a power cut" in vmbackup("check", domain(persistent=False).name).stdout
+    assert (
+        "transient: a power cut during a backup is not covered"
+        in vmbackup("check", domain(persistent=False).name).stdout
+    )
     persistent = domain()
     done = vmbackup("check", persistent.name, "--libvirt-config-dir", str(tmp_path))
     assert done.returncode == 0

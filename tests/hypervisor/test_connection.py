@@ -156,7 +156,7 @@ def test_the_outcome_is_unknown_when_libvirtd_falls_silent_and_the_call_happens_
         wait_until(lambda: not made.guest.control_idle(), "the resume is in flight")
         mortal.stop_signal()
         os.kill(qemu, signal.SIGCONT)
-        with pytest.raises(UnknownOutcomeError, match="may still happen"):
+        with pytest.raises(UnknownOutcomeError, match="may still be carried out"):
             resuming.result()
     assert watch.seconds > 15, "the keepalive limit"
     assert watch.within(30), watch

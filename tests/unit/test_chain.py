@@ -222,7 +222,7 @@ def test_a_disk_is_remembered_as_it_stands_in_the_xml() -> None:
 
 
 def test_a_disk_that_is_not_there_any_more() -> None:
-    with pytest.raises(PermanentError, match="no disk vdz any more"):
+    with pytest.raises(PermanentError, match="no longer has a disk vdz"):
         disk_xml(PERSISTENT, "vdz")
 
 

@@ -19,10 +19,10 @@ from vmbackup.errors import PermanentError, RefusedError
 from vmbackup.protocol.terms import Mirror
 
 _OVERLAY_NAME = re.compile(r"\.vmb-([0-9a-f]{8})-([a-z]+)\.qcow2$")
-_OURS = ("source", "backingStore")  # of a <disk>, with @type and driver/@type: what says which image it is
+_OURS = ("source", "backingStore")  # of a <disk>: with @type and driver/@type they name the image
 _FORMATS = ("raw", "qcow2")
 _KINDS = ("file", "block")
-_SOURCE_PARTS = ("seclabel", "reservations")  # of a <source>: those that change nothing of which bytes the image has
+_SOURCE_PARTS = ("seclabel", "reservations")  # of a <source>: parts that do not change which bytes the image has
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ChainImage:
 class Disk:
     """A disk of a domain. `source` is the image that it writes; `chain` the images below, nearest first.
 
-    `chain` is complete in live XML only: persistent XML may say nothing about it.
+    `chain` is complete only in live XML: persistent XML may not contain it.
     """
 
     target: str
@@ -62,7 +62,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class DomainFacts:
-    """What else of a domain's XML a backup records."""
+    """The parts of a domain's XML that a backup records, besides the disks."""
 
     name: str
     uuid: str
@@ -91,7 +91,7 @@ def disks(xml: str) -> tuple[Disk, ...]:
 
 
 def ineligible(disk: Disk) -> str | None:
-    """Why a disk cannot be backed up, with the cure; None if it can."""
+    """Why a disk cannot be backed up, and the cure; None if it can."""
     templates = [image for image in disk.chain if image.unknown_part]
     reasons = (
         (disk.device in ("cdrom", "floppy"), f"is a {disk.device}: removable media are not backed up"),
@@ -103,11 +103,11 @@ def ineligible(disk: Disk) -> str | None:
             f"has a source of type {disk.kind}: use a file or block device",
         ),
         (disk.source is None, "has no image: attach one"),
-        (disk.readonly, "is read-only: it does not change, so copy it once by hand"),
+        (disk.readonly, "is read-only and does not change: copy it once by hand"),
         (disk.shareable, "is shareable: other guests may write it at the same time; back it up inside a guest"),
-        (disk.transient, "is transient: its changes are thrown away when the guest stops"),
+        (disk.transient, "is transient: its changes are discarded when the guest stops"),
         (disk.encrypted, "is encrypted by QEMU, which is not supported yet: encrypt below the image or in the guest"),
-        (disk.sliced, "uses a slice of its image, which is not supported: give it an image of its own"),
+        (disk.sliced, "uses a slice of its image, which is not supported: use a separate image"),
         (disk.unknown_part != "", f"has a <{disk.unknown_part}> in its <source>, which is not supported: remove it"),
         (disk.format not in _FORMATS, f"has the format {disk.format}: convert it to raw or qcow2"),
         (
@@ -129,12 +129,12 @@ def ineligible(disk: Disk) -> str | None:
 def overlay_path(disk: Disk, uid8: str, overlay_dir: str | None = None) -> str:
     """Where the overlay of a backup goes: `<directory of the base, or overlay_dir>/<stem>.vmb-<uid8>-<target>.qcow2`.
 
-    Raises RefusedError for a base that is no file when there is no `overlay_dir`.
+    Raises RefusedError for a base that is not a file if there is no `overlay_dir`.
     """
     base = PurePosixPath(disk.source or "")
     if overlay_dir is None and disk.kind != "file":
         raise RefusedError(
-            f"disk {disk.target} is the {disk.kind} device {base}: say with --overlay-dir where its overlay may be",
+            f"disk {disk.target} is the {disk.kind} device {base}: set --overlay-dir to a directory for its overlay",
             reason="OverlayDirectoryNeeded",
         )
     return str(PurePosixPath(overlay_dir or base.parent) / f"{base.stem}.vmb-{uid8}-{disk.target}.qcow2")
@@ -147,7 +147,7 @@ def parse_overlay(path: str) -> tuple[str, str] | None:
 
 
 def disk_xml(xml: str, target: str) -> str:
-    """The <disk> element of a target, as it stands in the XML. Raises PermanentError if there is none."""
+    """The <disk> element of a target, byte for byte. Raises PermanentError if there is none."""
     data = xml.encode()
     start, end = _span(data, target)
     return data[start:end].decode()
@@ -169,13 +169,13 @@ def on_overlay(disk_xml: str, overlay: str) -> str:
 
 
 def on_base(disk_xml: str) -> str:
-    """The <disk> on an overlay as the <disk> on the image below it. Raises PermanentError if it does not say which."""
+    """The <disk> on an overlay as the <disk> on the image below it. Raises PermanentError if it names none."""
     disk = fromstring(disk_xml)
     below = disk.find("backingStore")
     source = None if below is None else below.find("source")
     if below is None or source is None:
         target = _target(disk)
-        raise PermanentError(f"the XML of disk {target} names no backing image: take the live XML", reason="NoBase")
+        raise PermanentError(f"the XML of disk {target} names no backing image: use the live XML", reason="NoBase")
     image_format = below.find("format")
     deeper = [deepcopy(element) for element in below.iterfind("backingStore")]
     _replace_image(
@@ -195,11 +195,11 @@ def without_overlay(xml: str, target: str, overlay: str) -> str:
 
 
 def with_images(persistent_xml: str, images: Mapping[str, str]) -> str:
-    """The persistent XML with some disks on other images; all else, also of these disks, stays as the user has it.
+    """The persistent XML with some disks on other images; everything else, also of these disks, is unchanged.
 
     `images` maps a target to a <disk> element (the remembered one, or that of `on_overlay`) that is on the wanted
-    image: its @type, source, driver type and backingStore are taken. libvirt does not start a guest whose path was
-    changed but not its driver type. Raises PermanentError if the XML has no such disk.
+    image: its @type, source, driver type and backingStore are copied. libvirt does not start a guest if the path was
+    changed but not the driver type. Raises PermanentError if the XML has no such disk.
     """
     data = persistent_xml.encode()
     for target, wanted_xml in images.items():
@@ -229,7 +229,7 @@ def _replace_image(disk: Element, kind: str, image_format: str, image: list[Elem
 
 
 def _plain(element: Element) -> Element:
-    """A copy without what live XML adds: the numbers of QEMU's nodes."""
+    """A copy without the node numbers that live XML adds."""
     copy = deepcopy(element)
     for part in copy.iter():
         if part.tag in ("source", "backingStore"):
@@ -303,8 +303,8 @@ def _path(source: Element | None) -> str | None:
 
 
 def _span(data: bytes, target: str) -> tuple[int, int]:
-    """Where the <disk> of a target starts and ends, in bytes."""
-    fromstring(data)  # refuses entities and broken XML before anything is cut out by position
+    """Start and end of the <disk> of a target, as byte offsets."""
+    fromstring(data)  # refuses entities and invalid XML before anything is cut out by position
     parser = expat.ParserCreate()
     path: list[str] = []
     start = 0
@@ -327,6 +327,6 @@ def _span(data: bytes, target: str) -> tuple[int, int]:
     parser.Parse(data, True)
     if len(found) != 2:
         raise PermanentError(
-            f"the domain's XML has no disk {target} any more: attach it again as it was", reason="DiskMissing"
+            f"the domain's XML no longer has a disk {target}: attach it again as it was", reason="DiskMissing"
         )
     return found[0], found[1]

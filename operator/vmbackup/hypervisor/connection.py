@@ -1,7 +1,7 @@
-"""The connection to libvirtd: one event loop thread, events, keepalive, and opening again when it was lost.
+"""The connection to libvirtd: one event loop thread, events, keepalive, and automatic reconnection.
 
-It is made of several connections of libvirt's, each with one call at a time: where several threads wait for answers on
-one and the keepalive closes it, libvirt's client library crashes (9.0, virNetClientIOEventLoop: the process is gone).
+It consists of several libvirt connections, each with one call at a time. libvirt's client library crashes the process
+when the keepalive closes a connection on which several threads wait for answers (9.0, virNetClientIOEventLoop).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent libvirtd is given up after 20 s (measured)
-_SLOTS = 8  # calls at once, each on a connection of its own
-_FREEZE_SLOTS, _THAW_SLOTS = 3, 2  # of them, for guest agents: who hangs there is in the way of no resume, nor thaw
-_SLOT_SECONDS = 30.0  # to wait for one: QEMUs that hang, as on a dead NFS server, may keep them all
+_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3  # a silent connection is closed after 20 s (measured)
+_SLOTS = 8  # concurrent calls, each on a connection of its own
+_FREEZE_SLOTS, _THAW_SLOTS = 3, 2  # of these, for guest agents: a hanging agent blocks no resume and no thaw
+_SLOT_SECONDS = 30.0  # to wait for a slot: hanging QEMUs (a dead NFS server) may occupy all
 _FIRST_OPEN_SECONDS = 5.0
 _REOPEN_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ALIVE_POLL_SECONDS = 2.0
@@ -42,11 +42,11 @@ _EVENTS = (
 
 
 class Connection:
-    """A libvirtd that is connected to until `close`. Every method may be called by any thread.
+    """A connection to libvirtd until `close`. Any thread may call any method.
 
-    Constructing it never fails because libvirtd is away: calls raise TransientError until it answers. `config_dir` is
-    where libvirtd keeps the persistent XML of its domains. `generation` rises each time the connection was opened:
-    what was known before is in doubt (PROTOCOL R3).
+    The constructor succeeds also while libvirtd is away: calls raise TransientError until it answers. `config_dir` is
+    where libvirtd keeps the persistent XML of its domains. `generation` rises each time the connection is opened:
+    earlier observations are then in doubt (PROTOCOL R3).
     """
 
     def __init__(self, uri: str, *, config_dir: Path | None = None) -> None:
@@ -54,8 +54,8 @@ class Connection:
         self.config_dir = config_dir or _default_config_dir(uri)
         self.generation = 0
         self._opened = 0.0
-        self._connections: tuple[libvirt.virConnect, ...] = ()  # the first is for events alone
-        self._free: deque[libvirt.virConnect] = deque()  # those of the others that no call is on
+        self._connections: tuple[libvirt.virConnect, ...] = ()  # the first one is for events only
+        self._free: deque[libvirt.virConnect] = deque()  # those of the others without a call
         self._held = threading.local()
         self._event_ids: list[int] = []
         self._slots = threading.BoundedSemaphore(_SLOTS)
@@ -79,12 +79,12 @@ class Connection:
 
     @property
     def answering_since(self) -> float | None:
-        """CLOCK_BOOTTIME, in seconds, since which libvirtd has answered without a break; None while it does not."""
+        """CLOCK_BOOTTIME in seconds since when libvirtd has answered without a break; None while it does not."""
         connections, opened = self._connections, self._opened
         return opened if _are_alive(connections) else None
 
     def ping(self) -> bool:
-        """Whether libvirtd answers now; a silent one is given up within the keepalive limit of 20 s."""
+        """Whether libvirtd answers now. Takes at most the keepalive limit of 20 s."""
         try:
             self.call("asking libvirtd for its version", lambda connection: connection.getLibVersion())
         except VMBackupError:
@@ -92,10 +92,10 @@ class Connection:
         return True
 
     def subscribe(self, domain_uuid: str, wake: Callable[[], None]) -> Callable[[], None]:
-        """Call `wake` whenever something may have happened to the domain; returns the end of the subscription.
+        """Call `wake` whenever something may have happened to the domain; returns the function that unsubscribes.
 
-        That is its lifecycle, its block jobs, its guest agent, and the loss or return of the connection. `wake` is
-        called in a thread that everybody's events wait for, so it returns at once and calls nothing of this object.
+        The events are those of its lifecycle, block jobs and guest agent, and the loss or return of the connection.
+        `wake` runs in the one event thread, so it must return at once and must not call this object.
         """
         with self._lock:
             self._wakes.setdefault(domain_uuid, []).append(wake)
@@ -123,13 +123,13 @@ class Connection:
 
     @contextmanager
     def waiting_for_an_agent(self, *, thaws: bool) -> Generator[None]:
-        """A call in here may hang for as long as the guest agent is given: only some do, and keep nobody else."""
+        """Limits how many calls wait for guest agents at the same time, so that other calls keep their slots."""
         with self._thaw_slots if thaws else self._freeze_slots:
             yield
 
     @contextmanager
     def one_connection(self, doing: str) -> Generator[libvirt.virConnect]:
-        """All calls of this thread in here are on the same connection: what one of them returns belongs to it."""
+        """Keep this thread on one connection: a domain object is valid only on the connection that returned it."""
         held: libvirt.virConnect | None = getattr(self._held, "connection", None)
         if held is not None:
             yield held
@@ -151,7 +151,8 @@ class Connection:
     def _slot(self, doing: str) -> Generator[None]:
         if not self._slots.acquire(timeout=_SLOT_SECONDS):
             message = (
-                f"{doing}: {_SLOTS} calls to libvirtd wait for QEMUs that do not answer: see the storage of their disks"
+                f"{doing}: all {_SLOTS} libvirt connections are waiting for unresponsive QEMU processes; "
+                "check the storage of their disks"
             )
             raise TransientError(message, reason="HypervisorBusy")
         try:
@@ -200,7 +201,7 @@ class Connection:
         if not self._closing.is_set():
             _log.warning("lost the connection to %s", self.uri)
         self._wake_all()
-        # Each is closed when the last call in flight lets go of it: close() here would free it under that call.
+        # Each is closed when its last call ends: close() here would free it under that call.
         for events in connections[:1]:
             for event_id in self._event_ids:
                 with suppress(libvirt.libvirtError):
@@ -244,11 +245,11 @@ def _run_event_loop() -> None:
 
 
 def _ignore(_context: object, _error: object) -> None:
-    """libvirt's own handler writes every error to stderr; they are all raised as well."""
+    """Replaces libvirt's handler, which writes to stderr every error that is raised as well."""
 
 
 def _are_alive(connections: Iterable[libvirt.virConnect]) -> bool:
-    """Whether all of them are; none at all are not."""
+    """Whether there are connections and all of them are alive."""
     alive = [_is_alive(connection) for connection in connections]
     return bool(alive) and all(alive)
 

@@ -1,4 +1,4 @@
-"""The durable definition of a domain: its persistent XML in libvirt's directory, read back and fsynced."""
+"""Durable definitions: a domain's persistent XML in libvirt's directory, read back and fsynced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmbackup.hypervisor.chain import disks
 def sync_definition(directory: Path, name: str, uuid: str, images: Mapping[str, str]) -> bool:
     """Whether the file of the domain `name` names these images (target to path); if so, it is durable on return.
 
-    False as well if the file is missing, cut off, or of another domain. Raises PermanentError
+    Also False if the file is missing, truncated, or of another domain. Raises PermanentError
     (ConfigDirectoryMissing) if the directory or the file cannot be read, TransientError (ConfigNotDurable) if its
     file system fails.
     """
@@ -44,7 +44,7 @@ def _sync(folder: int, name: str, uuid: str, images: Mapping[str, str]) -> bool:
         try:
             root = fromstring(xml)
             sources = {disk.target: disk.source for disk in disks(xml.decode())}
-        except (ElementTree.ParseError, DefusedXmlException, UnicodeDecodeError):  # cut off: it names nothing
+        except (ElementTree.ParseError, DefusedXmlException, UnicodeDecodeError):  # truncated: it names no image
             return False
         if root.findtext("uuid") != uuid or any(sources.get(target) != image for target, image in images.items()):
             return False
@@ -60,5 +60,5 @@ def _config_error(what: str, error: OSError) -> VMBackupError:
         return PermanentError(
             f"{what} cannot be read ({error.strerror}): {cure}", reason=Cause.CONFIG_DIRECTORY_MISSING
         )
-    cure = "see its file system"
+    cure = "check its file system"
     return TransientError(f"{what} cannot be made durable ({error.strerror}): {cure}", reason=Cause.CONFIG_NOT_DURABLE)

@@ -1,4 +1,4 @@
-"""What an error of libvirt means for us: the table, tested row by row.
+"""Table of libvirt error codes: the kind, reason and cure of each. Tested row by row.
 
 Measured on libvirt 9.0; see also docs/protocol.md, R4. The texts of libvirt change and are translated, so only
 its numbers count.
@@ -20,7 +20,7 @@ class _Meaning:
     cure: str
 
 
-_NO_ANSWER = "libvirtd did not answer; what it was asked for may still happen"
+_NO_ANSWER = "libvirtd did not answer; the call may still be carried out"
 _NOT_ALLOWED = "allow the agent to use libvirt for reading and writing (polkit, or the group of the socket)"
 
 _BY_CODE: dict[int, _Meaning] = {
@@ -28,22 +28,24 @@ _BY_CODE: dict[int, _Meaning] = {
     libvirt.VIR_ERR_INVALID_ARG: _Meaning(TransientError, "StateChanged", "the domain or its disk has changed"),
     libvirt.VIR_ERR_OPERATION_FAILED: _Meaning(TransientError, "OperationFailed", "see the domain's QEMU log"),
     libvirt.VIR_ERR_OPERATION_INVALID: _Meaning(TransientError, "StateChanged", "the domain's state has changed"),
-    libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: _Meaning(TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job is on this disk"),
-    libvirt.VIR_ERR_OPERATION_UNSUPPORTED: _Meaning(
-        TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job may be on this disk"
+    libvirt.VIR_ERR_BLOCK_COPY_ACTIVE: _Meaning(
+        TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job is running on this disk"
     ),
-    libvirt.VIR_ERR_RESOURCE_BUSY: _Meaning(TransientError, Cause.BUSY, "something else works on this domain"),
+    libvirt.VIR_ERR_OPERATION_UNSUPPORTED: _Meaning(
+        TransientError, Cause.BLOCK_JOB_ACTIVE, "a block job may be running on this disk"
+    ),
+    libvirt.VIR_ERR_RESOURCE_BUSY: _Meaning(TransientError, Cause.BUSY, "another job is running on this domain"),
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: _Meaning(
-        TransientError, "AgentUnresponsive", "see that qemu-guest-agent runs in the guest"
+        TransientError, "AgentUnresponsive", "check that qemu-guest-agent runs in the guest"
     ),
     libvirt.VIR_ERR_AGENT_UNSYNCED: _Meaning(
-        TransientError, "AgentUnresponsive", "see that qemu-guest-agent runs in the guest"
+        TransientError, "AgentUnresponsive", "check that qemu-guest-agent runs in the guest"
     ),
     libvirt.VIR_ERR_OPERATION_TIMEOUT: _Meaning(UnknownOutcomeError, "Timeout", _NO_ANSWER),
     libvirt.VIR_ERR_NO_DOMAIN: _Meaning(
         PermanentError,
         Cause.DOMAIN_NOT_FOUND,
-        "the domain is gone from this hypervisor; its files are left as they are",
+        "the domain is no longer on this hypervisor; its files are not touched",
     ),
     libvirt.VIR_ERR_ARGUMENT_UNSUPPORTED: _Meaning(
         PermanentError,
@@ -62,15 +64,15 @@ _BY_CODE: dict[int, _Meaning] = {
     libvirt.VIR_ERR_AUTH_UNAVAILABLE: _Meaning(PermanentError, "NotAllowed", _NOT_ALLOWED),
 }
 _CONNECTION_LOST = _Meaning(UnknownOutcomeError, "ConnectionLost", _NO_ANSWER)
-_AWAY = _Meaning(TransientError, Cause.HYPERVISOR_AWAY, "start libvirtd; the connection is opened again by itself")
+_AWAY = _Meaning(TransientError, Cause.HYPERVISOR_AWAY, "start libvirtd; vmbackup reconnects automatically")
 _OTHER = _Meaning(TransientError, "HypervisorError", "see libvirtd's log")
 
 
 def classify(error: libvirt.libvirtError, doing: str, *, mutating: bool) -> VMBackupError:
     """The error in our taxonomy, its message starting with what was being done.
 
-    An error of the RPC domain says nothing about the call, whatever its code: a keepalive timeout is code 1. A call
-    that only reads has no outcome to be unsure of, so it is merely transient.
+    An error of the RPC domain says nothing about the call, whatever its code: a keepalive timeout is code 1. For a call
+    that only reads no outcome can be unknown, so its error is transient.
     """
     code = error.get_error_code()
     if error.get_error_domain() == libvirt.VIR_FROM_RPC or code is None:
@@ -83,5 +85,5 @@ def classify(error: libvirt.libvirtError, doing: str, *, mutating: bool) -> VMBa
 
 
 def away(doing: str, uri: str) -> TransientError:
-    """There is no connection, so nothing was sent."""
+    """The error for a call without a connection: nothing was sent."""
     return TransientError(f"{doing}: no libvirtd answers at {uri} ({_AWAY.cure})", reason=_AWAY.reason)

@@ -1,7 +1,7 @@
 """One domain: the few libvirt calls that a backup needs, without any policy.
 
 Every method may raise TransientError (observe again), PermanentError and, if it changes something, UnknownOutcomeError
-(see errors.py). No method remembers anything about the domain but its UUID and name: the chain is the truth.
+(see errors.py). A guest remembers only its UUID and name: the chain is the truth.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class BlockJob:
-    """A block job of a disk. `current == end` does not mean that it is ready. Bytes, and bytes per second (0: any)."""
+    """A block job of a disk, in bytes and bytes per second (0: no limit). `current == end` does not mean READY."""
 
     kind: str  # active-commit | other
     current: int
@@ -71,7 +71,7 @@ class Guest:
     def __repr__(self) -> str:
         return f"Guest({self.name!r}, {self.uuid})"
 
-    # -- what is: none of these changes anything
+    # -- reading
 
     def state(self) -> tuple[Power, int | None]:
         """The state, and the id of this run of the domain (None when off): another id is another QEMU."""
@@ -86,11 +86,11 @@ class Guest:
         return (Power.OFF, None) if state is Power.OFF or run is None or run < 0 else (state, run)
 
     def has_saved_state(self) -> bool:
-        """Whether the next start goes on from a managed save: with the images that its guest had then."""
+        """Whether the next start restores a managed save, with the images that the guest had then."""
         return self._read("asking for a saved state", lambda domain: bool(domain.hasManagedSaveImage(0)))
 
     def was_migrated(self) -> bool | None:
-        """Whether it is off since it goes on elsewhere. None: libvirtd was started anew since, and does not know."""
+        """Whether it is off because it was migrated away. None: libvirtd has restarted since and does not know."""
         state, why = self._read("asking why it is off", lambda domain: cast("list[int]", domain.state()))
         if state != libvirt.VIR_DOMAIN_SHUTOFF:
             return False
@@ -102,12 +102,12 @@ class Guest:
         return xml if fromstring(xml).get("id") else None
 
     def persistent_xml(self) -> str | None:
-        """The XML of the next start, with passwords, fit to be defined again; None for a transient domain."""
+        """The XML of the next start, with passwords, so that it can be redefined; None for a transient domain."""
         doing = "reading the persistent XML"
         return self._read(doing, lambda domain: domain.XMLDesc(_PERSISTENT_FLAGS) if domain.isPersistent() else None)
 
     def block_job(self, target: str) -> BlockJob | None:
-        """The block job of a disk; None if there is none, which is no proof of success."""
+        """The block job of a disk. None if there is none: this does not prove that a job succeeded."""
         flags = libvirt.VIR_DOMAIN_BLOCK_JOB_INFO_BANDWIDTH_BYTES
         answer = self._while_on(
             f"asking for the block job of {target}", lambda domain: domain.blockJobInfo(target, flags), otherwise=None
@@ -129,16 +129,16 @@ class Guest:
         return answer is not None and cast("list[int]", answer)[0] != libvirt.VIR_DOMAIN_JOB_NONE
 
     def byte_limits(self, target: str) -> dict[str, int]:
-        """What limits the bytes per second of a disk now, by libvirt's names (BYTE_LIMITS), without zeros."""
+        """The current byte limits of a disk, by libvirt's names (BYTE_LIMITS), in bytes per second, without zeros."""
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         doing = f"asking for the limits of {target}"
         tune = cast("dict[str, Any]", self._read(doing, lambda domain: domain.blockIoTune(target, flags)))
         return {name: int(tune[name]) for name in BYTE_LIMITS if tune.get(name)}
 
     def written_images(self) -> dict[str, str]:
-        """QEMU's own word: the file that each disk writes, by disk target (PROTOCOL R3).
+        """The file that each disk writes, according to QEMU itself, by target (PROTOCOL R3).
 
-        It goes through the QEMU monitor, which taints the domain: ask only in doubt. Raises TransientError when off.
+        Uses the QEMU monitor, which taints the domain: call it only in doubt. Raises TransientError when off.
         """
         command = json.dumps({"execute": "query-block"})
         doing = "asking QEMU for its images"
@@ -155,28 +155,28 @@ class Guest:
             raise TransientError(f"{self.name}: {doing}: the domain has stopped; observe again", reason="StateChanged")
         return {disk.target: images[disk.alias] for disk in disks(xml) if disk.alias in images}
 
-    # -- what changes something
+    # -- changing
 
     def mark(self, mark: Mark | None) -> None:
-        """Write into the domain's live metadata who holds its guest still; None takes that away again."""
+        """Write into the domain's live metadata which backup suspended or froze its guest. None removes the mark."""
         kind, xml = libvirt.VIR_DOMAIN_METADATA_ELEMENT, None if mark is None else mark.xml
         live = libvirt.VIR_DOMAIN_AFFECT_LIVE
         self._change("marking", lambda domain: domain.setMetadata(kind, cast("str", xml), KEY, URI, live))
 
     def suspend(self) -> None:
-        """Stop the guest's CPUs. A guest that is stopped already stays so."""
+        """Stop the guest's CPUs. Does nothing if they are stopped already."""
         self._change("suspending", lambda domain: domain.suspend())
 
     def resume(self) -> None:
-        """Let the guest's CPUs run again. TransientError if they do already."""
+        """Let the guest's CPUs run again. Raises TransientError if they run already."""
         self._change("resuming", lambda domain: domain.resume())
 
     def snapshot(self, overlays: Mapping[str, str], others: Iterable[str]) -> None:
         """Put a new qcow2 overlay on each disk of `overlays` (target to path), all or none, at one point in time.
 
-        `others` names every other disk of the domain: one that is left out would be snapshotted too. A file that is
-        not empty is refused (PermanentError), which guards against doing it twice. After any error, observe: an
-        overlay may be in use all the same.
+        `others` names every other disk of the domain: libvirt would also snapshot a disk that is not named. Raises
+        PermanentError for an overlay file that is not empty, so it cannot be done twice. After any error, observe: an
+        overlay may be in use nevertheless.
         """
         root = ElementTree.Element("domainsnapshot")
         every = ElementTree.SubElement(root, "disks")
@@ -190,13 +190,13 @@ class Guest:
         self._change("taking the snapshot", lambda domain: domain.snapshotCreateXML(xml, _SNAPSHOT_FLAGS))
 
     def commit(self, target: str, base: str, top: str | None = None, bandwidth: int | None = None) -> None:
-        """Start the active commit of a disk's overlay into `base`, the image right below it. Bytes per second.
+        """Start the active commit of a disk's overlay into `base`, the image directly below it.
 
-        A base that is not right below is refused, so that a deeper template is never written.
+        `bandwidth`: bytes per second. libvirt refuses a base that is not directly below, so no template is written.
         """
 
         def start(domain: libvirt.virDomain) -> None:
-            # None is libvirt's word for the active image, though libvirt-python's type for it is wrong
+            # None means the active image; libvirt-python's type is wrong
             domain.blockCommit(target, base, cast("str", top), bandwidth or 0, _COMMIT_FLAGS)
 
         self._change(f"starting the commit of {target}", start)
@@ -208,7 +208,7 @@ class Guest:
         self._change(doing, lambda domain: domain.blockJobSetSpeed(target, bandwidth or 0, flags))
 
     def limit_bytes(self, target: str, limits: Mapping[str, int]) -> None:
-        """Limit the bytes per second of a disk until QEMU ends; what is not named of BYTE_LIMITS becomes unlimited.
+        """Limit the bytes per second of a disk until QEMU ends. Names of BYTE_LIMITS that are missing become unlimited.
 
         The limits of operations per second stay, and so does the persistent XML. Disks of one <group_name> share them.
         """
@@ -217,23 +217,23 @@ class Guest:
         self._change(f"limiting {target}", lambda domain: domain.setBlockIoTune(target, tune, flags))
 
     def pivot(self, target: str) -> None:
-        """Let QEMU write the base again. Success says nothing about the persistent XML on disk: settle it."""
+        """Switch QEMU back to the base. Success says nothing about the persistent XML on disk: settle it."""
         flags = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT
         self._change(f"pivoting {target}", lambda domain: domain.blockJobAbort(target, flags))
 
     def freeze(self, timeout: int) -> int:
-        """Freeze the guest's file systems through the guest agent; returns how many. Seconds to wait for the agent.
+        """Freeze the guest's file systems through the guest agent; returns how many. `timeout`: seconds.
 
-        After an error they may be frozen all the same: thaw.
+        After an error they may be frozen nevertheless: thaw.
         """
         return self._agent("freezing the file systems", timeout, lambda domain: domain.fsFreeze(), thaws=False)
 
     def thaw(self, timeout: int) -> int:
-        """Thaw the guest's file systems; returns how many were frozen. It may be called again and again."""
+        """Thaw the guest's file systems; returns how many were frozen. It may be repeated. `timeout`: seconds."""
         return self._agent("thawing the file systems", timeout, lambda domain: domain.fsThaw(), thaws=True)
 
     def define(self, xml: str) -> None:
-        """Replace the persistent XML. A domain that was undefined meanwhile stays so (TransientError)."""
+        """Replace the persistent XML. Raises TransientError for a domain that was undefined meanwhile."""
         doing = "redefining"
         if not self._read(doing, lambda domain: domain.isPersistent()):
             message = f"{self.name}: {doing}: it is a transient domain now; observe again"
@@ -241,7 +241,7 @@ class Guest:
         self._change(doing, lambda domain: domain.connect().defineXML(xml))
 
     def sync_config(self, images: Mapping[str, str]) -> bool:
-        """Whether the persistent XML *on disk* names these images (target to path), having made it durable.
+        """Make the persistent XML on disk durable; returns whether it names these images (target to path).
 
         libvirt neither fsyncs the directory nor reports a failed save (measured on 9.0), so the file itself is read
         back and fsynced with its directory. Raises PermanentError (ConfigDirectoryMissing) if libvirt's configuration
@@ -250,7 +250,7 @@ class Guest:
         name = self._read("asking for the name", lambda domain: domain.name())
         return sync_definition(self._connection.config_dir, name, self.uuid, images)
 
-    # -- how libvirt is called
+    # -- calling libvirt
 
     def _read(self, doing: str, ask: Callable[[libvirt.virDomain], Result]) -> Result:
         return self._on_domain(doing, ask, mutating=False)
@@ -261,12 +261,12 @@ class Guest:
     def _on_domain(self, doing: str, function: Callable[[libvirt.virDomain], Result], *, mutating: bool) -> Result:
         doing = f"{self.name}: {doing}"
         with self._connection.one_connection(doing):
-            # apart from the call: a change whose lookup failed was never asked for
+            # apart from the change: if the lookup fails, the change was not sent
             domain = self._connection.call(doing, lambda connection: connection.lookupByUUIDString(self.uuid))
             return self._connection.call(doing, lambda _: function(domain), mutating=mutating)
 
     def _while_on(self, doing: str, ask: Callable[[libvirt.virDomain], Result], *, otherwise: Result) -> Result:
-        """What `ask` says, or `otherwise` where libvirt can ask it of a running domain only."""
+        """The result of `ask`, or `otherwise` for a domain that is off where libvirt needs a running one."""
 
         def ask_if_on(domain: libvirt.virDomain) -> Result:
             try:
@@ -280,7 +280,7 @@ class Guest:
 
     def _agent(self, doing: str, timeout: int, ask: Callable[[libvirt.virDomain], int], *, thaws: bool) -> int:
         def ask_in_time(domain: libvirt.virDomain) -> int:
-            domain.agentSetResponseTimeout(timeout)  # else a hung agent blocks the call for ever
+            domain.agentSetResponseTimeout(timeout)  # otherwise a hanging agent blocks the call forever
             return ask(domain)
 
         with self._connection.waiting_for_an_agent(thaws=thaws):

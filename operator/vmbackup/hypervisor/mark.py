@@ -1,6 +1,6 @@
-"""The second copy of "held still by us", in the live metadata of the domain: it dies with QEMU, as it should.
+"""The mark: which backup has suspended or frozen a guest, in the live metadata of its domain. It ends with QEMU.
 
-The first is the journal. This one is for the case that the journal is lost while a guest is suspended or frozen.
+It is a second copy for the case that the journal, the first one, is lost while the guest is suspended or frozen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ URI = "https://vmbackup.dev/domain/1"
 
 @dataclass(frozen=True)
 class MarkedDisk:
-    """A disk of the backup, its overlay (which need not be there), and whether the switch is its pivot."""
+    """A disk of the backup, its overlay (which may not exist), and whether the disk is being pivoted."""
 
     target: str
     overlay: str
@@ -25,7 +25,7 @@ class MarkedDisk:
 
 @dataclass(frozen=True)
 class Mark:
-    """Which backup holds the guest. `frozen`: its file systems too, or they alone."""
+    """Which backup holds the guest. `frozen`: its file systems are frozen, whether or not it is suspended."""
 
     uid: str
     frozen: bool = False
@@ -33,7 +33,7 @@ class Mark:
 
     @property
     def xml(self) -> str:
-        """The element that stands for it; libvirt adds the namespace."""
+        """The metadata element; libvirt adds the namespace."""
         held = Element("held", uid=self.uid, frozen=_yes(self.frozen))
         for disk in self.disks:
             SubElement(held, "disk", target=disk.target, overlay=disk.overlay, pivoting=_yes(disk.pivoting))
@@ -41,7 +41,7 @@ class Mark:
 
     @classmethod
     def of(cls, live_xml: str) -> Mark | None:
-        """That of a domain; None if it has none."""
+        """The mark of a domain; None if it has none."""
         held = fromstring(live_xml).find(f"metadata/{{{URI}}}held")
         if held is None:
             return None

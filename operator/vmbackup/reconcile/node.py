@@ -1,4 +1,4 @@
-"""What all backups of one node share."""
+"""The shared environment of all backups of one node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmbackup.reconcile.telling.listener import NodeMetrics, Reporter
 
 @dataclass(frozen=True)
 class Node:
-    """What all backups of a node share. `reporter_of` finds who is told of another backup than the one that runs."""
+    """The shared environment of all backups of a node. `reporter_of` finds the reporter of a backup not run here."""
 
     hypervisor: Hypervisor
     state_dir: Path

@@ -1,4 +1,4 @@
-"""What libvirt and the file system show of one domain at this moment, all of it under the same domain id."""
+"""One consistent observation of a domain: libvirt and the file system, under one domain id."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class View:
-    """An observation, and what decide() does not look at but people do: the block jobs, by target."""
+    """An observation, and the block jobs by target, which are for people: decide() does not use them."""
 
     seen: Observation
     jobs: dict[str, BlockJob]
@@ -47,7 +47,7 @@ class Observer:
     held: set[str] = field(default_factory=set[str])
 
     def observe(self, record: Record, *, doubt: bool) -> View:
-        """Look at everything that decide() needs. Raises TransientError while libvirtd is away, or all is in motion."""
+        """Observe everything that decide() needs. Raises TransientError while libvirtd is away or the state changes."""
         for _ in range(_ATTEMPTS):
             power, domain_id = self._power()
             view = self._look(record, power)
@@ -105,7 +105,7 @@ class Observer:
         path = Path(disk.overlay)
         try:
             file = qcow_state(path)
-        except VMBackupError:  # it is there and cannot be looked at: the worst is assumed, and nothing is unlinked
+        except VMBackupError:  # it cannot be inspected: assume the worst, so that nothing is unlinked
             return OverlayFile(locked=True, empty=False)
         if file is None:
             return None
@@ -119,7 +119,7 @@ class Observer:
         )
 
     def _migrated(self, record: Record) -> bool:
-        """What libvirtd has forgotten since, the journal says."""
+        """Whether it was migrated away. If libvirtd has restarted and does not know, the journal does."""
         known = self._if_defined(self.guest.was_migrated, otherwise=False)
         return record.copy_reason == Reason.DOMAIN_MIGRATED if known is None else known
 
@@ -149,7 +149,7 @@ class Observer:
             replace(
                 disk,
                 written=_named(record.disk(disk.target), written.get(disk.target)),
-                # Only QEMU's answer shows that it is alive, for a dead one holds no lock either.
+                # Only QEMU's answer shows that it is alive: a dead QEMU holds no lock either.
                 astray=disk.astray and _is_astray(record.disk(disk.target), disk),
             )
             for disk in seen.disks
@@ -170,35 +170,37 @@ def _image(disk: DiskRecord, found: chain.Disk | None) -> Image:
 
 
 def _base_changed(disk: DiskRecord) -> bool:
-    """Whether somebody has replaced, removed or truncated base: nobody writes it while there is an overlay."""
+    """Whether base was replaced, removed or truncated. Nothing may change it while there is an overlay."""
     if not disk.base_inode:
         return False
     try:
         status = Path(disk.base).stat()
     except FileNotFoundError:
         return True
-    except OSError:  # not to be seen at the moment, which says nothing about it
+    except OSError:  # it cannot be inspected now, which proves nothing
         return False
     return status.st_ino != disk.base_inode or status.st_size < disk.base_bytes
 
 
 def _is_astray(disk: DiskRecord, seen: DiskSeen) -> bool:
-    """Whether QEMU, while on, has another file open than the one that is base: its locks are not on that very file.
+    """Whether QEMU, while on, has another file open than base: then its locks are not on base.
 
     QEMU opens base by its name at the snapshot, at the start of a commit and at the pivot (measured on 7.2), and keeps
-    whatever file had the name at that moment.
+    the file that had the name at that moment.
     """
     if not disk.base_locked or seen.base_changed or seen.live not in (Image.BASE, Image.OVERLAY):
         return False
     writes = seen.live is Image.BASE or seen.job
     try:
         return not (has_writer if writes else is_locked)(Path(disk.base))
-    except VMBackupError:  # not to be seen at the moment, which says nothing about it
+    except VMBackupError:  # it cannot be inspected now, which proves nothing
         return False
 
 
 def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
-    """A commit to base is as good as ours, whoever started it; one below base, as any that base is in, is not."""
+    """A commit to base counts as ours, whoever started it. A commit to an image below base, or any other job that
+    involves base, is foreign.
+    """
     elsewhere = live is not None and live.mirror_to is not None and realpath(live.mirror_to) != realpath(base)
     ours = job is not None and job.kind == "active-commit" and not elsewhere and seen.live is not Image.BASE
     return replace(

@@ -1,9 +1,9 @@
-"""Room for overlays: what must be free before the snapshot, and when a copy is given up since it becomes scarce.
+"""Space for overlays: how much must be free before the snapshot, and when a copy is given up for lack of it.
 
-A guest whose overlay cannot grow is paused by QEMU in the middle of a write, so the backup gives way first. The rule is
-simple, since nobody knows how much a guest will write: the longer the copy takes, the more. So a twentieth of the bytes
-that have to be copied must be free, 64 MiB in any case (all that is asked for where the store clones), but never more
-than the disks can hold; disks that share a file system are added up, and so is the copy, where it goes there too.
+QEMU pauses a guest whose overlay cannot grow, so the backup gives up first. How much a guest will write is unknown; it
+grows with the duration of the copy. So a twentieth of the bytes to copy must be free, at least 64 MiB (all that a store
+that clones needs), at most the size of the disks. Disks that share a file system are added up. A copy that goes to the
+same file system is added too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from vmbackup.imaging.sizes import free_bytes
 from vmbackup.protocol.record import DiskRecord, Record
 from vmbackup.stores.base import Writes
 
-SHARE = 20  # one byte of so many that have to be copied
-FLOOR = 64 << 20  # bytes; below this an overlay would fill its file system almost at once
-_LOWEST, _HIGHEST = 16 << 20, 4 << 30  # bytes; the watermark is a quarter of what was free, but within these
-_FASTEST = 512 << 20  # bytes per second that a guest is thought to write
+SHARE = 20  # a twentieth of the bytes to copy
+FLOOR = 64 << 20  # bytes; with less an overlay fills its file system almost at once
+_LOWEST, _HIGHEST = 16 << 20, 4 << 30  # bytes; limits of the watermark, a quarter of what was free
+_FASTEST = 512 << 20  # bytes per second: the highest write rate assumed of a guest
 
 
 def with_room(disks: Sequence[DiskRecord], writes: Mapping[str, Writes]) -> tuple[DiskRecord, ...]:
-    """The disks, each knowing the bytes that are free for overlays. `writes`: what the store will write, by target.
+    """The disks with `room`, the bytes free for overlays. `writes`: the bytes that the store will write, by target.
 
-    Raises RefusedError naming the directory, what is free there, what is needed, and the cure.
+    Raises RefusedError with the directory, the free and the needed space, and the cure.
     """
     directories = {disk.target: Path(disk.overlay).parent for disk in disks}
     devices = {target: _device(directory) for target, directory in directories.items()}
@@ -48,14 +48,14 @@ def _checked(directory: Path, disks: Sequence[DiskRecord], writes: Mapping[str, 
         copy = f", and the copy takes {copied_here >> 20} MiB of it" if copied_here else ""
         raise RefusedError(
             f"{directory} has {free >> 20} MiB free{copy}; the overlays of {', '.join(disk.target for disk in disks)} "
-            f"need {max(1, needed >> 20)} MiB: free space there, or give --overlay-dir",
+            f"need {max(1, needed >> 20)} MiB: free space there, or set --overlay-dir",
             reason="NoRoomForOverlay",
         )
     return free - copied_here
 
 
 def low(record: Record) -> str:
-    """Why the copy is to be given up: an overlay's file system has less left than its watermark. Empty if none has."""
+    """Why the copy must be given up: the file system of an overlay is below its watermark. Empty if none is."""
     for disk in record.disks:
         directory = Path(disk.overlay).parent
         try:
@@ -65,18 +65,18 @@ def low(record: Record) -> str:
         if free < watermark(disk.room):
             return (
                 f"the copy was given up: {directory} has only {free >> 20} MiB left, and the guest needs them for the "
-                f"overlay of {disk.target}: free space there, or give --overlay-dir"
+                f"overlay of {disk.target}: free space there, or set --overlay-dir"
             )
     return ""
 
 
 def watermark(room: int) -> int:
-    """Bytes below which what is left of `room` belongs to the guest alone. 0 for an overlay that was not planned."""
+    """The free bytes below which the copy is given up. 0 for an overlay that was not planned."""
     return min(max(room // 4, _LOWEST), _HIGHEST, room // 2)
 
 
 def patience(record: Record) -> float:
-    """Seconds in which no guest uses up what is left below the watermark: so often it is looked at."""
+    """Seconds between two checks: no guest can use up the space below the watermark in that time."""
     least = min((watermark(disk.room) for disk in record.disks), default=0)
     return min(1.0, max(0.1, least / _FASTEST))
 

@@ -84,8 +84,8 @@ class Planner:
         overlay = chain.overlay_path(disk, uid[:8], str(self.overlay_dir) if self.overlay_dir else None)
         if os.path.lexists(overlay):
             raise RefusedError(
-                f"disk {disk.target}: {overlay} exists already though nothing here made it: find out what it is, and "
-                "move it away",
+                f"disk {disk.target}: {overlay} already exists and was not created by this backup: find out what it "
+                "is, and move it away",
                 reason="OverlayExists",
             )
         info = image.info(Path(base), disk.format)
@@ -112,20 +112,20 @@ class Planner:
         for path in paths:
             if roots and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
                 raise RefusedError(
-                    f"disk {target}: {path} is not in {', '.join(map(str, roots))}: move it there, or have the "
-                    "agent's --image-roots name its directory",
+                    f"disk {target}: {path} is not in {', '.join(map(str, roots))}: move it there, or add "
+                    "its directory to the agent's --image-roots",
                     reason="ImageOutsideRoots",
                 )
             if roots and (names := _names(path)) > 1:
                 raise RefusedError(
-                    f"disk {target}: {path} has {names} names (hard links), and the others may be outside of "
-                    f"{', '.join(map(str, roots))}: give the guest a copy of its own (cp --reflink=auto)",
+                    f"disk {target}: {path} has {names} names (hard links), and some may be outside of "
+                    f"{', '.join(map(str, roots))}: use a separate copy (cp --reflink=auto)",
                     reason="ImageOutsideRoots",
                 )
 
 
 def _names(path: str) -> int:
-    """How many names a file has; 1 for what is no file."""
+    """The number of hard links of a file; 1 for anything that is not a regular file."""
     with errors_of(path):
         found = Path(path).stat()
     return found.st_nlink if stat.S_ISREG(found.st_mode) else 1
@@ -151,7 +151,7 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
     try:
         live, persistent = guest.live_xml(), guest.persistent_xml()
     except PermanentError as error:
-        if error.reason != Cause.DOMAIN_NOT_FOUND:  # it went away meanwhile
+        if error.reason != Cause.DOMAIN_NOT_FOUND:  # it was removed meanwhile
             raise
         return []
     for text in filter(None, (live, persistent)):
@@ -164,15 +164,15 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
 
 
 def _refuse_shared(guest: Guest, chosen: Sequence[chain.Disk], uses: Iterable[ImageUse]) -> None:
-    """A base that anything else builds on or uses would be changed under it by the commit."""
+    """Refuse a base that another disk uses or builds on: the commit would change it there too."""
     bases = {os.path.realpath(disk.source or ""): disk.target for disk in chosen}
     for use in uses:
         mine = use.domain_uuid == guest.uuid
-        target = bases.get(os.path.realpath(use.path))  # one image has many names: links, and ../ in backing files
+        target = bases.get(os.path.realpath(use.path))  # an image can have many names: links, ../ in backing files
         if target is not None and not (mine and target == use.target):
             user = f"disk {use.target} of this domain" if mine else f"disk {use.target} of domain {use.domain}"
             raise RefusedError(
-                f"disk {target}: {use.path} is used by {user} too: give each its own image",
+                f"disk {target}: {use.path} is also used by {user}: use a separate image for each",
                 reason="BaseInUse",
             )
 
@@ -181,7 +181,7 @@ def _refuse_unwritable(disks: Sequence[DiskRecord]) -> None:
     for directory in {Path(disk.overlay).parent for disk in disks}:
         if not os.access(directory, os.W_OK):
             raise RefusedError(
-                f"overlays would go to {directory}, which cannot be written: correct that, or give --overlay-dir",
+                f"the overlay directory {directory} is not writable: correct that, or set --overlay-dir",
                 reason="OverlayDirectoryNotWritable",
             )
 
@@ -189,7 +189,7 @@ def _refuse_unwritable(disks: Sequence[DiskRecord]) -> None:
 def choose(
     disks: Sequence[chain.Disk], wanted: Sequence[str]
 ) -> tuple[tuple[chain.Disk, ...], tuple[tuple[str, str], ...]]:
-    """The disks to back up, and the others with the reason why not. Raises RefusedError."""
+    """The disks to back up, and the others with the reason. Raises RefusedError."""
     known = {disk.target: disk for disk in disks}
     for target in wanted:
         if target not in known:
@@ -204,7 +204,7 @@ def choose(
     chosen: list[chain.Disk] = []
     skipped: list[tuple[str, str]] = []
     for disk in disks:
-        why = "not among spec.disks" if wanted and disk.target not in wanted else chain.ineligible(disk)
+        why = "not listed in spec.disks" if wanted and disk.target not in wanted else chain.ineligible(disk)
         if why:
             skipped.append((disk.target, why))
         else:
@@ -223,6 +223,6 @@ def not_running(name: str) -> RefusedError:
 
 
 def source_of(disk: DiskRecord) -> DiskSource:
-    """What of a disk is copied."""
+    """The images of a disk that are copied."""
     images = ((disk.base, disk.format), *disk.backing)
     return DiskSource(disk.target, tuple(SourceImage(path, format) for path, format in images), disk.virtual_bytes)

@@ -1,4 +1,4 @@
-"""What a backup of each domain would do, and what stands in its way: the admission of plan.py without the backup."""
+"""`vmbackup check`: what a backup of each domain would do and what prevents it, by the rules of plan.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Verdict(StrEnum):
     BACKED_UP = "BackedUp"
     LEFT_OUT = "LeftOut"
     REFUSED = "Refused"
-    ON_OVERLAY = "OnOverlay"  # an earlier backup's, which goes home first
+    ON_OVERLAY = "OnOverlay"  # of an earlier backup; it is merged first
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class DiskSurvey:
-    """One disk. `message` says why it is left out or refused, or what else there is to know."""
+    """One disk. `message` says why it is left out or refused, or is a remark."""
 
     target: str
     image: str
@@ -54,7 +54,7 @@ class DiskSurvey:
 
 @dataclass(frozen=True)
 class DomainSurvey:
-    """One domain. `guest_agent` is the state of its channel, None without one; `notes` are worth knowing."""
+    """One domain. `guest_agent` is the state of its channel, None without one. `notes` are remarks."""
 
     name: str
     uuid: str
@@ -67,14 +67,14 @@ class DomainSurvey:
 
 
 def survey(planner: Planner, guests: Iterable[Guest], records: Sequence[Record]) -> Iterator[DomainSurvey]:
-    """Look at these domains, changing nothing. `records`: of all backups that have a journal here."""
+    """Inspect these domains; changes nothing. `records`: of all backups that have a journal here."""
     uses = image_uses(planner.hypervisor.guests())
     for guest in guests:
         mine = [record for record in records if record.domain_uuid == guest.uuid]
         try:
             yield _survey(planner, guest, mine, uses)
         except PermanentError as error:
-            if error.reason != Cause.DOMAIN_NOT_FOUND:  # it went away meanwhile
+            if error.reason != Cause.DOMAIN_NOT_FOUND:  # it was removed meanwhile
                 raise
 
 
@@ -148,27 +148,27 @@ def _disk(
 
 
 def _copied_whole(disk: DiskRecord) -> Writes:
-    """What a store that cannot clone has to copy: which store it will be is not known here."""
+    """The bytes for a store that cannot clone: which store it will be is unknown here."""
     return Writes(sum(allocated_bytes(Path(image.path)) for image in source_of(disk).chain))
 
 
 def _overlay_notes(left: Mapping[str, str], records: Sequence[Record]) -> Iterator[str]:
-    """Whose overlays those are, and how they come home."""
+    """The backups of these overlays, and how they are merged."""
     for record in records:
         targets = [disk.target for disk in record.disks if left.get(disk.target) == disk.overlay]
         if not targets:
             continue
-        cure = "its next retry, or the next backup of this domain, brings them home"
+        cure = "its next retry, or the next backup of this domain, merges them"
         if not record.finished:
-            cure = "it is running, or goes on when it is run again"
+            cure = "it is still running, or continues when it is run again"
         yield f"{', '.join(targets)}: overlays of the backup {record.full_name}: {cure}"
     known = {disk.overlay for record in records for disk in record.disks}
     if unknown := [target for target, overlay in left.items() if overlay not in known]:
-        yield f"{', '.join(unknown)}: overlays whose journal is not here: the next backup brings them home first"
+        yield f"{', '.join(unknown)}: overlays without a journal on this host: the next backup merges them first"
 
 
 def _stray_notes(disks: Iterable[chain.Disk], left: Mapping[str, str], overlay_dir: Path | None) -> Iterator[str]:
-    """Overlays that lie about, which no disk uses and no journal knows."""
+    """Overlay files that no disk uses and no journal knows."""
     for disk in disks:
         if disk.kind != "file" or not disk.source or disk.target in left:
             continue
@@ -182,20 +182,20 @@ def _stray_notes(disks: Iterable[chain.Disk], left: Mapping[str, str], overlay_d
 def _job_notes(disks: Iterable[chain.Disk]) -> Iterator[str]:
     for disk in disks:
         if disk.foreign_job:
-            yield f"{disk.target}: another block job is running on it: a backup waits for its end"
+            yield f"{disk.target}: another block job is running on it: a backup waits until it ends"
 
 
 def _config_notes(guest: Guest, persistent: str | None, planner: Planner) -> Iterator[str]:
-    """What protects the switches of images from a power cut."""
+    """Gaps in the protection against a power cut while disks change their images."""
     if persistent is None:
         yield (
-            "transient: nothing protects it from a power cut during a backup, and if it stops meanwhile its overlay "
-            "is quarantined"
+            "transient: a power cut during a backup is not covered, and if the domain stops meanwhile, its "
+            "overlay is quarantined"
         )
     elif not os.access(file := planner.hypervisor.config_dir / f"{guest.name}.xml", os.R_OK):
         yield (
-            f"{file} cannot be read, so it cannot be proven that a power cut during a backup finds the right image: "
-            "give --libvirt-config-dir, or the permission"
+            f"{file} cannot be read, so the agent cannot verify that a power cut during a backup leaves the right "
+            "image in the definition: set --libvirt-config-dir, or grant the permission"
         )
 
 
@@ -203,4 +203,4 @@ def _agent_notes(state: Power, agent: str | None) -> Iterator[str]:
     if state is Power.OFF or agent == "connected":
         return
     why = "no guest agent channel" if agent is None else "its guest agent is not connected"
-    yield f"{why}: the snapshot is like after a power cut, and quiesce: Require is refused"
+    yield f"{why}: the snapshot will be crash-consistent; quiesce: Require would be refused"
