@@ -418,3 +418,39 @@ class TestList:
             store.verify(backup, "vdc.raw", CONTROL)
         with pytest.raises(PermanentError, match=r"vdc\.raw"):
             store.fetch(backup, "vdc.raw", tmp_path / "fetched", CONTROL)
+
+
+class TestEveryFileIsLookedAt:
+    """FAULTS 1: what was taken may be gone by the time at which it is published."""
+
+    @pytest.mark.fault(1)
+    @pytest.mark.parametrize("harm", ["removed", "cut", "a link"])
+    def test_nothing_is_published_that_names_a_file_which_is_not_there_as_it_was_taken(
+        self, root: Path, store: Store, guest: GuestImages, harm: str
+    ) -> None:
+        taken = take_all(store, guest)
+        (partial,) = root.glob("*/.*.partial")
+        for file in {image.file for disk in taken for image in disk.images}:
+            path, kept = partial / file, partial.parent / "kept"
+            path.rename(kept)
+            if harm == "cut":
+                path.write_bytes(kept.read_bytes()[:-512])
+            elif harm == "a link":
+                path.symlink_to(kept)
+            with pytest.raises(PermanentError, match=re.escape(file)):
+                store.publish(KEY, taken, FACTS, CONTROL)
+            assert not store.list()
+            kept.replace(path)
+        assert store.publish(KEY, taken, FACTS, CONTROL).location
+
+    @pytest.mark.fault(1)
+    def test_a_store_that_is_unmounted_between_two_disks_is_no_backup_of_the_second(
+        self, root: Path, store: Store, guest: GuestImages
+    ) -> None:
+        first = store.take(KEY, guest.disks[0], CONTROL)
+        root.rename(root.with_name("the file system that was mounted here"))
+        root.mkdir()
+        taken = (first, *(store.take(KEY, disk, CONTROL) for disk in guest.disks[1:]))
+        with pytest.raises(PermanentError, match=re.escape(first.images[0].file)):
+            store.publish(KEY, taken, FACTS, CONTROL)
+        assert not store.list()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -112,6 +113,7 @@ class DirectoryStore:
             if not os.path.lexists(here.final):
                 with opened_folder(here.namespace, here.partial.name) as partial:
                     complete = _with_digests(partial, here.notes, taken, control)
+                    _look_at_every_image(partial, complete)
                     _describe(partial, key, complete, facts)
                     with errors_of(here.final):
                         fsync_folder(partial)
@@ -268,6 +270,21 @@ def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], contro
         notes.write(noted, complete)
         done += size
     return complete
+
+
+def _look_at_every_image(partial: Path, taken: Iterable[TakenDisk]) -> None:
+    """The manifest names no file that is not there, whole and ours: a mount or another tool may have taken it away."""
+    for image in {image.file: image for disk in taken for image in disk.images}.values():
+        path = partial / image.file
+        with errors_of(path), suppress(FileNotFoundError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size == image.bytes:
+                continue
+        raise PermanentError(
+            f"{name_of(path)} is not there as it was copied, with {image.bytes} bytes: check that the store is mounted "
+            "and that no other tool works in it, then create a new backup",
+            reason="StoreLostFile",
+        )
 
 
 def _with_digest(disk: TakenDisk, file: str, digest: str) -> TakenDisk:
