@@ -9,7 +9,7 @@ from time import perf_counter
 from tests.model.agent import Agent
 from tests.model.environment import background_steps, fault_steps, free_steps, guest_writes
 from tests.model.invariants import Invariants
-from tests.model.libvirt import block_job_steps, call_fails, call_steps, libvirtd_steps
+from tests.model.libvirt import base_swapped, block_job_steps, call_fails, call_steps, libvirtd_steps
 from tests.model.search import WRITES, Search, fingerprint
 from tests.model.trace import trace
 from tests.model.user import user_steps
@@ -75,6 +75,8 @@ class Checker:
             yield from self.agent.faults(world)
             if world.call and world.libvirtd:
                 yield from call_fails(world)
+                if self.setting.swaps:
+                    yield from base_swapped(world)
 
     def progress(self, world: World) -> Iterator[Step]:
         """What happens if there are no more faults, and guest and user do nothing."""

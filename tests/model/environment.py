@@ -41,6 +41,8 @@ def guest_writes(world: World) -> Iterator[Step]:
                     yield Step("QEMU pauses the guest: no space for its overlay", world._replace(guest="io-error"))
                     continue
                 written = {"overlay": (*disk.overlay[:n], NEWEST, *disk.overlay[n + 1 :]), "unwritten": False}
+            elif disk.astray:
+                continue  # to the other file: what is lost there no agent can bring back, and nobody counts on here
             elif disk.writes == "B":
                 written = {"base": (*disk.base[:n], NEWEST, *disk.base[n + 1 :])}
             else:

@@ -29,7 +29,8 @@ class Invariants:
         decided = after.plan[1].it.do if before.plan is None and after.plan else None
         if decided in SWITCHING and before.migrating:
             return "MIGRATION a switch of images goes on meanwhile"
-        alone = not self.setting.residual and not before.edited and not any(map(others, before.disks))
+        disturbed = any(others(disk) or disk.astray or disk.kept for disk in before.disks)
+        alone = not self.setting.residual and not before.edited and not disturbed
         newly = decided is Do.QUARANTINE and not before.record.it.quarantined
         if newly and alone and all(d.writes == d.live for d in before.disks):
             return "ALARM quarantine, though libvirt and QEMU agree"
@@ -37,6 +38,8 @@ class Invariants:
             return what
         if after.vmbackup == "released" and before.vmbackup != "released":
             return self._violated_by_release(before)
+        if what := _violated_while_astray(before, after):
+            return what
         taken = after.record is not before.record and _taken(after) and not _taken(before)
         if taken and any(d.copied != d.snapshot for d in before.disks):
             return "I2 the copy is not the content at the snapshot"
@@ -111,7 +114,23 @@ def _violated_by_unlink(before: World, after: World) -> str:
     return ""
 
 
+def _violated_while_astray(before: World, after: World) -> str:
+    """FAULTS 51: L, P and T agree by name, and yet QEMU writes another file."""
+    if after.record is before.record or not any(disk.astray for disk in after.disks) or after.guest == "off":
+        return ""
+    was, now = before.record.it, after.record.it
+    if was.quarantined and not now.quarantined:
+        return "ASTRAY the quarantine is lifted, and QEMU writes another file than base"
+    if now.finished and not was.finished and not now.quarantined:
+        return "ASTRAY the backup is called finished, and QEMU writes another file than base"
+    return ""
+
+
 def _unlinked(disk: Disk, before: World, after: World) -> str:
+    if disk.astray and after.guest != "off":
+        return "I3 unlink of an overlay, and QEMU writes another file than base"
+    if disk.kept:
+        return "I3 unlink of an overlay that holds a snapshot of the user"
     if disk.below == "O" and "X" in (disk.writes, disk.live, disk.persistent):
         return "I3 unlink of an overlay that another image stands on"
     if disk.writes == "O" and after.guest != "off":

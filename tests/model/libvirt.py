@@ -16,6 +16,7 @@ from vmbackup.protocol.terms import Action, Do
 LETTER = {Image.BASE: "B", Image.OVERLAY: "O"}
 SNAPSHOT_WAITS_FOR_QEMU = (1, 2)  # its steps during which libvirtd unlinks its overlays if QEMU dies (V2)
 SAVES_CONFIG = 3
+OPENS_BASE = ((Do.SNAPSHOT, 1), (Do.COMMIT, 1), (Do.PIVOT, 0))  # by its name, in these steps of the calls
 GUEST_AGENT_CALLS = (Do.FREEZE, Do.THAW)  # an unknown outcome is a failure: nothing of the chain hangs on it
 
 
@@ -37,6 +38,22 @@ def call_steps(world: World) -> Iterator[Step]:
         yield _redefine(world, action)
     else:
         yield _guest_call(world, action.do)
+
+
+def base_swapped(world: World) -> Iterator[Step]:
+    """The name of base leads to another file for the moment in which QEMU opens it (replayed, on 7.2).
+
+    That is at the snapshot, at the start of a commit and at the pivot. QEMU keeps the file that it has opened.
+    """
+    assert world.call
+    action, step = world.call[0].it, world.call[1]
+    if (action.do, step) not in OPENS_BASE or not on(world):
+        return
+    for after in call_steps(world):
+        opened = range(len(world.disks)) if action.do is Do.SNAPSHOT else [index_of(action)]
+        for index in opened:
+            label = named(f"FAULT: {after.label}, as base's name leads to another file", world, index)
+            yield Step(label, put(after.world, index, astray=True), Kind.FAULT)
 
 
 def call_fails(world: World) -> Iterator[Step]:
@@ -130,7 +147,9 @@ def _commit(world: World, index: int, step: int) -> Step:
             return Step(named("libvirt refuses the commit", world, index), answer(world, "error"))
         return Step(named("libvirt registers the job", world, index), _next(put(world, index, known=True), 1))
     if step == 1:
-        return Step(named("QEMU starts the job", world, index), _next(put(world, index, job="copying"), 2))
+        return Step(
+            named("QEMU starts the job", world, index), _next(put(world, index, job="copying", astray=False), 2)
+        )
     return Step(named("libvirt saves <mirror>", world, index), answer(put(world, index, mirror="pending"), "ok"))
 
 
@@ -140,7 +159,8 @@ def _pivot(world: World, index: int, step: int) -> Step:
     if step == 0:
         if not on(world) or not disk.known or disk.job != "ready":
             return Step(named("libvirt refuses the pivot", world, index), answer(world, "error"))
-        after = put(world, index, base=content(disk, "O"), writes="B", job="concluded")
+        base = disk.base if disk.astray else content(disk, "O")
+        after = put(world, index, base=base, writes="B", job="concluded", astray=False)
         return Step(named("QEMU pivots to base", world, index), _next(after, 1))
     if step == 1:
         return Step(named("libvirt dismisses the job", world, index), _next(put(world, index, job="-"), 2))
@@ -170,7 +190,7 @@ def _saving_fails(world: World, action: Action) -> Step:
 
 def qemu_gone(world: World) -> World:
     """QEMU has ended. A libvirtd that waits for the snapshot's answer unlinks the overlays it created (source; V2)."""
-    after = put_all(world, writes="-", job="-", live="-", mirror="-", known=False, locked=False)
+    after = put_all(world, writes="-", job="-", live="-", mirror="-", known=False, locked=False, astray=False)
     after = after._replace(guest="off", frozen=False, migrating=False)
     if not world.call or world.call[0].it.do is Do.REDEFINE:
         return after
@@ -232,7 +252,7 @@ def block_job_steps(world: World) -> Iterator[Step]:
         if disk.job in ("-", "foreign"):
             continue
         if disk.job != "concluded" and disk.writes == "O":
-            lag = lagging(disk)
+            lag = None if disk.astray else lagging(disk)  # astray, the job writes to the other file
             if lag is not None:
                 assert disk.overlay
                 base = (*disk.base[:lag], disk.overlay[lag], *disk.base[lag + 1 :])

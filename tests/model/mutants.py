@@ -149,6 +149,15 @@ def _take_it_for_ours(s: Situation) -> Action | None:
     return Action(Do.RECORD_SNAPSHOT) if s.on_overlay and s.record.snapshot is Snapshot.NONE else None
 
 
+# ---------------------------------------------------------------------------------------------- FAULTS 5 and 51
+def _never(_: Situation) -> Action | None:
+    return None
+
+
+def _by_name(disk: Case) -> bool:
+    return situation.consistent(replace(disk, seen=replace(disk.seen, astray=False)))
+
+
 SMALL = Setting(faults=1, writes=1)
 MUTANTS = (
     Mutant(
@@ -251,6 +260,24 @@ MUTANTS = (
         "what libvirt is busy with does not count",
         ((clock, "may_be_in_flight", _never_busy),),
         Setting(faults=1, writes=1, clock=True),
+    ),
+    Mutant(
+        "identity",
+        "the file that QEMU writes is compared by name alone",
+        (_instead("RULES_ON", situation.spare_astray_base, _never),),
+        Setting(faults=1, writes=0, swaps=True),
+    ),
+    Mutant(
+        "identity",
+        "a quarantine is lifted where L, P and T agree by name",
+        ((rules_on, "consistent", _by_name),),
+        Setting(faults=1, writes=0, swaps=True),
+    ),
+    Mutant(
+        "identity",
+        "an overlay that holds a snapshot of the user is merged and removed",
+        ((Case, "holds_snapshot", property(lambda _: False)),),
+        Setting(faults=1, writes=0, snapshots=True),
     ),
     Mutant(
         "I5",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tests.model import merging
 from tests.model.libvirt import lagging
-from tests.model.world import Disk, World
+from tests.model.world import Disk, World, on
 from vmbackup.protocol.record import Image, Record
 from vmbackup.protocol.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
 
@@ -35,6 +35,8 @@ class DiskView(NamedTuple):
     at_end: bool
     foreign: bool
     writes: str  # seen only when QEMU is asked
+    astray: bool
+    kept: bool
 
 
 class View(NamedTuple):
@@ -51,11 +53,12 @@ class View(NamedTuple):
 
 def look(world: World, *, in_flight: bool) -> View:
     """Observe the world as it is now."""
-    disks = tuple([_look(disk) for disk in world.disks])
+    disks = tuple([_look(disk, world) for disk in world.disks])
     return View(world.guest, in_flight, world.deaf, world.config_failing, world.room_low, world.migrating, disks)
 
 
-def _look(disk: Disk) -> DiskView:
+def _look(disk: Disk, world: World) -> DiskView:
+    reads_itself = world.copying and disk.writes == "O" and disk.job == "-"  # its own lock is on base: nothing is told
     at_end = disk.known and disk.job in ("copying", "ready") and disk.writes == "O" and lagging(disk) is None
     return DiskView(
         disk.live,
@@ -68,6 +71,8 @@ def _look(disk: Disk) -> DiskView:
         at_end,
         disk.job == "foreign",
         disk.writes,
+        disk.astray and not reads_itself and on(world),
+        disk.kept,
     )
 
 
@@ -93,6 +98,7 @@ def observation(record: Record, view: View, *, truth: bool, late: bool) -> Obser
             overdue=late and disk.known and disk.mirror != "ready",
             foreign_job=disk.foreign,
             written=IMAGE.get(disk.writes) if truth else None,
+            astray=disk.astray and disk.live in ("B", "O"),
         )
         for n, disk in enumerate(view.disks)
     )
@@ -111,4 +117,10 @@ def _overlay_file(record: Record, n: int, disk: DiskView) -> OverlayFile | None:
     if disk.file == "-":
         return None
     merged = disk.unwritten and bool(record.disks[n].merged)
-    return OverlayFile(locked=disk.file == "locked", empty=disk.file == "empty", merged=merged, held=disk.held)
+    return OverlayFile(
+        locked=disk.file == "locked",
+        empty=disk.file == "empty" and not disk.kept,
+        merged=merged,
+        held=disk.held,
+        holds_snapshot=disk.kept,
+    )

@@ -23,6 +23,11 @@ SETTINGS = (
     Setting(disks=1, faults=1, writes=2, room=True),
     Setting(disks=1, faults=2, writes=1, stall=True),
     Setting(disks=1, faults=2, writes=1, cancel=True),
+    Setting(disks=1, faults=2, writes=1, swaps=True),
+    Setting(disks=2, faults=1, writes=1, swaps=True),
+    Setting(disks=1, faults=2, writes=1, snapshots=True),
+    Setting(disks=2, faults=1, writes=1, snapshots=True),
+    Setting(disks=1, faults=2, writes=1, snapshots=True, offline=True),
 )
 
 LARGE = (
@@ -41,6 +46,8 @@ LARGE = (
     Setting(disks=2, faults=2, writes=1, offline=True, room=True),
     Setting(disks=2, faults=2, writes=1, stall=True),
     Setting(disks=2, faults=2, writes=1, cancel=True),
+    Setting(disks=2, faults=2, writes=1, swaps=True),
+    Setting(disks=2, faults=2, writes=1, snapshots=True),
     Setting(disks=1, faults=2, writes=1, orphan=True, quiesce=True, offline=True, cancel=True),
     Setting(
         disks=1, faults=3, writes=2, foreign=True, migration=True, pauses=True, clock=True, offline=True, room=True

@@ -31,6 +31,8 @@ def user_faults(world: World, setting: Setting) -> Iterator[Step]:
         yield from _takes_a_snapshot(world)
     if setting.edits:
         yield from _edits(world)
+    if setting.snapshots:
+        yield from _takes_an_internal_snapshot(world)
     record = world.record.it
     if setting.pauses and world.guest == "running" and (record.guard is Guard.NONE or record.quarantined):
         yield _does("pauses the guest", world._replace(guest="paused"))
@@ -43,6 +45,8 @@ def user_steps(world: World, idle: Callable[[], bool]) -> Iterator[Step]:
     for index, disk in enumerate(world.disks):
         if disk.job == "foreign":
             yield Step(named("user's block job ends", world, index), put(world, index, job="-"))
+        if disk.kept and world.guest != "away" and world.libvirtd and world.agent and idle():
+            yield Step(named("user deletes his snapshot", world, index), put(world, index, kept=False))
     if world.migrating and on(world):
         yield Step("user's migration fails", world._replace(migrating=False))
         if world.frozen or world.guest == "suspended" or world.call or (world.agent and not idle()):
@@ -92,6 +96,14 @@ def _takes_a_snapshot(world: World) -> Iterator[Step]:
             changes = {"live": "X", "writes": "X", "persistent": "X", "durable": "X", "locked": False}
             after = put(world, index, below=disk.live, **changes)
             yield _does(named("takes a snapshot of his own", world, index), after)
+
+
+def _takes_an_internal_snapshot(world: World) -> Iterator[Step]:
+    """Inside our overlay: libvirt refuses it during a block job."""
+    for index, disk in enumerate(world.disks):
+        free = disk.job == "-" and not disk.known and not world.migrating
+        if on(world) and free and disk.writes == disk.live == "O" and not disk.kept:
+            yield _does(named("takes an internal snapshot", world, index), put(world, index, kept=True))
 
 
 def _edits(world: World) -> Iterator[Step]:

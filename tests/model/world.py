@@ -49,6 +49,8 @@ class Disk(NamedTuple):
     below: str = "-"  # what X stands on
     merge: str = "-"  # with `offline`: where merging it stands, see merging.py
     unwritten: bool = False  # the overlay's file is as it was when it was found to hold nothing new
+    astray: bool = False  # QEMU has another file open than the one that is base: the name led there as it opened it
+    kept: bool = False  # the overlay holds a snapshot of the user
 
 
 class World(NamedTuple):
@@ -118,6 +120,8 @@ class Setting:
     clock: bool = False  # the barrier (R4) sees the time, not the call; and libvirtd may be stopped for a while
     cancel: bool = False  # users cancel the backup
     stall: bool = False  # stallPolicy: Pause, and every commit is late at once
+    swaps: bool = False  # the name of base leads to another file, just as QEMU opens it
+    snapshots: bool = False  # users take internal snapshots, and delete them again
     residual: str = ""  # which part of assumption A is lifted: resume, reboot, journal, window (see residual.py)
     limit: int | None = None  # commit.backoffLimit; None: no limit
 
