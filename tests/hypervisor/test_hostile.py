@@ -177,3 +177,15 @@ def test_uefi_variables_that_lead_to_a_secret_are_not_read_and_the_guest_stays_a
     assert guest.live().source == guest.persistent().source == guest.bases["vda"]
     assert guest.guest.state()[0] is Power.PAUSED  # as it was before
     assert not any(b"secret" in file.read_bytes() for file in tmp_path.rglob("*.nvram"))
+
+
+@pytest.mark.fault(10)
+def test_a_guest_cannot_forbid_the_backup_of_another_by_what_it_writes_into_its_raw_disk(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
+    victim = domain({"vda": "qcow2"}, size="16M")
+    other = domain({"vda": "raw"}, start=False, size="16M")
+    evil = other.directory / "evil.qcow2"
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", victim.bases["vda"], "-F", "qcow2", str(evil), "16M")
+    Path(other.bases["vda"]).write_bytes(evil.read_bytes())
+    assert backup(victim.name).end().outcome is Outcome.SUCCEEDED

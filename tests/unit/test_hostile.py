@@ -144,6 +144,15 @@ class TestHeaders:
         assert tracemalloc.get_traced_memory()[1] < MIB
         tracemalloc.stop()
 
+    @pytest.mark.fault(10)
+    def test_a_header_that_a_guest_has_written_into_a_raw_template_is_not_followed(self, tmp_path: Path, secret: Path):
+        template = raw(tmp_path / "template.raw", qcow2(tmp_path / "evil.qcow2", backing=secret).read_bytes())
+        above = tmp_path / "above.qcow2"
+        run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", str(template), "-F", "raw", str(above), "1M")
+        assert images_below(above) == [str(template)]
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", str(template), "-F", "qcow2", str(above))
+        assert images_below(above) == [str(template), str(secret)]
+
     def test_a_header_that_names_a_fifo_a_device_or_itself_keeps_nobody_waiting(self, tmp_path: Path) -> None:
         fifo, itself = tmp_path / "fifo", tmp_path / "itself.qcow2"
         os.mkfifo(fifo)

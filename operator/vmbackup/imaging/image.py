@@ -34,6 +34,9 @@ _QCOW2_V3 = struct.Struct(">4sI16xQ40xQ20xI")
 _QCOW2_EXTENSION = struct.Struct(">II")
 _HAS_DATA_FILE = 1 << 2
 _DATA_FILE_NAME = 0x44415441
+_BACKING_FORMAT = 0xE2792ACA
+_END_OF_EXTENSIONS = 0
+_V2_BYTES = 72  # of a header of version 2
 _LONGEST_EXTENSIONS = 64 << 10
 _LONGEST_NAME = 1023  # bytes of a backing file's name, as QEMU has it
 _LONGEST_L1 = 32 << 20  # bytes, likewise (block/qcow2.h, QCOW_MAX_L1_SIZE)
@@ -141,44 +144,57 @@ def _with_data_file(path: Path) -> ImageInfo | None:
         _, version, virtual_bytes, features, length = _QCOW2_V3.unpack(header)
         if version < 3 or not features & _HAS_DATA_FILE:
             return None
-        file.seek(length)
-        extensions = file.read(_LONGEST_EXTENSIONS)
-    name = "of no name"
-    while len(extensions) >= _QCOW2_EXTENSION.size:
-        kind, size = _QCOW2_EXTENSION.unpack_from(extensions)
-        if kind == _DATA_FILE_NAME:
-            name = os.fsdecode(extensions[_QCOW2_EXTENSION.size :][:size])
-            break
-        extensions = extensions[_QCOW2_EXTENSION.size + (size + 7) // 8 * 8 :]
+        name = _extension(file, length, _DATA_FILE_NAME) or "of no name"
     return ImageInfo("qcow2", virtual_bytes, 0, None, None, name, encrypted=False)
 
 
-def images_below(path: Path) -> list[str]:
-    """The backing images of an image, nearest first, as far as qcow2 headers name files.
+def _extension(file: BinaryIO, header_bytes: int, wanted: int) -> str:
+    """The text of one header extension of a qcow2; empty if it has none. Raises OSError, ValueError."""
+    file.seek(header_bytes)
+    extensions = file.read(_LONGEST_EXTENSIONS)
+    while len(extensions) >= _QCOW2_EXTENSION.size:
+        kind, size = _QCOW2_EXTENSION.unpack_from(extensions)
+        if kind in (wanted, _END_OF_EXTENSIONS):
+            return os.fsdecode(extensions[_QCOW2_EXTENSION.size :][:size])
+        extensions = extensions[_QCOW2_EXTENSION.size + (size + 7) // 8 * 8 :]
+    return ""
 
-    Read without qemu-img, because it may be called for every image of a host. An unreadable image has none.
+
+def images_below(path: Path) -> list[str]:
+    """The backing images of an image that is declared qcow2, nearest first, as far as qcow2 headers name files.
+
+    A backing image is looked into only if the header above it declares qcow2: a guest may have written the header of
+    any image into its raw disk. Read without qemu-img, because it may be called for every image of a host. An
+    unreadable image has none.
     """
     below: list[str] = []
-    while (backing := _backing_file(path)) and backing not in below:
-        below.append(backing)
-        path = Path(backing)
+    while (backing := _backing_file(path)) and backing[0] not in below:
+        below.append(backing[0])
+        if backing[1] != "qcow2":
+            break
+        path = Path(backing[0])
     return below
 
 
-def _backing_file(path: Path) -> str | None:
+def _backing_file(path: Path) -> tuple[str, str] | None:
+    """Path and declared format of the backing file; None if there is none."""
     try:
         with os.fdopen(open_trusted(path), "rb") as file:
             header = file.read(_QCOW2_HEADER.size)
             if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
                 return None
-            _, _, offset, length, *_ = _QCOW2_HEADER.unpack(header)
+            _, version, offset, length, *_ = _QCOW2_HEADER.unpack(header)
             if not offset or length > _LONGEST_NAME:
                 return None
             file.seek(offset)
             name = os.fsdecode(file.read(length))
+            file.seek(0)
+            whole = file.read(_QCOW2_V3.size)
+            header_bytes = _QCOW2_V3.unpack(whole)[-1] if version > 2 and len(whole) == _QCOW2_V3.size else _V2_BYTES
+            declared = _extension(file, header_bytes, _BACKING_FORMAT)
     except (OSError, ValueError):  # an image may hold anything, also offsets beyond every file
         return None
-    return str(path.parent / name) if name and "\0" not in name else None
+    return (str(path.parent / name), declared) if name and "\0" not in name else None
 
 
 def rebase(path: Path, backing: str, backing_format: str) -> None:

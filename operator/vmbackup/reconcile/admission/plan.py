@@ -157,7 +157,8 @@ def _used_by(guest: Guest) -> list[tuple[str, str]]:
     for text in filter(None, (live, persistent)):
         for disk in chain.disks(text):
             below = [found.path for found in disk.chain]
-            if not live and disk.source and disk.kind == "file":  # only live XML names the images below
+            # Only live XML names the images below. Of a raw disk the guest itself writes every byte, a header too.
+            if not live and disk.source and disk.kind == "file" and disk.format == "qcow2":
                 below = image.images_below(Path(disk.source))
             used += [(path, disk.target) for path in (disk.source, *below) if path]
     return used
