@@ -21,21 +21,27 @@ import yaml
 
 from sandbox.libvirtd import Libvirtd
 from tests.support import manifests
-from tests.support.backups import BackupFactory, RunningBackup, spec_of
+from tests.support.backups import BackupFactory, RunningBackup, Told, spec_of
 from tests.support.domains import Domain, DomainFactory, GuestFactory, wait_until
 from tests.support.kill_points import Driving, Moment, When
 from tests.support.stopwatch import Stopwatch
 from tests.support.survival import SUSPENDED, SUSPENDED_SECONDS, SUSPENDED_SECONDS_IN_DOUBT, task_of
+from vmbackup.api.backup import BackupSpec
 from vmbackup.api.identity import BackupId
 from vmbackup.api.status import Outcome, Phase, Reason
+from vmbackup.errors import PermanentError, RefusedError, TransientError
 from vmbackup.hypervisor import guest as guests_of_libvirt
 from vmbackup.hypervisor.hypervisor import Hypervisor
-from vmbackup.protocol.record import Call, Record, Snapshot
+from vmbackup.protocol.record import Call, Freeze, Record, Snapshot
 from vmbackup.protocol.terms import Power
+from vmbackup.reconcile import rescue
+from vmbackup.reconcile.backup import Backup, release_guest_of
 from vmbackup.reconcile.node import Node
+from vmbackup.reconcile.request import Request
 from vmbackup.reconcile.rescue import release_guests
 from vmbackup.reconcile.state.clock import boot_id, boottime
 from vmbackup.reconcile.state.journal import Journal, record_of
+from vmbackup.reconcile.steps.step import Ending
 from vmbackup.telemetry.metrics import Metrics
 
 SNAPSHOT_UNDER_WAY = Moment(When.DURING, "taking the snapshot")
@@ -218,3 +224,65 @@ def killed(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         process.kill()
+
+
+@pytest.mark.fault(15)
+def test_whose_backup_is_over(guest: Domain, hypervisor: Hypervisor) -> None:
+    """A record that says finished is not believed before its guest runs."""
+    node, record = left_at(guest, hypervisor, SUSPENDED)
+    Journal.start(node.state_dir, replace(record, finished=True)).close()
+    release_guests(node)
+    assert runs(guest)
+
+
+@pytest.mark.fault(14)
+def test_whose_journal_cannot_be_read_for_a_moment(
+    guest: Domain, hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, record = left_at(guest, hypervisor, SUSPENDED)
+    unreadable = [PermanentError("too many open files", reason="JournalUnreadable")] * 2
+    released: list[Record] = []
+
+    def record_of_later(directory: Path, uid: str) -> Record | None:
+        if unreadable:
+            raise unreadable.pop()
+        return record_of(directory, uid)
+
+    def fails_once(node: Node, record: Record) -> Ending:
+        released.append(record)
+        if len(released) == 1:
+            raise TransientError("libvirtd is away for a moment")
+        return release_guest_of(node, record)
+
+    monkeypatch.setattr(rescue, "record_of", record_of_later)
+    monkeypatch.setattr(rescue, "release_guest_of", fails_once)
+    release_guests(node)
+    assert (len(released), runs(guest)) == (2, True)
+    assert record.holds_guest
+
+
+@pytest.mark.fault(13)
+def test_which_is_frozen_and_whose_backup_is_refused_after_a_crash(
+    guest: Domain, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy was withdrawn meanwhile: what the run before has frozen is thawed first."""
+    thawed: list[str] = []
+    monkeypatch.setattr(guests_of_libvirt.Guest, "thaw", lambda self, _timeout: thawed.append(self.name))
+    frozen = Record(str(uuid.uuid4()), "tests", "frozen", domain_uuid=guest.guest.uuid, freeze=Freeze.FROZEN)
+    Journal.start(node.state_dir, replace(frozen, boot_id=boot_id())).close()
+
+    def forbid(_guest: object) -> None:
+        raise RefusedError("no policy allows it", reason="NotAllowedByPolicy")
+
+    told = Told()
+    backup = Backup(
+        node,
+        frozen.identity,
+        request=lambda: Request(BackupSpec.parse(spec_of(guest.name))),
+        open_store=lambda: pytest.fail("a store was opened"),
+        reporter=told,
+        admit=forbid,
+    )
+    assert backup.run() is Ending.FINISHED
+    assert thawed == [guest.name]
+    assert told.timeline[-1][1].reason == "NotAllowedByPolicy"

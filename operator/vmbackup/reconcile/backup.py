@@ -71,7 +71,7 @@ class Backup:
         self._key = key
         self._spec = spec or {}
         self._store = store or {}
-        self._request = request
+        self._request: Callable[[], Request] = request
         self._open_store = open_store
         self._reporter = reporter
         self._admit = admit
@@ -97,7 +97,8 @@ class Backup:
     def _run(self) -> Ending:
         journal = self._journal()
         try:
-            if journal.record.finished and not self._open_again(journal.record):
+            over = journal.record.finished and not journal.record.holds_guest
+            if over and not self._open_again(journal.record):
                 return self._after_the_end(journal)
             return self._drive(journal)
         finally:
@@ -106,11 +107,14 @@ class Backup:
     def _drive(self, journal: Journal) -> Ending:
         if self._request().cancelled and _untouched(journal.record):
             return self._ended_before_start(journal)
+        guest: Guest | None = None
         try:
             guest = self._guest(journal.record)
             if guest is not None:
                 self._ask(journal.record, guest)
         except RefusedError as error:
+            if guest is not None and journal.record.holds_guest and not self._released(journal, guest):
+                return Ending.INTERRUPTED
             return self._refused(journal, error)
         if guest is None:
             return self._ended_before_start(journal)
@@ -242,6 +246,18 @@ class Backup:
         self._reporter.event(report.reason, report.message, warning=True)
         self._node.metrics.finished(report.outcome or Outcome.REFUSED)
         return Ending.FINISHED
+
+    def _released(self, journal: Journal, guest: Guest) -> bool:
+        """Resume and thaw a guest that an earlier run has left, and nothing else; whether it is held no longer."""
+        asked = self._request
+        self._request = lambda: replace(asked(), stop=True)
+        try:
+            with domain_lock(guest.uuid, lambda: False, self._node.lock_dir) as held:
+                if held:
+                    self._driver(journal, guest, self._earlier(guest.uuid)).run()
+        finally:
+            self._request = asked
+        return not journal.record.holds_guest
 
     def _driver(self, journal: Journal, guest: Guest, earlier: Sequence[Record]) -> Driver:
         node = self._node

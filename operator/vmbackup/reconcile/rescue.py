@@ -68,11 +68,15 @@ def _release(node: Node, record: Record) -> None:
 
 
 def _held(node: Node, record: Record) -> bool:
-    """Whether the guest is still held. Another process may have resumed it, and even ended the backup."""
-    with suppress(PermanentError):
+    """Whether the guest is still held. Another process may have resumed it, and even ended the backup.
+
+    A journal that cannot be read now (too many open files, say) tells nothing, so the guest still counts as held.
+    """
+    try:
         now = record_of(node.state_dir, record.uid)
-        return now is not None and now.holds_guest
-    return False
+    except PermanentError as error:
+        return error.reason != Cause.JOURNAL_VERSION
+    return now is not None and now.holds_guest
 
 
 @contextmanager
