@@ -157,7 +157,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_stays_defined_comes_home_by
 ) -> None:
     running, there, report = migrated_in_a_copy(mover, elsewhere, backup, *STILL_DEFINED)
     assert report.reason == "DomainMigrated"
-    for words in (f"domain {mover.name} was migrated", "the agent there", "virsh undefine"):
+    for words in (f"domain {mover.name} was migrated", "the agent on that host", "virsh undefine"):
         assert words in report.message
     assert (report.backup_reason, report.chain_clean) == ("DomainMigrated", False)
     assert there.written() == {target: there.source(target, inactive=True) for target in there.bases}

@@ -38,7 +38,7 @@ def test_told_to_end_while_it_starts_it_ends_too(own_agent: Agent) -> None:
 
 def test_it_warns_where_libvirts_configuration_is_not_there(own_agent: Agent) -> None:
     own_agent.start(libvirt_config_dir="/nowhere")
-    assert "/nowhere is not there" in own_agent.log
+    assert "/nowhere does not exist" in own_agent.log
     assert "--libvirt-config-dir" in own_agent.log
 
 

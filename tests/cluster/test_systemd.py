@@ -89,7 +89,7 @@ def test_systemd_leaves_the_guardian_of_a_killed_agent_alone_until_the_guest_run
     with boot(f"Restart=no\nTimeoutStopSec=100ms\nExecStart=\nExecStart={dying}"):
         made = own_agent.apply(guest.name)
         log = tmp_path / "agent.log"
-        wait_until(lambda: "by a process that has died" in log.read_text(), "the agent's death", SECONDS)
+        wait_until(lambda: "by a process that died" in log.read_text(), "the agent's death", SECONDS)
         wait_until(
             lambda: f"the guest {guest.name} runs again" in log.read_text(), "the guest let go", GUARDIAN_SECONDS
         )

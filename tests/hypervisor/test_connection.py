@@ -255,7 +255,7 @@ def test_where_every_call_waits_for_a_qemu_that_hangs_the_next_one_says_so(
     with ExitStack() as hanging, ThreadPoolExecutor(1) as pool:
         for _ in range(connection._SLOTS):
             hanging.enter_context(hypervisor._slot("asking for a block job"))
-        with pytest.raises(TransientError, match="do not answer") as refused:
+        with pytest.raises(TransientError, match="unresponsive QEMU processes") as refused:
             pool.submit(hypervisor.call, "asking", lambda libvirtd: libvirtd.getVersion()).result(5)
         assert refused.value.reason == "HypervisorBusy"
     assert hypervisor.ping()

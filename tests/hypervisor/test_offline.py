@@ -91,7 +91,7 @@ def test_a_guest_cannot_start_while_it_is_merged_and_starts_with_everything_afte
     wait_until(lambda: has_writer(overlay), "merging")
     with pytest.raises(RuntimeError, match='Failed to get "write" lock'):
         guest.libvirtd.virsh("start", guest.name)
-    assert "starts only after that" in running.report.message
+    assert "it cannot start until that is done" in running.report.message
     assert running.end().outcome is Outcome.SUCCEEDED
     assert is_home(guest)
     guest.libvirtd.virsh("start", guest.name, "--paused")
