@@ -13,7 +13,7 @@ PURE := -n 2 --dist worksteal tests/unit tests/stores tests/model
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-install: ## install what is missing (Debian 12 or later; root or sudo)
+install: ## install missing packages (Debian 12 or later; root or sudo)
 	@sandbox/install.sh
 
 demo: install ## start a guest and an API server, and back up the guest

@@ -196,7 +196,7 @@ def _metrics() -> str:
             suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
             shown = ", ".join(f"`{label}`" + _values(family, label) for label in _labels(family))
             rows.append((f"`{family.name}{suffix}`", family.type, shown, family.documentation))
-    about = "Of the agent, at `/metrics` of its `--metrics-port`; which node it is, is added by whoever scrapes.\n"
+    about = "Of the agent, at `/metrics` of its `--metrics-port`; Prometheus adds the label `node` when it scrapes.\n"
     return "\n".join(["## Metrics\n", about, _table(("Metric", "Type", "Labels", "Meaning"), rows)])
 
 

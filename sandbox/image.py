@@ -60,7 +60,7 @@ RUN apt-get update -qq && apt-get upgrade -qq -y && apt-get clean && rm -rf /var
 def archive(*, revision: str = "", fresh: bool = False) -> Path:
     """The image `NAME` as a docker-archive, which docker, podman and containerd load: from the cache, or built now.
 
-    Built anew it takes a minute, and some more for the first base. `revision`: the commit to name in its labels;
+    A new build takes a minute, and some more for the first base. `revision`: the commit to name in its labels;
     `fresh`: with today's Debian packages. SOURCE_DATE_EPOCH is its date. Raises SandboxError.
     """
     cache = CACHE / "image"

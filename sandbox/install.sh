@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs what is missing for the demo, the tests and the benchmarks; if nothing is missing, takes well under a second.
+# Installs the missing packages for the demo, the tests and the benchmarks; if nothing is missing, takes well under a second.
 #
 # For Debian 12 or later on x86-64, as root or with sudo. On other systems it lists what to install by hand.
 # `install.sh node` also installs what `make e2e` needs, `install.sh engines` what `make engines` needs.

@@ -243,7 +243,7 @@ class KubeApi:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives to outgoing connections (32768 and up)."""
+    """Free ports, below those that the kernel gives to outgoing connections (32768 and up)."""
     free: list[int] = []
     for port in random.sample(range(20000, 32768), 1000):
         with contextlib.suppress(OSError), socket.socket() as one:

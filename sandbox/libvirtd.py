@@ -112,7 +112,7 @@ class Libvirtd:
         is changed in the middle of a snapshot, and may die of it then or later. One that is killed is not.
 
         libvirt waits for the end of a guest's process, that is until its parent has noticed: where that is a process
-        number 1 that does so every two seconds, or never, each stop of a guest would take as long.
+        number 1 that reaps them every two seconds, or never, each stop of a guest would take as long.
         """
         prctl = ctypes.CDLL(None).prctl
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -162,7 +162,7 @@ class Libvirtd:
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """Stop libvirtd, whoever started it, and destroy all its guests. Does nothing if it is not running."""
+        """Stop libvirtd, no matter who started it, and destroy all its guests. Does nothing if it is not running."""
         self.kill()
         for pid in self._processes_of_guests():
             _kill(pid)

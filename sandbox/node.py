@@ -59,7 +59,7 @@ _NETWORK = {
 class Node:
     """A cluster with one node. A context manager; its API server is `kube`.
 
-    `name` is the node's. It is Ready once entered; what is loaded as an image can be run with imagePullPolicy Never.
+    `name` is the node's. It is Ready once entered; images that are loaded can be run with imagePullPolicy Never.
     """
 
     def __init__(self, name: str) -> None:

@@ -63,7 +63,7 @@ class Bounds:
     """The last record that a snapshot may hold, by target of the disk.
 
     At least what was acknowledged before it was begun; at most one more than was acknowledged once it had been taken,
-    where `at_most` is empty if nobody can say.
+    where `at_most` is empty if it is unknown.
     """
 
     at_least: Mapping[str, int]

@@ -17,7 +17,7 @@ from sandbox.processes import Program
 
 _BOOT = """
 set -e
-for group in {groups}; do # one without processors of its own takes nobody, and need not
+for group in {groups}; do # one without its own processors accepts no process, and needs none
     (echo $$ >$group/cgroup.procs) 2>/dev/null || :
 done
 cd {directory}

@@ -1,6 +1,6 @@
 """`kubectl vmbackup`: administration of VMBackups, wherever kubectl works.
 
-A zipapp of the standard library alone (plugins/build.py): each call to the API server is a call of kubectl, with its
+A zipapp, standard library only (plugins/build.py): each call to the API server is a call of kubectl, with its
 kubeconfig, context and credentials. Of vmbackup it may import api and version, which are pure.
 
 kubectl.py    runs kubectl

@@ -1,4 +1,4 @@
-"""The start of the zipapp. This file alone must be readable by any Python 3."""
+"""The start of the zipapp. Only this file must be readable by any Python 3."""
 
 import sys
 

@@ -52,7 +52,7 @@ def next_step(backup: BackupResource, now: datetime) -> NextStep:
     if backup.reason == Reason.DOMAIN_OFF:
         return NextStep(
             f"start the guest on {backup.node} (virsh start {_quoted(backup)}): it boots from its overlay, and the "
-            "agent then brings it home; never boot or copy its base alone"
+            "agent then brings it home; never boot or copy only its base"
         )
     if known := _WHILE_RUNNING.get(Reason(backup.reason)) if backup.reason in set(Reason) else None:
         return known

@@ -27,7 +27,7 @@ _FITTING: dict[str, Callable[[BackupResource], bool]] = {
 def complete(
     words: Sequence[str], commands: dict[str, argparse.ArgumentParser], kubectl_of: Callable[[Sequence[str]], Kubectl]
 ) -> Iterator[str]:
-    """The lines for what has been typed. Never raises: a broken line of a shell helps nobody."""
+    """The lines for what has been typed. Never raises: an error would break the line in the shell."""
     *before, last = words or [""]
     command = next((word for word in before if word in commands), "")
     directive = _NO_FILES

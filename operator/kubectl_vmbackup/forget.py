@@ -22,7 +22,7 @@ from vmbackup.api.resource import BackupResource
 
 
 def forget(kubectl: Kubectl, name: str, *, yes: bool, force: bool, silent_for: timedelta) -> int:
-    """Forget it; the exit code. Raises PluginError if its node may be alive, or nobody confirmed."""
+    """Forget it; the exit code. Raises PluginError if its node may be alive, or the user did not confirm."""
     backup = find(kubectl, name)
     if not backup.held:
         raise PluginError(f"{name} has no finalizer of vmbackup: kubectl delete vmb {name} -n {backup.namespace}")
@@ -66,14 +66,14 @@ def signs_of_life(backup: BackupResource, signs: Signs, at: datetime, silent_for
     if backup.deleted_at is None:
         command = f"kubectl delete vmb {backup.name} -n {backup.namespace} --wait=false"
         if not signs.exists:  # an agent outside the cluster has no Node, and an idle one writes nothing
-            found.append(f"nobody has asked its agent yet: {command}; wait {least}")
+            found.append(f"its agent was not asked to release it yet: {command}; wait {least}")
     elif at - backup.deleted_at < silent_for:
         found.append(f"it was deleted {span(at - backup.deleted_at)} ago only: wait {least}")
     return found
 
 
 def what_remains(backup: BackupResource) -> list[str]:
-    """What is left on the node and in the store, and what to do with it. Pure."""
+    """Things that remain on the node and in the store, and what to do with them. Pure."""
     lines = [f"{backup.name} of the domain {backup.spec.get('domain')} on {backup.node} will disappear. What remains:"]
     overlays = [disk for disk in backup.disks if disk.get("overlay")]
     if backup.left_on_overlay or overlays:

@@ -35,7 +35,7 @@ def main() -> None:
     name = os.open("/proc/self/comm", os.O_WRONLY)
     os.write(name, _NAME)
     os.close(name)
-    os.read(0, 1)  # nobody writes
+    os.read(0, 1)  # blocks until the agent dies: nothing is ever written
     with suppress(OSError):  # it may not be allowed to
         os.setpriority(os.PRIO_PROCESS, 0, _HASTE)
     _let_guests_run(*sys.argv[1:])

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 _FAREWELL_SECONDS = 5.0
-_MOST = 10_000  # tasks in the queue; beyond it nobody reads the output any more
+_MOST = 10_000  # tasks in the queue; when there are more, the reader of the output has stopped
 
 
 class BackgroundOutput:
@@ -41,7 +41,7 @@ class BackgroundOutput:
 class StderrLog(logging.Handler):
     """Logs to sys.stderr, looked up for each line: a live display replaces it, so that lines appear above the display.
 
-    Logging never blocks: a pipe that nobody reads would otherwise keep a guest suspended.
+    Logging never blocks: otherwise a pipe without a reader would keep a guest suspended.
     """
 
     def __init__(self) -> None:
@@ -55,5 +55,5 @@ class StderrLog(logging.Handler):
 
 
 def _write(line: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads any more
+    with suppress(OSError, ValueError):  # the reader is gone
         print(line, file=sys.stderr, flush=True)

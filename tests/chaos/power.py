@@ -23,7 +23,7 @@ from typing import Any
 
 from sandbox.libvirtd import Libvirtd, domain_xml
 from tests.support.domains import make_disk, wait_until
-from tests.support.kill_points import Boot, Deed, Driving, Moment, Task
+from tests.support.kill_points import Boot, Driving, Interruption, Moment, Task
 from tests.support.proof import copies, every_source, sources, wrong_digests, wrong_records
 from tests.support.storage import make_xfs, run
 from vmbackup.api.status import Report
@@ -184,7 +184,7 @@ class PoweredGuest:
             uid=uid,
             spec={"switchPolicy": "Guarded", **spec},
             moment=moment,
-            deed=Deed.HOLD,
+            interruption=Interruption.HOLD,
             boot=self.machine.boot,
         )
 

@@ -136,7 +136,7 @@ class Witness:
         assert state in _RESTED, f"{self.name} was left {state}"
         with tempfile.TemporaryDirectory(prefix="vmbackup-proof-") as scratch:
             tops = {target: self._top(target) for target in self.bases}
-            with self._standing_still(state):
+            with self._suspended(state):
                 acknowledged = self.acknowledged()
                 copies = {target: _copied(top, Path(scratch)) for target, top in tops.items()}
             for target, copy in copies.items():
@@ -201,7 +201,7 @@ class Witness:
         return found
 
     @contextmanager
-    def _standing_still(self, state: str) -> Generator[None]:
+    def _suspended(self, state: str) -> Generator[None]:
         if state != "running":
             yield
             return

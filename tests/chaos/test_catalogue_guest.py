@@ -73,7 +73,7 @@ def test_a_guest_that_stops_waits_on_its_overlay_and_comes_home_when_it_starts(
         in_chaos(in_a_commit, press_reset),
     ],
 )
-def test_a_guest_that_boots_again_does_so_on_its_overlay_and_comes_home_all_the_same(
+def test_a_guest_that_boots_again_boots_from_its_overlay_and_still_comes_home(
     witness: Witness, backup: BackupFactory, begun: Callable[..., RunningBackup], again: Callable[[Witness], None]
 ) -> None:
     boots = len(witness.guest.starts("vda"))
@@ -133,7 +133,7 @@ def test_everything_dies_between_the_definitions_of_two_disks_and_the_backup_fai
 def test_a_guest_that_is_undefined_in_the_middle_comes_home_before_it_stops(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
-    """Scenario 17: now it is transient, and its live definition alone counts.
+    """Scenario 17: now it is transient, and only its live definition counts.
 
     libvirt 9.0 itself writes the file of the definition again at the pivot, though the domain stays transient.
     """

@@ -1,4 +1,4 @@
-"""libvirtd dies within its calls, or stands still: scenarios of docs/protocol.md that are libvirt's own doing."""
+"""libvirtd dies within its calls, or is stopped: scenarios of docs/protocol.md that are libvirt's own doing."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def wide_backup(
 @pytest.mark.vulnerability("V6", "V7")
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_a_libvirtd_that_stands_still_for_a_minute_loses_nothing_wherever_the_backups_are(
+def test_a_libvirtd_that_is_stopped_for_a_minute_loses_nothing_whatever_the_backups_are_doing(
     stage: Stage, wide_backup: BackupFactory, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """V6, V7, R4: the calls in flight are carried out when it goes on, long after everybody has given them up."""

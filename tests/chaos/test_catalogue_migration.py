@@ -122,7 +122,7 @@ def looks_like(overlays: list[Path]) -> list[tuple[int, int]]:
 def migrated_in_a_copy(
     mover: Witness, elsewhere: Libvirtd, backup: BackupFactory, *options: str
 ) -> tuple[RunningBackup, Witness, Report]:
-    """Migrate the guest on its overlays; the backup fails, and leaves them alone here though it may merge them offline.
+    """Migrate the guest on its overlays; the backup fails, and does not merge them here though it may do so offline.
 
     Returns the backup, the witness there, and what is reported here when it has failed.
     """
@@ -212,7 +212,7 @@ def test_a_guest_that_is_migrated_on_its_overlay_and_undefined_comes_home_by_the
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Here nothing tells a domain that was migrated from one that was undefined: the images are left alone."""
+    """Here nothing tells a domain that was migrated from one that was undefined: the images are not touched."""
     running, there, report = migrated_in_a_copy(mover, elsewhere, backup, *UNDEFINED)
     overlays = mover.overlays()
     assert (report.outcome, report.reason, report.chain_clean) == (Outcome.FAILED, "Quarantined", False)

@@ -18,7 +18,7 @@ from tests.chaos.steps import comes_home, hurry, in_a_commit, in_a_copy
 from tests.chaos.windows import CaughtCall
 from tests.support.backups import BackupFactory
 from tests.support.domains import wait_until
-from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.kill_points import Driving, Interruption, Moment, Task, When
 from tests.support.tiers import in_chaos
 from vmbackup.api.status import DiskState, Outcome, Report
 from vmbackup.errors import TransientError
@@ -56,7 +56,7 @@ def test_a_block_job_of_somebody_else_is_waited_for_and_never_ended(
     comes_home(witness, running)
 
 
-def test_a_block_job_that_somebody_starts_in_the_middle_delays_the_way_home_alone(
+def test_a_block_job_that_somebody_starts_in_the_middle_only_delays_the_way_home(
     witness: Witness, backup: BackupFactory, tmp_path: Path
 ) -> None:
     """Scenario 18, during the copy: on the overlay."""
@@ -88,7 +88,7 @@ def test_a_job_of_the_whole_domain_is_waited_for(witness: Witness, backup: Backu
 
 
 @pytest.mark.scenario(18)
-def test_an_overlay_that_somebody_puts_on_top_of_ours_is_left_alone_until_they_take_it_away(
+def test_an_overlay_that_somebody_puts_on_top_of_ours_is_not_touched_until_they_remove_it(
     witness: Witness, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
     """Scenario 18: the guest writes their image, ours is below it."""
@@ -138,7 +138,7 @@ def test_a_reader_of_the_base_delays_the_commit_which_is_tried_again_until_it_go
     assert "CommitRetrying" in running.told.reasons
 
 
-def test_a_reader_of_the_overlay_delays_its_removal_alone(
+def test_a_reader_of_the_overlay_delays_only_its_removal(
     witness: Witness, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pivot = CaughtCall(monkeypatch, witness.name, "pivoting vda", sent=True)
@@ -170,7 +170,7 @@ def test_two_agents_of_one_node_by_mistake_take_turns_at_a_domain(
             targets=(),
             uid=str(uuid.uuid4()),
             moment=moment,
-            deed=Deed.HOLD,
+            interruption=Interruption.HOLD,
         )
 
     first = Driving(task(Moment(When.AFTER, "taking the snapshot", 1)))

@@ -19,7 +19,7 @@ from tests.chaos.proof import Witness
 from tests.support.backups import SLOW, BackupFactory, RunningBackup, spec_of
 from tests.support.domains import Domain, DomainFactory, wait_until, what_is_wrong_with
 from tests.support.fixtures_hypervisor import connected
-from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.kill_points import Driving, Interruption, Moment, Task, When
 from tests.support.proof import sources_on_disk
 from tests.support.storage import mounted, run
 from tests.support.tiers import in_chaos
@@ -271,7 +271,7 @@ def test_a_suspended_guest_is_resumed_by_the_next_run_though_the_state_directory
         (),
         key.uid,
         moment=Moment(When.AFTER, "suspending"),
-        deed=Deed.HOLD,
+        interruption=Interruption.HOLD,
     )
     driving = Driving(task)
     assert driving.wait_until_held()
@@ -399,7 +399,7 @@ def put_another_file_in_its_place(overlay: Path) -> None:
 
 @pytest.mark.misfortune("an overlay is removed or replaced")
 @pytest.mark.parametrize("harm", [remove_overlay, *map(in_chaos, [replace_overlay, put_another_file_in_its_place])])
-def test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_merged_all_the_same(
+def test_an_overlay_that_somebody_removes_or_replaces_under_the_guest_is_still_merged(
     guest: Domain, backup: BackupFactory, overlays: Path, harm: Callable[[Path], None]
 ) -> None:
     """QEMU has the one it opened until it ends: so the sooner that is merged the better."""
@@ -488,7 +488,7 @@ def qemu_io(image: Path, command: str) -> str:
 
 
 @pytest.mark.parametrize("where", [in_mid_copy, in_chaos(in_mid_commit)])
-def test_a_backup_that_runs_writes_the_journal_anew_that_somebody_removes(
+def test_a_running_backup_rewrites_a_journal_that_somebody_removes(
     guest: Domain,
     backup: BackupFactory,
     overlays: Path,

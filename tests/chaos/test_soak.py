@@ -22,7 +22,7 @@ def plans(seed: int, count: int = 300) -> list[Plan]:
     return [plan(seed, f"{kind}-1", number) for kind, number in product(GUESTS, range(1, count))]
 
 
-def test_what_happens_is_a_function_of_the_seed_alone() -> None:
+def test_what_happens_depends_only_on_the_seed() -> None:
     assert plans(7) == plans(7)
     assert plan(7, "plain-1", 250) == plans(7)[249]
     assert plans(7) != plans(8)

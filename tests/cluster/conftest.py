@@ -55,7 +55,7 @@ def agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def own_agent(kube: KubeApi, libvirtd: Libvirtd, tmp_path: Path) -> Iterator[Agent]:
-    """An agent for this test alone, not started yet."""
+    """An agent for this test only, not started yet."""
     with agent_of(kube, libvirtd, tmp_path) as own:
         yield own
 

@@ -119,7 +119,7 @@ def test_a_token_that_is_bound_to_no_pod_is_of_no_use(installed: KubeApi, token_
 
 
 @pytest.mark.parametrize("act", ["status", "delete"])
-def test_a_certificate_of_the_group_alone_is_the_agent_of_no_node(
+def test_a_certificate_with_only_the_group_is_the_agent_of_no_node(
     installed: KubeApi, token_of_a: Path, act: str
 ) -> None:
     odd = installed.kubeconfig_for("somebody", groups=["vmbackup:nodes"], name="odd")

@@ -199,7 +199,7 @@ def test_with_deletion_policy_delete_the_data_goes_with_it(agent: Agent, domain:
 def test_a_namespace_that_is_deleted_does_not_take_the_data_with_it(
     kube: KubeApi, agent: Agent, domain: DomainFactory
 ) -> None:
-    namespace = f"{agent.node}-doomed"
+    namespace = f"{agent.node}-deleted"
     kube.kubectl("create", "namespace", namespace)
     made = VMBackup(kube, "kept", namespace)
     kube.apply(manifest("kept", agent.node, agent.node, domain(size="8M").name, namespace, deletionPolicy="Delete"))

@@ -128,7 +128,7 @@ def test_the_finalizer_of_a_deleted_backup_outlives_the_agent(
     wait_until(lambda: not own_agent.records(), "its journal is gone")
 
 
-def test_deleted_and_stripped_of_its_finalizer_while_no_agent_runs_its_chain_comes_home_all_the_same(
+def test_deleted_and_stripped_of_its_finalizer_while_no_agent_runs_its_chain_still_comes_home(
     own_agent: Agent, vanished: CatchBackup
 ) -> None:
     _, guest = vanished(own_agent)

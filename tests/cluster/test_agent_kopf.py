@@ -144,6 +144,6 @@ def test_a_watch_that_has_died_in_silence_is_noticed_by_healthz(
         wait_until(lambda: (own_agent.healthz() or (0, ""))[0] == 503, "not healthy", SECONDS)
         assert "watch" in (own_agent.healthz() or (0, ""))[1]
         assert made.condition("Ready") == ("Unknown", "Pending")
-        own_agent.kill()  # as whoever asks /healthz does
+        own_agent.kill()  # as a supervisor that reads /healthz does
         own_agent.start(kubeconfig=str(elsewhere))
         made.wait()

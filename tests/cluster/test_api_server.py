@@ -1,4 +1,4 @@
-"""What the API server, its users or a second agent may do in mid-backup: the guest comes home all the same."""
+"""Events during a backup that come from the API server, its users or a second agent: the guest still comes home."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_guest_comes_home_without_an_api_server_and_the_status_says_so_later
     assert_stored(made.wait())
 
 
-def test_an_agent_that_starts_while_the_api_server_is_away_carries_on_what_had_begun(
+def test_an_agent_that_starts_while_the_api_server_is_away_continues_what_had_begun(
     own_agent: Agent, kube_away: KubeApi, copying: CatchBackup
 ) -> None:
     own_agent.start()
@@ -67,7 +67,7 @@ def test_an_agent_that_starts_while_the_api_server_is_away_carries_on_what_had_b
     assert_stored(made.wait())
 
 
-def test_when_the_api_server_is_back_its_keeper_takes_over_what_was_carried_on_alone(
+def test_when_the_api_server_is_back_the_agent_follows_a_backup_that_it_continued_without_it(
     own_agent: Agent, kube_away: KubeApi, copying: CatchBackup
 ) -> None:
     own_agent.start()
@@ -141,7 +141,7 @@ def test_deleted_and_made_again_with_the_same_name_each_is_itself(own_agent: Age
     own_agent.start()
     made, guest = copying(own_agent)
     first = made.uid
-    with own_agent.standing_still():
+    with own_agent.suspended():
         made.delete("--wait=false")
         made.strip_finalizers()
     wait_until(lambda: not made.exists(), "gone", SECONDS)
@@ -179,7 +179,7 @@ def test_with_a_second_agent_for_the_same_node_a_deleted_backup_comes_home_befor
     second_agent.start()
     wait_until(lambda: "AlreadyRunning" in made.events(), "the second one has noticed", SECONDS)
     made.delete("--wait=false")
-    time.sleep(3)  # long enough for the second one to let it go by mistake
+    time.sleep(3)  # long enough for the second one to release it by mistake
     assert made.exists()
     assert guest.live().source != guest.bases["vda"]
     made.patch({"commit": {"bandwidth": None}})
@@ -202,7 +202,7 @@ def test_an_agent_of_a_newer_version_carries_on_what_the_older_one_had_begun(
 
 
 def as_an_older_version_wrote_it(journal: Path) -> None:
-    """Without the fields that came later, and with one that is of no use any more."""
+    """Without the fields that came later, and with one that is no longer used."""
     _, _, text = journal.read_bytes().splitlines()[-1].partition(b" ")
     record: dict[str, Any] = json.loads(text)
     del record["store"]

@@ -232,7 +232,7 @@ def test_applying_twice_changes_nothing(kube: KubeApi) -> None:
     before = kube.get("vmb", "applied", "-n", NAMESPACE)
     kube.kubectl(*apply, stdin=manifest)
     after = kube.get("vmb", "applied", "-n", NAMESPACE)
-    # The first write after the creation, whoever's, stores the status that was only shown until then.
+    # The first write after the creation, by anybody, stores the status that was only shown until then.
     before["metadata"].pop("resourceVersion")
     stored = after["metadata"].pop("resourceVersion")
     assert after == before

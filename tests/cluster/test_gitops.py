@@ -123,7 +123,7 @@ def hook(agent: Agent, guest: Domain, **spec: Any) -> VMBackup:
     return VMBackup(agent.kube, body["metadata"]["name"])
 
 
-def held_by_argo_cd_alone(made: VMBackup) -> bool:
+def held_only_by_argo_cd(made: VMBackup) -> bool:
     metadata = made.get()["metadata"]
     return "deletionTimestamp" in metadata and metadata["finalizers"] == [HOOK_FINALIZER]
 
@@ -134,7 +134,7 @@ def health(made: VMBackup) -> str:
 
 def test_a_hook_whose_time_to_live_has_passed_still_counts_as_taken(agent: Agent, domain: DomainFactory) -> None:
     made = hook(agent, domain(size="8M"), ttlSecondsAfterFinished=0)
-    wait_until(lambda: held_by_argo_cd_alone(made), "expired", SECONDS)
+    wait_until(lambda: held_only_by_argo_cd(made), "expired", SECONDS)
     assert health(made) == "Healthy"
     assert_stored(made.status)
     made.strip_finalizers()
@@ -150,7 +150,7 @@ def test_a_hook_that_is_deleted_counts_as_failed_and_its_agent_as_healthy(
     wait_until(lambda: queued.condition("Ready")[1] == "Queued", "queued", SECONDS)
     assert health(queued) == "Progressing"
     queued.delete("--wait=false")
-    wait_until(lambda: held_by_argo_cd_alone(queued), "let go", SECONDS)
+    wait_until(lambda: held_only_by_argo_cd(queued), "released", SECONDS)
     assert health(queued) == "Degraded"
     queued.strip_finalizers()
     first.patch({"copy": {"bandwidth": None}})
@@ -158,7 +158,7 @@ def test_a_hook_that_is_deleted_counts_as_failed_and_its_agent_as_healthy(
     running = hook(own_agent, guest, **{"copy.bandwidth": SLOW})
     running.wait_for_copying()
     running.delete("--wait=false")
-    wait_until(lambda: held_by_argo_cd_alone(running), "let go", SECONDS)
+    wait_until(lambda: held_only_by_argo_cd(running), "released", SECONDS)
     assert_home(guest)
     assert health(running) == "Degraded"
     time.sleep(2)  # for three looks at what is on the API server
@@ -187,9 +187,9 @@ def test_a_guest_that_was_off_when_its_hook_was_deleted_comes_home_while_argo_cd
     made.wait_for_copying()
     guest.libvirtd.kill_guest(guest.name)
     made.delete("--wait=false")
-    wait_until(lambda: held_by_argo_cd_alone(made), "let go", SECONDS)
+    wait_until(lambda: held_only_by_argo_cd(made), "released", SECONDS)
     assert health(made) == "Degraded"
     guest.libvirtd.virsh("start", guest.name, "--paused")
     wait_until(lambda: not list(guest.directory.glob("*.vmb-*")), "home", SECONDS)
     assert_home(guest)
-    assert held_by_argo_cd_alone(made)
+    assert held_only_by_argo_cd(made)

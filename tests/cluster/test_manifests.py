@@ -88,7 +88,7 @@ def test_the_pod_is_taken_without_a_warning(installed: KubeApi) -> None:
     assert yaml.safe_load(made)["spec"]["priority"] > 1_000_000_000
 
 
-def test_pod_security_minds_the_paths_of_the_host_and_the_selinux_type_alone(installed: KubeApi) -> None:
+def test_pod_security_objects_only_to_the_paths_of_the_host_and_the_selinux_type(installed: KubeApi) -> None:
     """So the namespace's label `privileged` is needed, and for nothing else."""
     namespace = {"name": "baseline", "labels": {"pod-security.kubernetes.io/enforce": "baseline"}}
     installed.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": namespace})
@@ -173,7 +173,7 @@ def test_it_backs_up_with_the_privileges_that_the_pod_has(
 def test_its_capability_is_what_opens_the_images_of_qemus_user(
     tmp_path: Path, container: dict[str, Any], mode: str, without: tuple[str, ...], may: bool
 ) -> None:
-    """Here QEMU runs as root, and can open no image that root cannot: so this asks the kernel alone.
+    """Here QEMU runs as root, and can open no image that root cannot: so this asks only the kernel.
 
     For writing too: a guest that is off is merged by our own qemu-img.
     """
@@ -259,9 +259,7 @@ def aggregated(kube: KubeApi, role: str) -> list[dict[str, Any]]:
     return [rule for each in kube.get("clusterrole", select)["items"] for rule in each["rules"]]
 
 
-def test_the_agents_token_is_mounted_for_it_alone_and_lives_for_an_hour(
-    installed: KubeApi, pod: dict[str, Any]
-) -> None:
+def test_the_agents_token_is_mounted_only_for_it_and_lives_for_an_hour(installed: KubeApi, pod: dict[str, Any]) -> None:
     account = installed.get("serviceaccount", AGENT, "-n", NAMESPACE)
     assert account["automountServiceAccountToken"] is False
     (sources,) = [volume["projected"]["sources"] for volume in pod["volumes"] if "projected" in volume]

@@ -100,7 +100,7 @@ def test_a_backup_whose_journal_is_lost_adopts_its_own_overlay_and_says_so(
     assert_home(guest, 0x22)
 
 
-def test_by_the_policy_report_nothing_is_touched_and_the_next_backup_adopts_it_all_the_same(
+def test_by_the_policy_report_nothing_is_touched_and_the_next_backup_still_adopts_it(
     own_agent: Agent, domain: DomainFactory
 ) -> None:
     guest = domain(size="16M")

@@ -199,7 +199,7 @@ def test_check_asks_the_policies_what_they_say(run: Run, kube: KubeApi, agent: A
     assert "there is no VMBackupPolicy: everything is allowed" in checked("web-1", agent.node, 0)
 
 
-def test_get_wide_tells_the_story_alone(run: Run, agent: Agent, copying: CatchBackup) -> None:
+def test_get_wide_is_enough_to_follow_a_backup(run: Run, agent: Agent, copying: CatchBackup) -> None:
     made, _guest = copying(agent, **{"commit.backoffLimit": 0})
 
     def row() -> dict[str, str]:
@@ -261,7 +261,7 @@ def test_forget_refuses_as_long_as_the_node_or_its_agent_may_be_alive(
     made, guest = copying(own_agent)
     said = vmbackup(run, "forget", made.name, "--yes", code=1)
     assert "its agent wrote a status" in said
-    assert "nobody has asked its agent yet" in said
+    assert "its agent was not asked to release it yet" in said
     add_node(own_agent.kube, own_agent.node, ready=True)
     pod = add_agent_pod(own_agent.kube, own_agent.node)
     said = vmbackup(run, "forget", made.name, "--yes", "--silent-for=0s", code=1)

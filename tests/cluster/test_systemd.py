@@ -79,7 +79,7 @@ def test_an_agent_that_is_killed_is_started_again(own_agent: Agent, boot: Boot) 
         wait_until(lambda: own_agent.healthz() is not None, "its health", SECONDS)
 
 
-def test_systemd_leaves_the_guardian_of_a_killed_agent_alone_until_the_guest_runs(
+def test_systemd_does_not_stop_the_guardian_of_a_killed_agent_until_the_guest_runs(
     own_agent: Agent, boot: Boot, domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
     guest = domain()
@@ -91,7 +91,7 @@ def test_systemd_leaves_the_guardian_of_a_killed_agent_alone_until_the_guest_run
         log = tmp_path / "agent.log"
         wait_until(lambda: "by a process that died" in log.read_text(), "the agent's death", SECONDS)
         wait_until(
-            lambda: f"the guest {guest.name} runs again" in log.read_text(), "the guest let go", GUARDIAN_SECONDS
+            lambda: f"the guest {guest.name} runs again" in log.read_text(), "the guest resumed", GUARDIAN_SECONDS
         )
         assert guest.guest.state()[0] is Power.RUNNING
         wait_until(lambda: not guardians(own_agent.state_dir), "the guardian's end", GUARDIAN_SECONDS)

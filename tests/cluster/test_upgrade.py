@@ -24,7 +24,7 @@ from vmbackup.api.identity import BackupId
 from vmbackup.cluster.client import Cluster, load_client
 from vmbackup.reconcile.state.journal import Journal
 
-BEFORE = [str(RELEASED[-1].relative_to(ROOT)), *filter(None, [commit_before()])]  # no history: the release alone
+BEFORE = [str(RELEASED[-1].relative_to(ROOT)), *filter(None, [commit_before()])]  # no history: only the release
 
 
 @pytest.fixture(params=BEFORE)

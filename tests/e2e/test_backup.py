@@ -52,7 +52,7 @@ def test_a_daemonset_that_is_rolled_in_the_middle_of_a_commit_loses_nothing(clus
     list(prove_guest(cluster.guest))
 
 
-def test_a_guest_that_stands_still_when_its_agent_is_killed_runs_again(cluster: Cluster, user: KubeApi) -> None:
+def test_a_guest_that_is_suspended_when_its_agent_is_killed_runs_again(cluster: Cluster, user: KubeApi) -> None:
     for attempt in range(10):
         with cluster.told_of_states() as states:
             before = acknowledged(cluster.guest)

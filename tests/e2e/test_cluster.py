@@ -65,7 +65,7 @@ def test_a_drained_node_keeps_agent_and_guest(cluster: Cluster, user: KubeApi) -
 
 def test_a_namespace_that_is_deleted_in_the_middle_of_a_backup_goes_and_the_guest_comes_home(cluster: Cluster) -> None:
     bob = cluster.user("bob", namespace="team-b")
-    made = cluster.back_up(bob, "doomed", "team-b", **{"copy.bandwidth": "1Mi"})
+    made = cluster.back_up(bob, "nightly", "team-b", **{"copy.bandwidth": "1Mi"})
     made.wait_for_copying()
 
     cluster.kube.kubectl("delete", "namespace", "team-b", f"--timeout={SECONDS}s")
@@ -80,7 +80,7 @@ def test_the_agent_has_logged_no_error(cluster: Cluster) -> None:
 def test_the_guide_gives_a_hypervisor_outside_of_the_cluster_an_identity_of_its_own(
     cluster: Cluster, user: KubeApi, tmp_path: Path
 ) -> None:
-    """The commands of docs/install-hypervisor.md, as they stand: /etc is of this test run alone."""
+    """The commands of docs/install-hypervisor.md, as they stand: /etc belongs to this test run only."""
     guide = (MANIFESTS.parent / "docs/install-hypervisor.md").read_text()
     section = guide[guide.index("## 2. ") : guide.index("## 3. ")]
     environment = os.environ | {"KUBECONFIG": str(cluster.kube.kubeconfig)}
@@ -102,7 +102,7 @@ def test_the_guide_gives_a_hypervisor_outside_of_the_cluster_an_identity_of_its_
         annotate("inside")
 
 
-def test_the_kubelet_finds_an_agent_ready_that_answers_by_tls_alone(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_kubelet_finds_an_agent_ready_that_answers_only_by_tls(cluster: Cluster, tmp_path: Path) -> None:
     authority = cluster.kube.authority
     name = "vmbackup-agent.vmbackup-system.svc"
     certificate, key = authority.issue("metrics", user=name, addresses=[f"DNS:{name}"])
@@ -121,7 +121,7 @@ def test_the_kubelet_finds_an_agent_ready_that_answers_by_tls_alone(cluster: Clu
     assert [agent[probe]["httpGet"]["scheme"] for probe in ("readinessProbe", "livenessProbe")] == ["HTTPS", "HTTPS"]
 
 
-def test_what_is_uninstalled_leaves_the_guest_and_the_copies_alone(cluster: Cluster, user: KubeApi) -> None:
+def test_uninstalling_touches_neither_the_guest_nor_the_copies(cluster: Cluster, user: KubeApi) -> None:
     user.kubectl("delete", "vmbackups", "--all", "--namespace=team-a", f"--timeout={SECONDS}s")
 
     cluster.uninstall()

@@ -2,7 +2,7 @@
 
     python -m tests.gitops.stored
 
-writes them anew as the test data of Argo CD's health check.
+writes them again as the test data of Argo CD's health check.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_without_our_check_argo_cd_knows_nothing_of_it_and_kstatus_of_a_store_sa
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_test_data_is_what_the_agent_and_the_api_server_make(found: Found, case: Case) -> None:
     written = (TESTDATA / f"{case.slug}.yaml").read_text()
-    assert written == as_testdata(found[case.name]), "write them anew: python -m tests.gitops.stored"
+    assert written == as_testdata(found[case.name]), "write them again: python -m tests.gitops.stored"
 
 
 def test_every_test_of_the_health_check_passes_and_there_is_one_for_each_moment() -> None:

@@ -1,4 +1,4 @@
-"""FAULTS 51: QEMU opens base by its name three times in a backup, and the name may lead to another file just then."""
+"""Fault 51 of 0.1.0: QEMU opens base by its name three times; the name may lead to another file at that moment."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_without_a_guest_agent_only_a_required_quiesce_fails(
 
 @pytest.mark.scenario(8)
 @pytest.mark.misfortune("the store is full")
-def test_a_full_store_fails_the_backup_and_the_guest_comes_home_all_the_same(
+def test_a_full_store_fails_the_backup_and_the_guest_still_comes_home(
     domain: DomainFactory, backup: BackupFactory, tmp_path: Path
 ) -> None:
     guest = domain()
@@ -255,7 +255,9 @@ def test_a_backup_brings_home_what_an_earlier_one_left_before_it_takes_its_snaps
     assert not first.record.gave_up
 
 
-def test_a_deleted_backup_brings_the_chain_home_before_it_lets_go(domain: DomainFactory, backup: BackupFactory) -> None:
+def test_a_deleted_backup_brings_the_chain_home_before_it_is_released(
+    domain: DomainFactory, backup: BackupFactory
+) -> None:
     guest = domain()
     guest.write("vda", 0x11, length="16M")
     running = backup(guest.name, copy={"bandwidth": SLOW})

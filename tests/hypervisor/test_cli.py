@@ -491,9 +491,7 @@ def test_a_state_directory_that_cannot_be_written_is_one_line_on_stderr(domain: 
     assert guest.live().source == guest.bases["vda"]
 
 
-def test_a_journal_that_is_garbled_is_set_aside_and_the_backup_begins_anew(
-    domain: DomainFactory, vmbackup: Cli
-) -> None:
+def test_an_unreadable_journal_is_set_aside_and_the_backup_starts_over(domain: DomainFactory, vmbackup: Cli) -> None:
     uid, file = journal_of("garbled\n", domain(), vmbackup)
     done = vmbackup("run", "-f", str(file))
     assert done.returncode == 0

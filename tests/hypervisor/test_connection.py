@@ -49,7 +49,7 @@ def test_a_domain_that_is_not_here_is_refused_with_the_cure(hypervisor: Hypervis
     assert refusal.value.reason == "DomainNotFound"
 
 
-def test_what_happens_to_a_domain_wakes_its_subscribers_alone(hypervisor: Hypervisor, domain: DomainFactory) -> None:
+def test_what_happens_to_a_domain_wakes_only_its_subscribers(hypervisor: Hypervisor, domain: DomainFactory) -> None:
     mine, other = domain(), domain()
     woken, others_woken = threading.Event(), threading.Event()
     unsubscribe = hypervisor.subscribe(mine.guest.uuid, woken.set)

@@ -235,7 +235,7 @@ def test_a_guest_whose_driver_is_killed_has_its_own_limits_after_the_next_run(
 # -- Pause
 
 
-def test_a_guest_that_is_paused_stands_still_once_until_its_commit_has_converged(
+def test_a_stall_pause_suspends_the_guest_once_until_its_commit_has_converged(
     stubborn: WritingGuest, backup: BackupFactory, hypervisor: Hypervisor
 ) -> None:
     with watched(hypervisor.guest("stubborn")) as standstills:

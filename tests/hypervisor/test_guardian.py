@@ -99,8 +99,8 @@ def test_a_frozen_guest_thaws_though_nobody_starts_an_agent(
     task = replace(task_of_writer(libvirtd, tmp_path), moment=moment, guarded=True)
     assert Driving(task).killed()
     watch = Stopwatch()
-    wait_until(lambda: not is_held(task), "the guest let go", seconds + 60)
-    print(f"let go after {watch}")
+    wait_until(lambda: not is_held(task), "the guest resumed", seconds + 60)
+    print(f"resumed after {watch}")
     assert watch.within(seconds), watch
     assert frozen_file_systems(libvirtd) == "thawed"
     writer.wait_for_more()
@@ -117,7 +117,7 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     libvirtd.virsh("resume", guest.name)
     command = run_command(libvirtd, tmp_path, guest)
     process = dying(command, SUSPENDED, tmp_path)
-    said, _ = process.communicate(timeout=60)  # returns once the guardian has let go of stderr too
+    said, _ = process.communicate(timeout=60)  # returns once the guardian has closed stderr too
     assert process.returncode == -signal.SIGKILL
     assert guest.guest.state()[0] is Power.RUNNING
     assert "was left suspended or frozen by a process that died" in said
@@ -126,7 +126,7 @@ def test_run_without_a_cluster_has_a_guardian_too(domain: DomainFactory, libvirt
     assert subprocess.run([sys.executable, "-m", "vmbackup.cli", *command], check=False, timeout=60).returncode == 0
 
 
-def test_a_guardian_whose_words_nobody_reads_lets_go_of_the_guest_all_the_same(
+def test_a_guardian_whose_output_nobody_reads_still_resumes_the_guest(
     domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path
 ) -> None:
     guest = domain()
@@ -252,9 +252,9 @@ def survive_alone(few_at_once: Semaphore, guest: Domain, moment: Moment) -> str:
     if in_doubt:  # it waits for the barrier, and costs nothing
         few_at_once.release()
     if killed:
-        wait_until(lambda: not is_held(task), f"{moment}: the guest let go", 90)
+        wait_until(lambda: not is_held(task), f"{moment}: the guest resumed", 90)
         seconds = watch.seconds
-        print(f"killed {moment}: let go after {seconds:.1f} s{' in doubt' if in_doubt else ''}")
+        print(f"killed {moment}: resumed after {seconds:.1f} s{' in doubt' if in_doubt else ''}")
         if not watch.allows(seconds, SUSPENDED_SECONDS_IN_DOUBT if in_doubt else SUSPENDED_SECONDS):
             wrong.append(f"it was held for {seconds:.1f} s")
         if guest.guest.state()[0] is not Power.RUNNING:
@@ -281,7 +281,7 @@ def answered(moments: Sequence[Moment], call: Moment) -> Moment:
 
 
 def task_of_writer(libvirtd: Libvirtd, directory: Path) -> Task:
-    """A backup of the writing guest, which writes by itself."""
+    """A backup of the writing guest, which writes all the time."""
     return Task(libvirtd.uri, libvirtd.config_dir, directory, "writer", (), str(uuid4()), GUARDED)
 
 

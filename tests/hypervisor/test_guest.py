@@ -102,7 +102,7 @@ def test_a_backup_of_every_kind_of_disk_comes_home(domain: DomainFactory) -> Non
     assert Path(template).read_bytes() == template_before
 
 
-def test_disks_that_are_not_wanted_are_left_alone(domain: DomainFactory, tmp_path: Path) -> None:
+def test_disks_that_are_not_selected_are_not_touched(domain: DomainFactory, tmp_path: Path) -> None:
     cdrom = DiskSpec("sda", make_disk(tmp_path, "sda", "raw", "1M").path, device="cdrom", bus="sata")
     made = domain({"vda": "raw", "vdb": "qcow2"}, more_disks=(cdrom,))
     made.snapshot("vda")

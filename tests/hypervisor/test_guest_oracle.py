@@ -41,7 +41,7 @@ def test_a_backup_by_plain_virsh_is_proven_on_both_sides(libvirtd: Libvirtd, gue
     overlays = [f"--diskspec={target},file={tmp_path / target}.overlay.qcow2" for target in guest.disks]
     libvirtd.virsh("snapshot-create-as", "writer", "s", "--disk-only", "--atomic", "--no-metadata", *overlays)
     after = acknowledged(guest)
-    guest.wait_for_more(5)  # these are in the overlays alone
+    guest.wait_for_more(5)  # these are only in the overlays
     copies = {target: Path(shutil.copy(image_of(guest, target), tmp_path / f"{target}.copy")) for target in guest.disks}
     for target in guest.disks:
         base = str(image_of(guest, target))

@@ -134,7 +134,7 @@ def test_nothing_is_sent_while_a_call_may_be_in_flight(
     assert job.bandwidth == 1 << 20
 
 
-def test_the_bandwidth_of_somebody_elses_job_is_left_alone(
+def test_the_bandwidth_of_somebody_elses_job_is_not_changed(
     domain: DomainFactory, backup: BackupFactory, libvirtd: Libvirtd
 ) -> None:
     guest = domain({"vda": "chain"})
@@ -185,7 +185,7 @@ def test_though_the_file_system_of_libvirts_configuration_fails_in_the_middle_of
 
 
 def test_though_its_terminal_is_stopped(domain: DomainFactory, libvirtd: Libvirtd, tmp_path: Path) -> None:
-    """Ctrl-S: whoever writes to it waits, which once was the thread that had suspended the guest."""
+    """Ctrl-S: a thread that writes to it blocks; once that was the thread that had suspended the guest."""
     guest = domain()
     libvirtd.virsh("resume", guest.name)
     file = tmp_path / "backup.yaml"

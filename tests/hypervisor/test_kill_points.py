@@ -22,7 +22,7 @@ import pytest
 from sandbox.libvirtd import Libvirtd
 from tests.support.backups import Told, make_backup, spec_of
 from tests.support.domains import Domain, DomainFactory, GuestFactory, starts, wait_until
-from tests.support.kill_points import Deed, Driving, Moment, Task, When
+from tests.support.kill_points import Driving, Interruption, Moment, Task, When
 from tests.support.stopwatch import Stopwatch
 from tests.support.survival import (
     dies,
@@ -69,7 +69,10 @@ SAMPLE = [
 
 def hold_at(several: Sequence[Domain], moments: Sequence[Moment], spec: Mapping[str, Any]) -> list[Driving]:
     """Start a backup of each guest, and hold each at another moment."""
-    tasks = [task_of(guest, spec, moment, deed=Deed.HOLD) for guest, moment in zip(several, moments, strict=False)]
+    tasks = [
+        task_of(guest, spec, moment, interruption=Interruption.HOLD)
+        for guest, moment in zip(several, moments, strict=False)
+    ]
     held = [Driving(task) for task in tasks]
     assert all(driving.wait_until_held() for driving in held)
     return held
@@ -331,7 +334,7 @@ def survive(guest: Domain, death: Death, few_at_once: Semaphore) -> Survival:
     watch, libvirtd = Stopwatch(), guest.libvirtd.pid
     second = Driving(replace(task, moment=None))
     suspended = longest_suspension(guest, second)
-    in_doubt = in_doubt or guest.libvirtd.pid != libvirtd  # which may crash by itself
+    in_doubt = in_doubt or guest.libvirtd.pid != libvirtd  # which may crash without us
     report, _, reasons = second.end(0)
     seconds = watch.seconds
 
@@ -351,7 +354,9 @@ def test_a_guest_that_dies_before_its_snapshot_gets_no_overlay_on_the_disks_that
     guests: GuestFactory, libvirtd: Libvirtd
 ) -> None:
     (guest,) = guests(1)
-    driving = Driving(task_of(guest, {"disks": ["vda"]}, Moment(When.BEFORE, "journal call=snapshot"), deed=Deed.HOLD))
+    driving = Driving(
+        task_of(guest, {"disks": ["vda"]}, Moment(When.BEFORE, "journal call=snapshot"), interruption=Interruption.HOLD)
+    )
     assert driving.wait_until_held()
     libvirtd.kill_guest(guest.name)
     driving.let_go()

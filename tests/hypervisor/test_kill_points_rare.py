@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.backups import SLOW
 from tests.support.domains import Domain, DomainFactory, GuestFactory
-from tests.support.kill_points import Deed, Driving, Moment, When
+from tests.support.kill_points import Driving, Interruption, Moment, When
 from tests.support.survival import moments_of, task_of, what_is_wrong
 from tests.support.tiers import in_chaos
 from vmbackup.api.status import Outcome
@@ -88,7 +88,7 @@ def survive(guest: Domain, deaths: Deaths) -> str:
 
 def hold_before_the_commit(guest: Domain) -> str:
     """Let the overlay of a backup grow by far more than QEMU merges before it keeps to a limit. Returns its uid."""
-    task = task_of(guest, {}, Moment(When.AFTER, "journal vda.commit_begun"), deed=Deed.HOLD)
+    task = task_of(guest, {}, Moment(When.AFTER, "journal vda.commit_begun"), interruption=Interruption.HOLD)
     driving = Driving(task)
     assert driving.wait_until_held()
     guest.write("vda", 0, offset="4M", length="28M")  # zeros: behind the records nothing else may be

@@ -147,7 +147,7 @@ def test_a_full_file_system_of_the_base_leaves_the_overlay_in_charge_until_there
         assert holds(guest, "vda", 0x11, "0 8M")
 
 
-def test_deleted_while_its_guest_is_off_it_goes_home_before_it_lets_go(
+def test_deleted_while_its_guest_is_off_it_goes_home_before_it_is_released(
     domain: DomainFactory, backup: BackupFactory
 ) -> None:
     guest = domain()
@@ -174,7 +174,7 @@ def test_an_orphan_goes_home_while_its_guest_is_off(domain: DomainFactory, backu
     assert holds(guest, "vda", 0x22)
 
 
-def test_told_to_stop_it_ends_the_merge_and_the_next_run_does_it_anew(
+def test_told_to_stop_it_ends_the_merge_and_the_next_run_merges_again(
     domain: DomainFactory, backup: BackupFactory
 ) -> None:
     guest = domain()
@@ -239,7 +239,7 @@ def test_told_to_stop_it_ends_a_comparison_and_a_guest_can_start(
     assert guest.holds("vda", 0x22, "1M", "8M")
 
 
-def test_a_backup_deleted_during_a_comparison_lets_go_when_its_overlay_is_home(
+def test_a_backup_deleted_during_a_comparison_is_released_when_its_overlay_is_home(
     domain: DomainFactory, backup: BackupFactory, compares_slowly: Path
 ) -> None:
     guest = domain()

@@ -61,7 +61,7 @@ def test_a_merge_killed_at_any_moment_is_carried_on_and_nothing_is_lost(domain: 
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_driver_killed_while_qemu_img_merges_takes_it_along_and_the_next_one_merges_anew(
+def test_a_driver_killed_while_qemu_img_merges_takes_it_along_and_the_next_one_merges_again(
     domain: DomainFactory, libvirtd: Libvirtd
 ) -> None:
     guest = domain(size="16M")
@@ -160,12 +160,12 @@ def survive_all(guests: Sequence[Domain], deaths: Sequence[Death]) -> list[str]:
 def survive(guest: Domain, death: Death) -> Iterator[str]:
     """Kill the driver at this moment, let the guest write where that is asked for, and let another driver carry on."""
 
-    def begun_anew() -> Task:
+    def begun_again() -> Task:
         if guest.guest.state()[0] is Power.OFF:  # by an attempt that did not come by
             guest.libvirtd.virsh("start", guest.name)
         return task_of(guest, OFFLINE, death.moment, uid=begun(guest, OFFLINE).uid)
 
-    task, missed = dies(begun_anew)
+    task, missed = dies(begun_again)
     if missed:
         yield missed
         return
@@ -182,7 +182,7 @@ def survive(guest: Domain, death: Death) -> Iterator[str]:
 
 def run_and_write(guest: Domain, task: Task) -> None:
     """The user starts the guest, it writes its next record to each disk, and is stopped."""
-    wait_until(lambda: starts(guest, "--paused"), "a qemu-img that has outlived its driver lets go")
+    wait_until(lambda: starts(guest, "--paused"), "a qemu-img that has outlived its driver has ended")
     number = task.diary.acknowledged
     for target in guest.bases:
         guest.libvirtd.qemu_io(guest.name, target, f"write -f -P {pattern(number)} {FIRST_SLOT + number * SLOT} {SLOT}")

@@ -1,4 +1,4 @@
-"""The journal of a backup is lost while its guest stands still, or is on its overlay: the domain tells enough."""
+"""The journal of a backup is lost while its guest is suspended or on its overlay: the domain tells enough."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sandbox.libvirtd import Libvirtd
 from tests.support import own_libvirtd
 from tests.support.backups import BackupFactory
 from tests.support.domains import Domain, DomainFactory, GuestFactory
-from tests.support.kill_points import Deed, Driving, Moment, When
+from tests.support.kill_points import Driving, Interruption, Moment, When
 from tests.support.stopwatch import Stopwatch
 from tests.support.survival import SUSPENDED_SECONDS, longest_suspension, task_of, what_is_wrong
 from vmbackup.api.status import Outcome
@@ -29,7 +29,7 @@ libvirtd, hypervisor = own_libvirtd.libvirtd, own_libvirtd.hypervisor
 GUARDED = {"switchPolicy": "Guarded"}
 SPEC = {"nodeName": "here", "domain": "any", "storeRef": {"name": "none"}}
 
-# While the guest stands still, or just before or after that.
+# While the guest is suspended, or just before or after that.
 STILL = [
     Moment(When.AFTER, "marking", 1),
     Moment(When.DURING, "suspending", 1),
@@ -66,7 +66,7 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests:
         wrong = list(what_is_wrong(guest, again, report))
         if not watch.allows(suspended, SUSPENDED_SECONDS):
             wrong.append(f"suspended for {suspended:.1f} s")
-        stored = report.reason == "AlreadyStored"  # complete before its journal was lost: never made anew
+        stored = report.reason == "AlreadyStored"  # complete before its journal was lost: never made again
         if report.outcome is not Outcome.SUCCEEDED and not stored:
             wrong.append(f"it ended {report.outcome}: {report.reason}: {report.message}")
         if Mark.of(guest.guest.live_xml() or "") is not None:
@@ -78,11 +78,11 @@ def test_of_a_lost_journal_the_guest_runs_again_at_once_and_lost_nothing(guests:
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_mark_is_there_while_the_guest_stands_still_and_never_in_its_definition(
+def test_the_mark_is_there_while_the_guest_is_suspended_and_never_in_its_definition(
     guests: GuestFactory, libvirtd: Libvirtd
 ) -> None:
     (guest,) = guests(1)
-    task = task_of(guest, GUARDED, Moment(When.AFTER, "redefining", 2), deed=Deed.HOLD)
+    task = task_of(guest, GUARDED, Moment(When.AFTER, "redefining", 2), interruption=Interruption.HOLD)
     driving = Driving(task)
     assert driving.wait_until_held()
     assert guest.guest.state()[0] is Power.PAUSED

@@ -1,6 +1,6 @@
 """The recipes of docs/restore.md, run as they are written, on backups of guests whose images have names of their own.
 
-FAULTS 3: a recipe that looked for images by their target defined the second domain on the images of the first.
+Fault 3 of 0.1.0: a recipe that looked for images by their target defined the second domain on the images of the first.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_the_digests_are_checked(original: Original) -> None:
 def test_another_domain_beside_it_has_the_backup_and_nothing_of_the_original(
     original: Original, then: Callable[[Original], None]
 ) -> None:
-    """docs/restore.md, Another domain beside it. FAULTS 3."""
+    """docs/restore.md, Another domain beside it. Fault 3 of 0.1.0."""
     then(original)
     libvirtd = original.domain.libvirtd
     state, before = libvirtd.virsh("domstate", NAME), original.images()

@@ -1,4 +1,4 @@
-"""FAULTS 5: a user's internal snapshot that he takes while the guest is on its overlay is never deleted with that."""
+"""Fault 5 of 0.1.0: a user's internal snapshot that is taken during a backup is never deleted with the overlay."""
 
 from __future__ import annotations
 

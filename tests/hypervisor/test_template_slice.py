@@ -1,4 +1,4 @@
-"""FAULTS 4: a template that is a part of a file is refused, and its copy is never called a backup."""
+"""Fault 4 of 0.1.0: a template that is a part of a file is refused, and its copy is never called a backup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make release` writes to dist/; with the image of the tests, which is not built anew for it."""
+"""What `make release` writes to dist/; with the image of the tests, which is not built again for it."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Agent:
         nothing = nothing or (do is Do.RELEASE and world.vmbackup == "released")
         nothing = nothing or (do is Do.MERGE_OFFLINE and any(map(merging.under_way, world.disks)))
         if nothing and do not in HOLDING and merging.let_go(world) is not world:
-            yield Step(AGENT + "let go of the overlays", merging.let_go(world))
+            yield Step(AGENT + "release the overlays", merging.let_go(world))
         elif not nothing:
             yield Step(DECIDES + do, world._replace(plan=("do", action), doubt=doubt))
         elif doubt != world.doubt:
@@ -208,8 +208,8 @@ class Agent:
                 record = self._record("shipped", world.record, lambda r: replace(r, copy=Copy.STORED))
                 return Step(AGENT + "store the copy", done._replace(record=record, kept=record))
             case Do.PLAN:
-                record = self._record("anew", world.record, transition.planned_again)
-                return Step(AGENT + "plan anew", done._replace(record=record, kept=record))
+                record = self._record("again", world.record, transition.planned_again)
+                return Step(AGENT + "plan again", done._replace(record=record, kept=record))
             case Do.REMOVE_OVERLAY:
                 return self._unlink(done, index)
             case Do.MERGE_OFFLINE:

@@ -203,12 +203,12 @@ def qemu_gone(world: World) -> World:
 
 
 def libvirtd_gone(world: World) -> World:
-    """libvirtd has ended, and its calls with it; QEMU goes on. Whoever waited has an unknown outcome."""
+    """libvirtd has ended, and its calls with it; QEMU goes on. A caller that waited has an unknown outcome."""
     return no_answer(world)._replace(libvirtd=False, stopped=False, call=None, doubt=world.agent, migrating=False)
 
 
 def no_answer(world: World) -> World:
-    """Whoever waits for the call in flight gives up; the call itself goes on."""
+    """The caller of the call in flight gives up; the call itself goes on."""
     if world.plan is None or world.plan[0] != "wait":
         return world
     if world.plan[1].it.do in GUEST_AGENT_CALLS:

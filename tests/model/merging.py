@@ -45,7 +45,9 @@ def merge_steps(world: World) -> Iterator[Step]:
                 yield Step(named(f"qemu-img merges block {lag}", world, index), put(world, index, base=base))
             else:
                 merge = MERGED if disk.merge == MERGES else NONE
-                yield Step(named("qemu-img has merged, and lets go", world, index), put(world, index, merge=merge))
+                yield Step(
+                    named("qemu-img has merged, and releases its locks", world, index), put(world, index, merge=merge)
+                )
         elif disk.merge == MERGED and disk.writes == "-":
             yield Step(named("agent holds the overlay", world, index), put(world, index, merge=COMPARES))
 

@@ -105,7 +105,7 @@ def _anything_merged_counts(s: Situation) -> Action | None:
 
 
 # ---------------------------------------------------------------------------------------------- users
-def _whoever_wrote_p(s: Situation) -> Action | None:
+def _if_p_names_base(s: Situation) -> Action | None:
     return rules_off.off_with_overlay_left(replace(s, intent=replace(s.intent, guarded=False)))
 
 
@@ -136,7 +136,7 @@ def _release_at_once(s: Situation) -> Action | None:
     return Action(Do.RELEASE) if s.intent.deleted else None
 
 
-def _resume_whoever_paused_it(s: Situation) -> bool:
+def _resume_also_if_paused_by_others(s: Situation) -> bool:
     return s.seen.power is Power.PAUSED and s.record.guard is not Guard.NONE
 
 
@@ -221,8 +221,8 @@ MUTANTS = (
     ),
     Mutant(
         "edits",
-        "off: P=B proves that it was pivoted, whoever wrote it",
-        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _whoever_wrote_p),),
+        "off: P=B proves that it was pivoted, also if a user wrote it",
+        (_instead("RULES_OFF", rules_off.off_with_overlay_left, _if_p_names_base),),
         Setting(faults=2, writes=1, edits=True),
     ),
     Mutant(
@@ -281,7 +281,7 @@ MUTANTS = (
     ),
     Mutant(
         "I5",
-        "deleted, it lets go without recording the orphan",
+        "deleted, it is released without recording the orphan",
         tuple(
             (module, "release_deleted", _release_at_once) for module in (situation, rules_on, rules_off, commit_rules)
         ),
@@ -290,7 +290,7 @@ MUTANTS = (
     Mutant(
         "guard",
         "a guest that was found paused is resumed",
-        ((Situation, "suspended_by_us", property(_resume_whoever_paused_it)),),
+        ((Situation, "suspended_by_us", property(_resume_also_if_paused_by_others)),),
         Setting(faults=0, writes=0, paused=True),
     ),
     Mutant(

@@ -18,7 +18,7 @@ class Residual:
     what: str
     setting: Setting
     breaks: frozenset[str]
-    large: bool = False  # takes minutes: `make model` alone shows it
+    large: bool = False  # takes minutes: only `make model` shows it
 
 
 RESIDUALS = (

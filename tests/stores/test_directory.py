@@ -421,7 +421,7 @@ class TestList:
 
 
 class TestEveryFileIsLookedAt:
-    """FAULTS 1: what was taken may be gone by the time at which it is published."""
+    """Fault 1 of 0.1.0: taken files may be gone before they are published."""
 
     @pytest.mark.fault(1)
     @pytest.mark.parametrize("harm", ["removed", "cut", "a link"])

@@ -91,8 +91,8 @@ class Agent:
         self.program.stop(seconds=30)
 
     @contextmanager
-    def standing_still(self) -> Generator[None]:
-        """It sees nothing of what happens meanwhile until all of it has happened."""
+    def suspended(self) -> Generator[None]:
+        """Stop the process, so that it sees the changes made meanwhile only afterwards, all at once."""
         self.program.signal(signal.SIGSTOP)
         try:
             yield
@@ -100,11 +100,11 @@ class Agent:
             self.program.signal(signal.SIGCONT)
 
     def healthz(self) -> tuple[int, str] | None:
-        """Status code and text of /healthz; None while nobody answers."""
+        """Status code and text of /healthz; None while there is no answer."""
         return self._get("/healthz")
 
     def metrics(self) -> str:
-        """What /metrics shows; nothing while nobody answers."""
+        """What /metrics shows; nothing while there is no answer."""
         answer = self._get("/metrics")
         return answer[1] if answer else ""
 
@@ -197,7 +197,7 @@ class VMBackup:
         self._kubectl("patch", "--type=merge", "-p", '{"metadata": {"finalizers": null}}')
 
     def vanish(self) -> None:
-        """Delete it, and let nobody hold it."""
+        """Delete it without its finalizers."""
         self.strip_finalizers()
         self.delete()
 
@@ -264,7 +264,7 @@ def agent_of(kube: KubeApi, libvirtd: Libvirtd, directory: Path) -> Generator[Ag
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port of loopback."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]

@@ -33,7 +33,7 @@ class Blackhole:
             each.close()
 
     def swallow_what_is_open(self) -> None:
-        """What is sent from now on over connections that are open arrives nowhere; new ones work."""
+        """From now on, data sent over open connections is lost; new connections work."""
         self._swallow.set()
         self._swallow = threading.Event()
 

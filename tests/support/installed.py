@@ -53,7 +53,7 @@ class Pods:
         return self.kube.kubectl("create", "-f", "-", "--output=yaml", *flags, stdin=json.dumps(pod))
 
     def token(self, node: str) -> str:
-        """What is mounted into the pod of this node's agent, and could be stolen there."""
+        """The files mounted into the pod of this node's agent, which could be stolen there."""
         name = f"{AGENT}-{node}"
         try:
             uid = self.kube.get("pod", name, "-n", NAMESPACE)["metadata"]["uid"]

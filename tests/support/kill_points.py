@@ -90,11 +90,11 @@ class Moment:
         return f"{self.when} {self.event}" + (f" ({self.nth})" if self.nth > 1 else "")
 
 
-class Deed(StrEnum):
+class Interruption(StrEnum):
     """What happens to the driver at its moment."""
 
     KILL = "kill"
-    HOLD = "hold"  # it waits there until it is let go
+    HOLD = "hold"  # it waits there until it is told to go on
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Task:
     uid: str
     spec: Mapping[str, Any] = field(default_factory=dict[str, Any])
     moment: Moment | None = None
-    deed: Deed = Deed.KILL
+    interruption: Interruption = Interruption.KILL
     boot: Boot | None = None
     guarded: bool = False  # by a guardian, as an agent is; a guardian always waits 31 s
 
@@ -243,7 +243,7 @@ def records_in(content: bytes) -> int:
 
 
 def guardians(state_dir: Path) -> list[int]:
-    """The processes that guard what is journalled there."""
+    """The guardians of the backups that are journalled there."""
     found = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _guards(path, state_dir)]
     return sorted(found)
 
@@ -350,7 +350,7 @@ def _mirror(guest: Guest, target: str) -> Mirror:
 
 
 class _Watch:
-    """Notes every moment, and does the deed at the chosen one."""
+    """Notes every moment, and interrupts the driver at the chosen one."""
 
     def __init__(self, task: Task, write: Callable[[], None], line: Connection | None = None) -> None:
         self._task = task
@@ -371,7 +371,7 @@ class _Watch:
         self.moments.append(moment)
         if moment != self._task.moment:
             return
-        if self._task.deed is Deed.HOLD and self._line is not None:
+        if self._task.interruption is Interruption.HOLD and self._line is not None:
             self._line.send(None)
             self._line.recv()
         elif when is When.DURING:

@@ -1,6 +1,6 @@
 """Manifests that must be refused, by the API server and by BackupSpec.parse alike, and some that must be taken.
 
-A change is a dotted path in a good spec and the value that is put there; the value DROP removes what is there.
+A change is a dotted path in a good spec and the value that is put there; the value DROP removes the field.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ HEALTH = {"InProgress": "Progressing", "Failed": "Degraded", "Current": "Healthy
 
 @dataclass(frozen=True)
 class Moment:
-    """What is known, and what is to be seen of it: each condition as T, F or U and its reason, and kstatus' verdict."""
+    """A report and the status that it must become: each condition as T, F or U, its reason, and kstatus' verdict."""
 
     name: str
     report: Report

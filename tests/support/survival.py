@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.domains import Domain, wait_until
-from tests.support.kill_points import BARRIER_SECONDS, Deed, Driving, Moment, Task, When, records_in
+from tests.support.kill_points import BARRIER_SECONDS, Driving, Interruption, Moment, Task, When, records_in
 from tests.support.proof import (
     content,
     copies,
@@ -33,7 +33,11 @@ SUSPENDED_SECONDS_IN_DOUBT = 45.0  # where a call was left unanswered: the barri
 
 
 def task_of(
-    guest: Domain, spec: Mapping[str, Any], moment: Moment | None = None, uid: str = "", deed: Deed = Deed.KILL
+    guest: Domain,
+    spec: Mapping[str, Any],
+    moment: Moment | None = None,
+    uid: str = "",
+    interruption: Interruption = Interruption.KILL,
 ) -> Task:
     return Task(
         uri=guest.libvirtd.uri,
@@ -44,7 +48,7 @@ def task_of(
         uid=uid or str(uuid.uuid4()),
         spec=spec,
         moment=moment,
-        deed=deed,
+        interruption=interruption,
     )
 
 
@@ -98,7 +102,7 @@ def dies(task_at_its_moment: Callable[[], Task]) -> tuple[Task, str]:
 
 
 def longest_suspension(guest: Domain, driving: Driving, tend: Callable[[], object] = lambda: None) -> float:
-    """How long the guest stands still at one stretch, in seconds, until the driver has ended.
+    """The longest time for which the guest is suspended, in seconds, until the driver has ended.
 
     `tend` is called again and again meanwhile. A libvirtd that is away delays all until it is back.
     """

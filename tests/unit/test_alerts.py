@@ -89,7 +89,7 @@ def test_each_alert_says_what_it_is_and_what_to_do(alert: str) -> None:
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_each_alert_about_a_guest_leads_to_its_vmbackup(alert: str) -> None:
-    """The agent's metrics have the domain alone; those of kube-state-metrics have namespace and name."""
+    """The agent's metrics have only the domain; those of kube-state-metrics have namespace and name."""
     description = ALERTS[alert]["annotations"]["description"]
     if "$labels.domain" in description:
         assert description.endswith(FIND_VMBACKUP)

@@ -1,4 +1,4 @@
-"""Deadlines and pauses are counted in CLOCK_BOOTTIME, which begins anew with each boot."""
+"""Deadlines and pauses are counted in CLOCK_BOOTTIME, which starts at 0 with each boot."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ THEN, NOW = 90_000.0, 40.0  # this boot is younger than what an earlier one has 
         "the attempt ended with QEMU",
         "the next attempt waits no longer, and is counted on",
         "what people read stays",
-        "whoever has suspended the guest since, it was not this backup",
+        "a guest that is suspended now was not suspended by this backup",
         "a guest that has booted is not frozen",
     ],
 )
 def test_after_a_reboot_nothing_is_measured_against_the_boot_before(
     record: Record, disk: Fields, more: dict[str, Any]
 ) -> None:
-    anew = of_this_boot(record, "this", NOW)
-    assert anew.boot_id == "this"
+    now = of_this_boot(record, "this", NOW)
+    assert now.boot_id == "this"
     for name, value in disk.items():
-        assert getattr(anew.disks[0], name) == value
+        assert getattr(now.disks[0], name) == value
     for name, value in more.items():
-        assert getattr(anew, name) == value
+        assert getattr(now, name) == value
 
 
 def test_within_a_boot_all_goes_on() -> None:

@@ -22,7 +22,7 @@ def test_it_is_what_its_script_writes(tmp_path: Path) -> None:
     script.write_text((COMPONENT / "dashboard.py").read_text())
     subprocess.run([sys.executable, script], check=True)
     fresh = (tmp_path / "dashboard.json").read_text()
-    assert fresh == (COMPONENT / "dashboard.json").read_text(), "make dashboard writes it anew"
+    assert fresh == (COMPONENT / "dashboard.json").read_text(), "run make dashboard"
 
 
 def test_it_can_be_installed_beside_others_on_whatever_prometheus() -> None:

@@ -175,7 +175,7 @@ LOST_PIVOT = on("O", "O", LOCKED, mirror=Mirror.READY, written="B")
         Do.RESUME,
     ),
     Row(
-        "resumed: whoever pauses it from now on is not us",
+        "resumed: if it is paused from now on, somebody else did it",
         fresh({"settled": ON_OVERLAY}, snapshot=Snapshot.INTENDED, guard=Guard.OURS),
         on("B", "O", LOCKED, written="O"),
         Do.CLEAR_GUARD,
@@ -301,7 +301,7 @@ def test_when_qemu_and_libvirt_disagree(row: Row):
     Row("all home, to do: intend the snapshot", fresh(), home(), Do.INTEND_SNAPSHOT, more={"guard": Guard.OURS}),
     Row("intended: suspend", fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS), home(), Do.SUSPEND),
     Row("suspended: snapshot", fresh(snapshot=Snapshot.INTENDED, guard=Guard.OURS), home(Power.PAUSED), Do.SNAPSHOT),
-    Row("what was adopted is home: plan anew", fresh(snapshot=Snapshot.ADOPTED), home(), Do.PLAN),
+    Row("what was adopted is home: plan again", fresh(snapshot=Snapshot.ADOPTED), home(), Do.PLAN),
     Row("all home, not settled: settle B before the end", pivoted({"settled": None}), home(), Do.REDEFINE),
     Row("all home, copy taken: ship", pivoted(), home(), Do.SHIP),
     Row("all home, shipped: finish", pivoted(copy=Copy.STORED), home(), Do.FINISH),

@@ -90,7 +90,7 @@ def test_failed_attempts(row: Row):
         "an adopted overlay goes home first", taken(snapshot=Snapshot.ADOPTED), on_overlay(), Do.BEGIN_COMMIT, CANCELLED
     ),
 )
-def test_cancelled_it_ends_as_one_that_was_deleted_but_nothing_is_let_go(row: Row):
+def test_cancelled_it_ends_as_one_that_was_deleted_but_nothing_is_released(row: Row):
     row.check()
 
 

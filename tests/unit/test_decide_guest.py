@@ -40,7 +40,7 @@ from vmbackup.protocol.terms import Do, Power
     Row("a paused guest is not frozen", fresh(), home(Power.PAUSED), Do.INTEND_SNAPSHOT, QUIESCE),
     Row("required, and the guest is paused: refuse", fresh(), home(Power.PAUSED), Do.REFUSE, QUIESCE | REQUIRED),
     Row(
-        "frozen by a run that is gone, which had suspended it too: resume, to plan and freeze anew",
+        "frozen by a run that is gone, which had suspended it too: resume, to plan and freeze again",
         fresh(snapshot=Snapshot.INTENDED, replan=True, guard=Guard.OURS, freeze=Freeze.THAW_DUE),
         home(Power.PAUSED),
         Do.RESUME,
@@ -54,7 +54,7 @@ from vmbackup.protocol.terms import Do, Power
         QUIESCE,
     ),
     Row(
-        "… then choose the disks anew: the domain may have changed since they were chosen",
+        "… then choose the disks again: the domain may have changed since they were chosen",
         fresh(snapshot=Snapshot.INTENDED, replan=True),
         home(),
         Do.PLAN,

@@ -88,7 +88,7 @@ MARK = {"merged": "1.2.3", "settled": None}
     Row("in use: wait", committing(), off("O", LOCKED), Do.WAIT, OFFLINE, {"parked": False}),
     Row("quarantined: touch nothing", committing(quarantined="why"), off("O", DATA), Do.SHIP, OFFLINE),
     Row("merged and held: P:=B", committing(MARK), off("O", HELD), Do.REDEFINE, OFFLINE, {"images": TO_BASE}),
-    Row("written though held: anew", committing(), off("O", WRITTEN_SINCE), Do.MERGE_OFFLINE, OFFLINE),
+    Row("written though held: merge again", committing(), off("O", WRITTEN_SINCE), Do.MERGE_OFFLINE, OFFLINE),
     Row(
         "merged by a run that is gone: settle O",
         committing(MARK),
@@ -97,7 +97,7 @@ MARK = {"merged": "1.2.3", "settled": None}
         OFFLINE,
         {"images": TO_OVERLAY},
     ),
-    Row("… and merge anew", committing({"merged": "1.2.3"}), off("O", MARKED), Do.MERGE_OFFLINE, OFFLINE),
+    Row("… and merge again", committing({"merged": "1.2.3"}), off("O", MARKED), Do.MERGE_OFFLINE, OFFLINE),
     Row("P=B: durable first", committing(MARK), off("B", HELD), Do.REDEFINE, OFFLINE, {"images": TO_BASE}),
     Row("P=B durable: O goes", committing(MARK | {"settled": ON_BASE}), off("B", HELD), Do.REMOVE_OVERLAY, OFFLINE),
     Row("… in a later run too", committing(MARK | {"settled": ON_BASE}), off("B", MARKED), Do.REMOVE_OVERLAY),

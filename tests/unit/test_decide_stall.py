@@ -61,7 +61,7 @@ def paused(disk: Fields | None = None, **changes: Any) -> Record:
     Row("a commit while base is copied is not ours", taken(), late(), Do.FAIL_BACKUP, THROTTLE),
     Row("throttled a moment ago: wait", committing(LOWERED), late(), Do.WAIT, THROTTLE),
     Row("throttled long enough: look again", committing(LOWERED), seen(late(), now=5.0), Do.THROTTLE, THROTTLE),
-    Row("the user's now: left alone", committing(YIELDED), seen(late(), now=5.0), Do.WAIT, THROTTLE),
+    Row("the user's now: not touched", committing(YIELDED), seen(late(), now=5.0), Do.WAIT, THROTTLE),
     Row("READY: pivot", committing(LOWERED), ready(), Do.INTEND_PIVOT, THROTTLE),
     Row("suspended for the pivot: that first", pivoting(LOWERED), ready(Power.PAUSED), Do.PIVOT, THROTTLE),
     Row(

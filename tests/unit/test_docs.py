@@ -95,7 +95,7 @@ def test_every_command_that_is_named_is_there(program: str, parser: object):
 
 
 def test_every_vmbackup_that_a_document_shows_is_valid():
-    """Alone, and within the ConfigMap of a CronJob."""
+    """On its own, and within the ConfigMap of a CronJob."""
     shown = [each for document in DOCUMENTS for each in _shown(document.read_text()) if each.get("kind") == "VMBackup"]
     assert len(shown) >= 3
     for each in shown:

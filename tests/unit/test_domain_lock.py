@@ -34,7 +34,7 @@ def test_it_can_be_had_again_and_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_one_that_was_not_had_leaves_the_file_of_the_other_alone(tmp_path: Path) -> None:
+def test_one_that_was_not_acquired_does_not_touch_the_file_of_the_other(tmp_path: Path) -> None:
     with domain_lock("a", never, tmp_path):
         with domain_lock("a", never, tmp_path):
             pass

@@ -68,7 +68,7 @@ def on_node(local: Local, record: Record | None, **more: Any) -> Local:
             seen(**DELETED, **OTHERS), on_node(GOING, replace(JOURNAL, orphan=True)), Task.RELEASE, id="an orphan"
         ),
         pytest.param(
-            seen(**DELETED), on_node(GOING, replace(JOURNAL, orphan=True)), Task.RUN, id="an orphan that we hold alone"
+            seen(**DELETED), on_node(GOING, replace(JOURNAL, orphan=True)), Task.RUN, id="an orphan that only we hold"
         ),
         pytest.param(seen(**DELETED), on_node(GOING, JOURNAL), Task.RUN, id="deleted while it runs"),
     ],

@@ -146,5 +146,5 @@ def test_who_connects_and_never_shakes_hands_keeps_nobody_waiting(
 def test_files_that_are_no_certificate_are_named_at_the_start(files: tuple[Path, Path]) -> None:
     for spoiled in (lambda: files[1].write_text("none"), files[1].unlink):
         spoiled()
-        with pytest.raises(PermanentError, match=r"tls\.key are no certificate.*--metrics-tls-cert"):
+        with pytest.raises(PermanentError, match=r"tls\.key are not a certificate.*--metrics-tls-cert"):
             HealthServer(Metrics().registry, {}, host="127.0.0.1", port=0, tls=Certificate(*files))

@@ -92,7 +92,7 @@ class TestInfo:
         path, options = (
             tmp_path / "disk.qcow2",
             "encrypt.format=aes,encrypt.key-secret=key",
-        )  # luks measures the CPU, in vain when busy
+        )  # luks measures the CPU, and fails on a busy one
         secret = ("--object", "secret,id=key,data=s")
         run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, str(path), "1M")
         assert info(path).encrypted

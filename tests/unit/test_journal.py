@@ -124,7 +124,7 @@ def test_of_a_backup_that_is_over_one_line_is_left_however_long_it_took(written:
     journal.write(over, durable=True)
     assert written.read_bytes().count(b"\n") == 1
     journal.close()
-    for _ in range(60):  # an agent that starts anew takes each of them up
+    for _ in range(60):  # a restarted agent continues each of them
         again = taken_up(written)
         again.write(over, durable=False)
         again.close()
@@ -133,7 +133,7 @@ def test_of_a_backup_that_is_over_one_line_is_left_however_long_it_took(written:
 
 
 @pytest.mark.parametrize("how", ["removed", "emptied", "removed with its directory"])
-def test_one_that_somebody_removes_is_written_anew(tmp_path: Path, how: str) -> None:
+def test_one_that_somebody_removes_is_written_again(tmp_path: Path, how: str) -> None:
     directory = tmp_path / "state"
     journal = Journal.start(directory, RECORD)
     journal.write(RECORD, durable=True)

@@ -360,7 +360,7 @@ def test_prometheus_can_scrape_it() -> None:
 
 def test_there_is_nothing_else() -> None:
     with served({}) as server:
-        assert get(server, "/") == (404, "here are /metrics, /healthz and /livez\n")
+        assert get(server, "/") == (404, "available: /metrics, /healthz, /livez\n")
 
 
 def test_the_port_is_free_again_afterwards() -> None:

@@ -85,7 +85,7 @@ DELETED = backup(deletionTimestamp=LONG_AGO)
         (DELETED, signs(last_write=NOW - timedelta(minutes=9)), "wrote a status 9m ago"),
         (DELETED, signs(exists=None), "may not see nodes"),
         (DELETED, signs(pods=None), "may not see pods"),
-        (backup(), signs(), "nobody has asked its agent yet"),
+        (backup(), signs(), "its agent was not asked to release it yet"),
         (backup(deletionTimestamp=(NOW - timedelta(minutes=3)).isoformat()), signs(), "deleted 3m ago only"),
     ],
 )

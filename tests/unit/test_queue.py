@@ -98,7 +98,7 @@ async def test_one_that_has_begun_goes_first_and_does_not_wait_for_the_node() ->
 
 
 @played
-async def test_one_that_has_begun_waits_for_its_domain_all_the_same() -> None:
+async def test_one_that_has_begun_still_waits_for_its_domain() -> None:
     crowd = Crowd(1)
     a, begun = ticket("a", "web"), ticket("begun", "web", begun=True)
     await crowd.join(a, begun)
@@ -141,7 +141,7 @@ async def test_one_that_gives_up_waiting_is_not_admitted_later() -> None:
 
 
 @played
-async def test_whose_domain_is_not_known_waits_for_the_node_alone() -> None:
+async def test_one_whose_domain_is_not_known_waits_only_for_the_node() -> None:
     crowd = Crowd(2)
     unknown = [Ticket(uid=name, name=name, domain="", begun=False, since="1") for name in "abc"]
     await crowd.join(*unknown)

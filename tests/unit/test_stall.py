@@ -63,7 +63,7 @@ def throttle(*limits: int, original: dict[str, int] | None = None, **more: Any) 
         "nothing won: half",
         "less than a quarter won: half",
         "a quarter won: wait",
-        "the job stands still: half",
+        "the job makes no progress: half",
         "not below 1 MiB/s",
         "at 1 MiB/s: no further",
         "lower where the commit is slow",

@@ -96,7 +96,7 @@ def test_a_mount_that_is_dead_keeps_neither_the_event_loop_nor_the_start_of_an_a
 
     began = time.monotonic()
     longest, orphans = asyncio.run(sweep())
-    assert longest < 5, "the event loop stood still"
+    assert longest < 5, "the event loop was blocked"
     assert time.monotonic() - began < 8, "it waited for the mount"
     assert orphans == 3, "what cannot be seen counts as there"
 

@@ -1,4 +1,4 @@
-"""What is done with images in the background, when a file system hangs: whoever gives up lets go of every image."""
+"""Copies and merges in the background when a file system hangs: one that is given up releases every image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dead_store() -> Iterator[threading.Event]:
     answers.set()
 
 
-def test_a_cancelled_copy_that_hangs_in_its_store_lets_go_of_the_base(
+def test_a_cancelled_copy_that_hangs_in_its_store_releases_the_base(
     tmp_path: Path, dead_store: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_PATIENCE", 0.1)
@@ -73,7 +73,7 @@ def disk(tmp_path: Path) -> DiskRecord:
     return DiskRecord("vda", base=str(base), overlay=str(overlay), format="raw", virtual_bytes=1 << 20)
 
 
-def test_a_merge_that_hangs_when_it_is_given_up_lets_go_of_the_overlay_at_once_and_for_good(
+def test_a_merge_that_hangs_when_it_is_given_up_releases_the_overlay_at_once_and_for_good(
     disk: DiskRecord, dead_store: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "_PATIENCE", 0.1)
@@ -171,7 +171,7 @@ BESIDE_A_COPY = (
 
 
 @pytest.mark.parametrize(("do", "goes_on"), [(do, do in BESIDE_A_COPY) for do in (*BESIDE_A_COPY, Do.COMMIT)])
-def test_a_copy_is_not_begun_anew_for_what_leaves_images_alone(
+def test_a_copy_goes_on_beside_steps_that_do_not_touch_images(
     disk: DiskRecord, slow_copying: Copying, tmp_path: Path, do: Do, goes_on: bool
 ) -> None:
     record, store = record_of(disk), DirectoryStore(tmp_path / "store")

@@ -24,7 +24,7 @@ def answers(dog: Watchdog) -> dict[str, str]:
     return {name: check() for name, check in dog.checks.items()}
 
 
-def test_an_event_loop_that_stands_still_for_30_seconds_is_stuck(clock: SimpleNamespace) -> None:
+def test_an_event_loop_that_is_blocked_for_30_seconds_is_stuck(clock: SimpleNamespace) -> None:
     dog = Watchdog(SimpleNamespace(answering_since=1.0, uri="test"), lambda: "")
 
     async def turn() -> None:

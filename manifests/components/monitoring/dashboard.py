@@ -102,7 +102,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             kind="stat", width=4, steps={1: BAD},
         ),
         Panel(
-            "Suspended by us", "Some 50 ms at each switch of images; longer only if stallPolicy: Pause asks for it.",
+            "Suspended by vmbackup", "About 50 ms at each switch of images; longer only with stallPolicy: Pause.",
             ((f"vmbackup_guest_suspended_seconds{GUEST}", GUEST_LEGEND),),
             unit="s", width=4, steps={20: BAD},
         ),
@@ -113,7 +113,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "How long do commits take, how much is merged?": (
         Panel(
-            "Commits", "From the start of a commit to the guest on its base again, in the range shown.",
+            "Commits", "Time from the start of a commit until the guest uses its base again, in the range shown.",
             tuple((quantile(share, "vmbackup_commit_duration_seconds"), f"{share:.0%}") for share in (0.5, 0.95)),
             kind="stat", unit="s", width=4,
         ),
@@ -147,7 +147,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     ),
     "Is there room?": (
         Panel(
-            "Overlays", "Space that each overlay takes on disk.",
+            "Overlays", "Disk space that each overlay occupies.",
             ((f"vmbackup_overlay_bytes{GUEST}", DISK_LEGEND),), unit="bytes",
         ),
         Panel(
@@ -189,7 +189,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """The whole of it."""
+    """The whole dashboard."""
     panels: list[dict[str, Any]] = []
     y = 0
     for question, row in ROWS.items():

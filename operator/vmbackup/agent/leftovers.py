@@ -21,7 +21,7 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.protocol.record import Record
 from vmbackup.reconcile.backup import Backup
 from vmbackup.reconcile.leftovers.reader import Leftovers, OurOverlay, may_hold_guest, read_all
-from vmbackup.reconcile.leftovers.takeover import nobody_works_on, replaces_lost_journal, take_over_lost
+from vmbackup.reconcile.leftovers.takeover import no_process_works_on, replaces_lost_journal, take_over_lost
 from vmbackup.reconcile.request import Request, spec_of
 from vmbackup.reconcile.state import journal as journals
 from vmbackup.stores.base import Store
@@ -122,7 +122,7 @@ class Orphans:
         return list(read_all(self._context.node.hypervisor.guests()))
 
     async def _interrupted(self, records: Iterable[Record], there: Collection[str]) -> list[_Orphan]:
-        """The overlays of interrupted runs of `vmbackup run` that nobody has continued yet."""
+        """The overlays of interrupted runs of `vmbackup run` that were not continued yet."""
         found: list[_Orphan] = []
         for record in records:
             left = _left(record, there) if _is_interrupted(record) else []
@@ -158,8 +158,8 @@ class Orphans:
         return "committing it now" if domain.live else "start the guest, then it will be committed"
 
     async def _is_free(self, domain_uuid: str) -> bool:
-        """Whether no process works on this domain, whose overlays would not be orphans."""
-        return await self._context.threads.call(nobody_works_on, self._context.node, domain_uuid)
+        """Whether no process works on this domain. If one does, its overlays are not orphans."""
+        return await self._context.threads.call(no_process_works_on, self._context.node, domain_uuid)
 
     async def _resume_held(self) -> None:
         """Resume and thaw guests held by a lost backup, whatever the policy."""

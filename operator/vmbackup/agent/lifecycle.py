@@ -52,7 +52,7 @@ async def _wait(stopped: Stopped) -> None:
 class Lifecycle:
     """Looks after one VMBackup. Belongs to the event loop; backups run in threads of their own.
 
-    `keep` does what is due until it is stopped; `release` returns once a deleted VMBackup may be removed.
+    `keep` carries out tasks until it is stopped; `release` returns once a deleted VMBackup may be removed.
     """
 
     def __init__(self, context: Context, seen: BackupResource) -> None:
@@ -91,7 +91,7 @@ class Lifecycle:
 
     @property
     def attended(self) -> bool:
-        """A task does what is due."""
+        """Whether `keep` is running."""
         return self._loops > 0
 
     @property
@@ -126,7 +126,7 @@ class Lifecycle:
         self._wake()
 
     async def keep(self, stopped: Stopped) -> None:
-        """Do what is due until `stopped`, or until it was deleted and released."""
+        """Carry out tasks until `stopped`, or until the VMBackup was deleted and released."""
         stopping = asyncio.ensure_future(_wait(stopped))
         self._loops += 1
         try:

@@ -154,7 +154,7 @@ class Fields:
         return rate
 
     def refuse_unknown(self) -> None:
-        """Raise RefusedError if there are fields that nobody has read."""
+        """Raise RefusedError if there are unknown fields, which no method has read."""
         unknown = sorted(set(self._values) - self._read)
         if unknown:
             raise RefusedError(

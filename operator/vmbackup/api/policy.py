@@ -1,4 +1,4 @@
-"""Who may back up what to where: the rules of a VMBackupPolicy, and whether they allow what is asked for. Pure."""
+"""Who may back up what to where: the rules of a VMBackupPolicy, and whether they allow a backup. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LABEL = re.compile(r"(?s).{0,317}")  # what cannot be a label fits none
 
 
 class Operation(StrEnum):
-    """What a rule allows. A rule for something that this version does not know of is for others."""
+    """What a rule allows. A rule for an operation that this version does not know does not concern it."""
 
     BACKUP = "Backup"
 
@@ -79,7 +79,7 @@ class Rule:
     stores: tuple[str, ...]
 
     def allows(self, asked: Asked) -> bool:
-        """Whether this rule alone allows it."""
+        """Whether this rule allows it."""
         return (
             asked.operation in self.operations
             and (_any(self.namespaces, asked.namespace) or self._selects(asked.labels))
@@ -95,7 +95,7 @@ class Rule:
 def unknown_domain(text: str) -> tuple[str, str]:
     """Name and UUID, for `Asked`, of a domain that a spec names so and libvirt does not know.
 
-    A UUID is no name: else who asks for one could tell by the answer whether another's domain has it.
+    A UUID is never taken as a name: otherwise the answer would reveal whether the domain of another tenant has it.
     """
     try:
         return "", str(UUID(text))
@@ -111,7 +111,7 @@ def allowed(rules: Iterable[Rule], asked: Asked) -> bool:
 def parse_rules(spec: Mapping[str, Any]) -> tuple[Rule, ...]:
     """The rules of a VMBackupPolicy. Raises RefusedError naming the field and the cure.
 
-    What is not understood, also a field of a later version, is an error: ignored, it might allow more than was meant.
+    An unknown field, also one of a later version, is an error: ignoring it could allow more than was intended.
     """
     top = Fields("spec", spec)
     rules = tuple(_rule(fields) for fields in top.mappings("rules", "must be a list of rules, [] to allow nothing"))
@@ -170,7 +170,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _fits_domain(pattern: str, asked: Asked) -> bool:
-    """A UUID fits as a whole only: else the pattern a* would allow a domain of any name whose UUID begins with a."""
+    """A UUID must match as a whole: otherwise the pattern a* would allow every domain whose UUID begins with a."""
     try:
         return str(UUID(pattern)) == asked.domain_uuid
     except ValueError:

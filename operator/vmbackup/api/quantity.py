@@ -20,7 +20,7 @@ _FACTOR = {
     **{suffix: Decimal(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},
     **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", start=1)},
 }
-_LARGEST = 2**63 - 1  # what is larger counts as this, as in Kubernetes
+_LARGEST = 2**63 - 1  # larger values are cut to this, as in Kubernetes
 
 
 def parse_quantity(value: object) -> int:

@@ -88,7 +88,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class DiskReport:
-    """What is known of one disk. `message` says why a disk is left out, or what it waits for."""
+    """The status of one disk. `message` says why a disk is left out, or what it waits for."""
 
     target: str
     state: DiskState
@@ -110,7 +110,7 @@ class Report:
     """Everything that a status is rendered from. Times are seconds since the epoch, UTC.
 
     `reason` and `message` are those of Ready; the other two conditions have their own, and a standard sentence where
-    the message is empty. `outcome` decides what is running (None) and what is over.
+    the message is empty. `outcome` is None while the backup runs.
     """
 
     phase: Phase = Phase.PENDING

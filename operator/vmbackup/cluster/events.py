@@ -1,4 +1,4 @@
-"""Sends Kubernetes events to the API server in the background, so that nobody waits for it."""
+"""Sends Kubernetes events to the API server in the background, so that no backup waits for it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Events:
             return arrived
 
     def close(self) -> None:
-        """Discard what is not sent yet."""
+        """Discard events that are not sent yet."""
         with self._changed:
             self._closed = True
             if self._waiting:

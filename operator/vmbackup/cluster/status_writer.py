@@ -97,7 +97,7 @@ class StatusWriter:
             return arrived
 
     def close(self) -> None:
-        """Discard what is not written yet."""
+        """Discard statuses that are not written yet."""
         with self._changed:
             self._pending.clear()
             self._late(None)

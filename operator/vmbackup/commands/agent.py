@@ -1,4 +1,4 @@
-"""`vmbackup agent`: the process that runs the VMBackups of one hypervisor. What it does is in agent/."""
+"""`vmbackup agent`: the process that runs the VMBackups of one hypervisor. Its work is in agent/."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ FLAGS = (
 _EXAMPLES = """\
 examples:
   vmbackup run -f web-01.yaml                              # a VMBackup and its VMBackupStore in one file
-  vmbackup run -f web-01.yaml --store-path /srv/backups    # a VMBackup alone
+  vmbackup run -f web-01.yaml --store-path /srv/backups    # a file with only a VMBackup
   vmbackup run -f web-01.yaml --retry                      # after exit code 3, when the cause is fixed
 """
 _EXIT_CODES = """\

@@ -210,7 +210,7 @@ class Guest:
     def limit_bytes(self, target: str, limits: Mapping[str, int]) -> None:
         """Limit the bytes per second of a disk until QEMU ends. Names of BYTE_LIMITS that are missing become unlimited.
 
-        The limits of operations per second stay, and so does the persistent XML. Disks of one <group_name> share them.
+        Limits of operations per second and the persistent XML do not change. Disks of one <group_name> share them.
         """
         tune = {name: limits.get(name, 0) for name in BYTE_LIMITS}
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE

@@ -1,6 +1,6 @@
-"""The mark: which backup has suspended or frozen a guest, in the live metadata of its domain. It ends with QEMU.
+"""The mark in the live metadata of a domain: which backup has suspended or frozen the guest. It disappears with QEMU.
 
-It is a second copy for the case that the journal, the first one, is lost while the guest is suspended or frozen.
+The journal says the same. The mark is for the case that the journal is lost while the guest is suspended or frozen.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _opened_plain(path: Path) -> Generator[int]:
 
 @contextmanager
 def reading(path: Path, control: CopyControl) -> Generator[int]:
-    """As `opened_image`, under QEMU's lock for readers: nobody can start to write to it. See CopyControl.reading."""
+    """As `opened_image`, under QEMU's lock for readers: no process can start writing to it. See CopyControl.reading."""
     with opened_image(path) as fd, control.reading(fd):
         yield fd
 

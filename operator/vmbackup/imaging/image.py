@@ -44,7 +44,7 @@ _LONGEST_L1 = 32 << 20  # bytes, likewise (block/qcow2.h, QCOW_MAX_L1_SIZE)
 
 @dataclass(frozen=True)
 class QcowState:
-    """What the file of an overlay says. `empty`: no cluster is allocated; None: locked, so this is unknown.
+    """Facts from the file of an overlay. `empty`: no cluster is allocated; None: locked, so this is unknown.
 
     `holds_snapshot`: a user's internal snapshot is in it (virsh snapshot-create-as without --disk-only).
     """
@@ -84,7 +84,7 @@ def qcow_state(path: Path) -> QcowState | None:
 
 
 def _holds_snapshot(file: BinaryIO) -> bool:
-    """What the header says, which QEMU writes before it answers that a snapshot is taken."""
+    """Read from the header, which QEMU writes before it reports that a snapshot is taken."""
     header = file.read(_QCOW2_HEADER.size)
     if len(header) < _QCOW2_HEADER.size or not header.startswith(_QCOW2_MAGIC):
         return False

@@ -54,7 +54,7 @@ def overlay_left_on(disk: DiskRecord) -> str:
 
 
 def written_elsewhere(disk: DiskRecord, written: str) -> str:
-    """T≠L. `written`: what QEMU writes."""
+    """T≠L. `written`: the file that QEMU writes."""
     return f"disk {disk.target}: QEMU writes {written}, libvirt names another image: {_COLD_RESTART}"
 
 

@@ -21,7 +21,7 @@ Bytes = Mapping[str, int]
 
 
 def with_overdue(record: Record, seen: Observation, deadline: float) -> Observation:
-    """What is seen, knowing which commits have passed their deadline (seconds since the attempt began)."""
+    """The observation, with the commits marked that have passed their deadline (seconds since the attempt began)."""
     disks = tuple(
         replace(disk, overdue=_overdue(record.disk(disk.target), disk, seen, deadline)) for disk in seen.disks
     )
@@ -34,7 +34,7 @@ def _overdue(record: DiskRecord, disk: DiskSeen, seen: Observation, deadline: fl
 
 
 def step_seconds(deadline: float) -> float:
-    """How long one limit is given to show what it does, if a commit has `deadline` seconds to converge on its own."""
+    """How long one limit is tried, if a commit has `deadline` seconds to converge on its own."""
     return min(_LONGEST_STEP, deadline)
 
 
@@ -58,7 +58,7 @@ def next_limit(throttle: Throttle, merged: int, remaining: int, seconds: float) 
 
 
 def lowered(original: Bytes, limit: int) -> dict[str, int]:
-    """What limits bytes (libvirt's names; _max and _max_length are bursts) with at most `limit` per second to write.
+    """The byte limits (libvirt's names; _max and _max_length are bursts) with at most `limit` per second to write.
 
     libvirt takes a total or one each for reading and writing: of a total, reading gets the rest. A burst would let the
     guest write as fast as ever for a while, so there is none.
@@ -71,7 +71,7 @@ def lowered(original: Bytes, limit: int) -> dict[str, int]:
 
 
 def is_ours(throttle: Throttle, present: Bytes) -> bool:
-    """Whether what limits bytes now is what we have set, as far as we know what we have set."""
+    """Whether the current byte limits are those that we have set, as far as we know."""
     limits = throttle.limits[-2:] if throttle.pending else throttle.limits[-1:]
     expected = [lowered(dict(throttle.original), limit) for limit in limits]
     if len(throttle.limits) <= int(throttle.pending):
@@ -80,7 +80,7 @@ def is_ours(throttle: Throttle, present: Bytes) -> bool:
 
 
 def same(one: Bytes, other: Bytes) -> bool:
-    """Whether two say the same. libvirt makes a burst last 1 second where nobody has said how long."""
+    """Whether two limits are equal. libvirt reports a burst length of 1 second if none was set."""
     return _compared(one) == _compared(other)
 
 

@@ -25,7 +25,7 @@ from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observ
     "a call that timed out may still be carried out later, so a decision made now may be wrong by then (V6, V7)",
 )
 def decide(intent: Intent, record: Record, seen: Observation) -> Action:
-    """The next action: the first rule that has one. The caller observes anew before each call."""
+    """The next action: the first rule that has one. The caller observes again before each call."""
     if seen.call_in_flight:  # R4
         return Action(Do.WAIT, reason="a libvirt call was not answered and may still be carried out")
     disks = tuple(Case(record.disk(disk.target), disk) for disk in seen.disks)

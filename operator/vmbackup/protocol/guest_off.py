@@ -28,7 +28,7 @@ from vmbackup.protocol.terms import Action, Do
     "the next QEMU of this domain is not ours to resume",
 )
 def forget_guest(s: Situation) -> Action | None:
-    """QEMU is gone, and with it whatever we had suspended, frozen or slowed down."""
+    """QEMU is gone, so nothing is suspended, frozen or slowed down by us any more."""
     touched = s.record.guard is not Guard.NONE or s.record.frozen or s.record.throttles_guest or s.record.io_error
     if touched:
         return Action(Do.FORGET_GUEST)
@@ -153,8 +153,8 @@ def off_on_overlay(s: Situation) -> Action | None:
 def off_with_overlay_left(s: Situation) -> Action | None:
     """P=B and O is left: R6: libvirt writes P=B only after QEMU's pivot, so with a pivot intended O is done with.
 
-    So it is if it was merged, and not written since. A user may write P=B as well; but a guarded guest has not run from
-    the intent until P was settled on B, so then both images show the same.
+    The same holds if it was merged, and not written since. A user may write P=B as well; but a guarded guest has not
+    run from the intent until P was settled on B, so then both images show the same.
     """
     for disk in s.disks:
         if disk.seen.persistent is Image.OVERLAY or disk.overlay is None:
@@ -189,13 +189,13 @@ def off_with_overlay_left(s: Situation) -> Action | None:
 @row(
     "P=O, copy decided, `commit.offline`; no saved state, not migrated",
     "journal, merge O into B, hold O's lock, compare, journal; the limit of attempts reached: give up",
-    "`qemu-img commit` under QEMU's locks; what is compared under the lock of O cannot be overtaken by a start",
+    "`qemu-img commit` under QEMU's locks; while we compare we hold the lock of O, so the guest cannot start",
 )
 def merge_offline(s: Situation) -> Action | None:
     """P=O, settled, and commit.offline: merge, one disk after the other. Failed attempts are made again after a while.
 
-    QEMU's locks keep the guest from starting meanwhile. What comes of it is believed only while we hold O's lock: after
-    a restart of ours the guest may have run, and O is merged and compared again. A saved state names O; and where the
+    QEMU's locks keep the guest from starting meanwhile. The result counts only while we hold O's lock: after a restart
+    of the agent the guest may have run, and O is merged and compared again. A saved state names O; and where the
     guest was migrated to, it writes O.
     """
     copying = s.record.copy is Copy.OPEN and s.record.snapshot is Snapshot.DONE
@@ -231,7 +231,7 @@ def _merge(s: Situation, disk: Case) -> Action:
 @row(
     "P=O or O left, copy open",
     "copy; the copy has failed if deleted, cancelled, migrated, a commit was begun, or only some disks are on O",
-    "base does not change while the guest is off; base alone is no moment of the guest (V3)",
+    "base does not change while the guest is off; base without O matches no moment of the guest (V3)",
 )
 @row(
     "P=O or O left, copy decided",
@@ -267,10 +267,10 @@ def park(s: Situation) -> Action | None:
 @row(
     "no snapshot taken",
     "refuse",
-    "a disk-only snapshot of a domain that is off succeeds, and is of no use",
+    "a disk-only snapshot of a domain that is off succeeds, and is useless",
 )
 def refuse_off(s: Situation) -> Action | None:
-    """Not begun, and there is nobody to back up."""
+    """No snapshot was taken, and the guest does not run."""
     if not snapshot_wanted(s):
         return None
     if s.seen.migrated or s.undefined:

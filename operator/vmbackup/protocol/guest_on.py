@@ -56,7 +56,7 @@ def wait_for_migration(s: Situation) -> Action | None:
     "writes before anything else happens",
 )
 def follow_the_truth(s: Situation) -> Action | None:
-    """R3: T≠L, libvirt lost a save, and its block API is of no use until a cold restart."""
+    """R3: T≠L, libvirt lost a save, and its block API fails until a cold restart."""
     astray = [disk for disk in s.disks if disk.seen.truth is not disk.seen.live]
     if not astray:
         return None
@@ -76,7 +76,7 @@ def _astray(disk: Case) -> str:
 @row(
     "quarantined, and L=P=T with nothing left behind",
     "lift the quarantine",
-    "a cold restart, or a human, has repaired it: nobody should have to report that",
+    "a cold restart, or a human, has repaired it; nobody has to tell the agent",
 )
 def lift_quarantine(s: Situation) -> Action | None:
     """L=P=T again, and nothing left behind: the guest was restarted, or a human has helped."""
@@ -145,7 +145,7 @@ def record_snapshot(s: Situation) -> Action | None:
     "the key invariant: the next power cycle must boot what the guest writes (V1, V4)",
 )
 def correct_persistent(s: Situation) -> Action | None:
-    """L=B with O locked is beyond us; P≠L, both ways, is put right at once."""
+    """L=B with O locked cannot be repaired by us: quarantine. P≠L is corrected at once, in both directions."""
     for disk in s.disks:
         if not disk.on_overlay and disk.overlay is not None and disk.overlay.locked:
             return quarantine(s, advice.overlay_in_use(disk.record))

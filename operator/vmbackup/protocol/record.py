@@ -129,7 +129,7 @@ class DiskRecord:
 class Record:
     """One backup of one domain. `disks` holds the disks that are backed up, by target, in the domain's order.
 
-    What is in CLOCK_BOOTTIME is of the boot `boot_id` (transition.of_this_boot).
+    Times in CLOCK_BOOTTIME belong to the boot `boot_id` (transition.of_this_boot).
     """
 
     uid: str

@@ -14,7 +14,7 @@ from vmbackup.protocol.terms import Action, DiskSeen, Do, Intent, Mirror, Observ
 
 @dataclass(frozen=True)
 class Case:
-    """One disk: its record and what is seen of it."""
+    """One disk: its record and its observation."""
 
     record: DiskRecord
     seen: DiskSeen
@@ -204,7 +204,7 @@ def quarantine(situation: Situation, reason: str) -> Action:
     "guest on a file that is not its disk",
 )
 def spare_changed_base(s: Situation) -> Action | None:
-    """Base is another file than the one below O: no copy of it is the snapshot, and O is merged into no other."""
+    """Base is another file than the one below O: a copy of it is not the snapshot, and O must not be merged into it."""
     for disk in s.disks:
         if disk.seen.base_changed and (disk.on_overlay or disk.overlay is not None):
             return quarantine(s, advice.base_changed(disk.record))
@@ -261,7 +261,7 @@ def thaw_pending(s: Situation) -> Action | None:
 
 
 def snapshot_wanted(s: Situation) -> bool:
-    """This backup has not taken its snapshot, and nobody has told it not to."""
+    """This backup has not taken its snapshot, has not failed, and was neither deleted nor cancelled."""
     waiting = (Snapshot.NONE, Snapshot.ADOPTED, Snapshot.INTENDED)
     return s.record.snapshot in waiting and s.record.copy is Copy.OPEN and not s.intent.unwanted
 
@@ -297,13 +297,13 @@ def end(s: Situation) -> Action | None:
 
 
 def guarded(s: Situation) -> bool:
-    """The record says who keeps the guest still: us, or somebody who had paused it, and still does."""
+    """The record says who keeps the guest suspended: we, or somebody who had paused it, and still does."""
     found_paused = s.record.guard is Guard.FOUND_PAUSED and s.paused
     return s.record.guard is Guard.OURS or found_paused or not s.intent.guarded
 
 
 def guard_for_switch(s: Situation) -> Guard:
-    """Who keeps the guest still during the switch that is about to be intended."""
+    """Who keeps the guest suspended during the switch that is about to be intended."""
     if not s.intent.guarded:
         return Guard.NONE
     return Guard.FOUND_PAUSED if s.paused and s.record.guard is not Guard.OURS else Guard.OURS

@@ -11,7 +11,7 @@ Decision = TypeVar("Decision", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Row:
-    """What is seen, what is done then, and why; for people. L, P, T, B and O are those of decide.py."""
+    """A row for humans: condition, action, reason. L, P, T, B and O are defined in decide.py."""
 
     when: str
     do: str

@@ -70,7 +70,7 @@ class DiskSeen:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen at one moment, all of it under the same domain id."""
+    """One look at a domain. All of it was read under the same domain id."""
 
     power: Power
     disks: tuple[DiskSeen, ...]
@@ -118,7 +118,7 @@ class Intent:
 
 
 class Do(StrEnum):
-    """Every action. Those marked (journal) change the record alone; those marked (call) are mutating libvirt calls."""
+    """Every action. Those marked (journal) change only the record; those marked (call) are mutating libvirt calls."""
 
     WAIT = "wait"
     PLAN = "plan"  # choose the disks, check that it can be done, start a fresh record
@@ -169,7 +169,7 @@ class Action:
     target: str = ""
     images: tuple[tuple[str, Image], ...] = ()
     reason: str = ""
-    cause: Reason | None = None  # FAIL_BACKUP: the reason for the condition; None where the message alone says it
+    cause: Reason | None = None  # FAIL_BACKUP: the reason for the condition; None where only the message says it
     until: float | None = None  # WAIT, INTEND_PAUSE: CLOCK_BOOTTIME, seconds; None: until something happens
     others: bool = False  # WAIT: for what somebody else does with this domain
     parked: bool = False  # WAIT: nothing can be done until a human or the guest acts

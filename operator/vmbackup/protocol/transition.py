@@ -102,7 +102,7 @@ def failed(record: Record, action: Action, error: str, *, retry_at: float) -> Re
     """The record after the call failed for certain, the job vanished, or SYNC_CONFIG found P naming another image.
 
     `retry_at` (CLOCK_BOOTTIME, seconds) is when a commit or pivot may be tried again. A pivot stays intended until L is
-    seen: QEMU may have died after it. What is not counted here is simply decided again.
+    seen: QEMU may have died after it. Other actions are not counted; they are decided again.
     """
     match action.do:
         case Do.SNAPSHOT:
@@ -196,11 +196,11 @@ def planned_again(record: Record) -> Record:
     return replace(fresh, snapshot=Snapshot.NONE, replan=False, gave_up=False)
 
 
-# -- what is noted of a moment, before a call
+# -- edits that are journalled before a call
 
 
 def with_call(record: Record, call: Call | None) -> Record:
-    """The record while this call is unanswered (R4); None: whatever the last one did, it has done."""
+    """The record while this call is unanswered (R4); None: no call is unanswered any more."""
     return replace(record, call=call)
 
 
@@ -226,7 +226,7 @@ def attempted(record: Record, target: str, now: float) -> Record:
 
 
 def freeze_refused(record: Record) -> Record:
-    """There is no guest agent: nothing is frozen, nor ever will be."""
+    """There is no guest agent: nothing is frozen, and no further attempt is made."""
     return replace(record, freeze=Freeze.TRIED)
 
 
@@ -249,7 +249,7 @@ def throttled(record: Record, target: str, throttle: Throttle) -> Record:
 
 
 def copy_failed(record: Record, why: str, reason: str) -> Record:
-    """There will be no good copy. `reason`: why, for a condition; empty where the message alone says it."""
+    """There will be no good copy. `reason`: why, for a condition; empty where only the message says it."""
     return replace(record, copy=Copy.FAILED, copy_error=why, copy_reason=reason)
 
 

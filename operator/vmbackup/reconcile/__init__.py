@@ -1,1 +1,1 @@
-"""The heart: one backup of one domain."""
+"""One backup of one domain, from any state to its end."""

@@ -295,7 +295,7 @@ class Backup:
         return [record for record in records if record.domain_uuid == domain_uuid and record.uid != self._key.uid]
 
     def _adopted_home(self, domain_uuid: str) -> None:
-        """PROTOCOL R7: the backups whose overlay came home are told: chain clean, and ready if the copy is stored."""
+        """PROTOCOL R7: tell the backups whose overlay came home: chain clean, and ready if the copy is stored."""
         for record in self._earlier(domain_uuid):
             if not record.left_behind:
                 continue

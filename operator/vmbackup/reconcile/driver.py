@@ -1,4 +1,4 @@
-"""One backup of one domain, from wherever it stands to its end: observe, decide, act, report, until done."""
+"""One backup of one domain, from any state to its end: observe, decide, act, report, until done."""
 
 from __future__ import annotations
 

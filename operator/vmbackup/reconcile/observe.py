@@ -198,8 +198,8 @@ def _is_astray(disk: DiskRecord, seen: DiskSeen) -> bool:
 
 
 def _with_job(seen: DiskSeen, base: str, live: chain.Disk | None, job: BlockJob | None) -> DiskSeen:
-    """A commit to base counts as ours, whoever started it. A commit to an image below base, or any other job that
-    involves base, is foreign.
+    """A commit to base counts as ours, even if somebody else started it. Any other job that involves base is foreign,
+    and so is a commit to an image below base.
     """
     elsewhere = live is not None and live.mirror_to is not None and realpath(live.mirror_to) != realpath(base)
     ours = job is not None and job.kind == "active-commit" and not elsewhere and seen.live is not Image.BASE

@@ -122,7 +122,7 @@ class _Guardian:
             return subprocess.Popen(
                 self._command,
                 cwd="/",
-                stdin=subprocess.PIPE,  # of which this process alone has the writing end
+                stdin=subprocess.PIPE,  # only this process has its writing end
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )

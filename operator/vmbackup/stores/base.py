@@ -74,7 +74,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Writes:
-    """What taking a disk writes: `bytes` that have to be copied, 0 where all is cloned.
+    """The amount that taking a disk writes: `bytes` that have to be copied, 0 where all is cloned.
 
     `device`: the file system of this node (st_dev) that takes them; None if they leave the node.
     """
@@ -146,7 +146,7 @@ class Store(Protocol):
     def list(self) -> Sequence[StoredBackup | DamagedBackup]:
         """All published backups, in any order. Reads manifests and no image.
 
-        A damaged backup is an entry of the list, and does not hide the others. What is no backup is left out. Raises
+        A damaged backup is an entry of the list, and does not hide the others. Other files are left out. Raises
         where the store itself cannot be read: an empty list says that the store is there and has no backup.
         """
         ...
@@ -166,8 +166,8 @@ class Store(Protocol):
         """Copy one image of a backup to a new sparse file of this node, durable but for its directory entry.
 
         It is the image as it is stored: one with a backing image names that by its name in the manifest. Raises
-        PermanentError if the backup has no such image (NotFound), or as `verify` does. What an error leaves of the
-        destination is worthless.
+        PermanentError if the backup has no such image (NotFound), or as `verify` does. After an error the destination
+        is worthless.
         """
         ...
 

@@ -1,6 +1,6 @@
 """The manifest of a stored backup, schemaVersion 1: the same in every store. It names all other files of the backup.
 
-Programs of others rely on it. A change that breaks a reader needs another schemaVersion.
+Other programs rely on it. A change that breaks a reader needs another schemaVersion.
 """
 
 from __future__ import annotations

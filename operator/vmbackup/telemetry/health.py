@@ -18,11 +18,11 @@ Check = Callable[[], str]
 
 
 class HealthServer:
-    """Serves from threads of its own, so that it answers while an event loop or libvirt hangs, and says so.
+    """Serves from its own threads, so that it can report that the event loop or libvirt hangs.
 
-    `checks` are run at each request of /healthz, side by side, and are given `limit` seconds together. A check that is
-    still stuck at the next request is not started again. /livez runs those of them alone that `restart_mends` names,
-    for whoever restarts what fails. Port 0 takes a free one: see `port`.
+    `checks` run at each request of /healthz, in parallel, for at most `limit` seconds in total. A check that is
+    still stuck at the next request is not started again. /livez runs only those that `restart_mends` names: a
+    supervisor restarts the agent when one of them fails. With port 0 the system chooses one: see `port`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class HealthServer:
         limit: float = 5.0,
         restart_mends: Collection[str] = (),
     ) -> None:
-        """Raises PermanentError if the certificate is of no use."""
+        """Raises PermanentError if the certificate cannot be used."""
         self._checks = [_GuardedCheck(name, check) for name, check in checks.items()]
         self._vital = [check for check in self._checks if check.name in restart_mends]
         self._limit = limit
@@ -71,7 +71,7 @@ class HealthServer:
 
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if (method := environ["REQUEST_METHOD"]) not in ("GET", "HEAD"):
-            return _text(start_response, "405 Method Not Allowed", "give GET or HEAD", ("Allow", "GET, HEAD"))
+            return _text(start_response, "405 Method Not Allowed", "use GET or HEAD", ("Allow", "GET, HEAD"))
         body = list(self._body({**environ, "REQUEST_METHOD": "GET"}, start_response))
         return body if method == "GET" else []
 
@@ -83,7 +83,7 @@ class HealthServer:
             failures = self._failures(self._checks if path == "/healthz" else self._vital)
             text = "\n".join(f"{name}: {wrong}" for name, wrong in failures.items()) or "ok"
             return _text(start_response, "503 Service Unavailable" if failures else "200 OK", text)
-        return _text(start_response, "404 Not Found", "here are /metrics, /healthz and /livez")
+        return _text(start_response, "404 Not Found", "available: /metrics, /healthz, /livez")
 
 
 def _text(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> Iterable[bytes]:

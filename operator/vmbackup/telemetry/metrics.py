@@ -42,31 +42,35 @@ _PROGRESSED = StateGauge(
     _DOMAIN,
     1,
 )
-_COPIED = StateGauge("vmbackup_backup_copied_bytes", "What the running backup of a domain has copied.", _DOMAIN, 1)
-_TOTAL = StateGauge("vmbackup_backup_total_bytes", "What the running backup of a domain has to copy.", _DOMAIN, 1)
+_COPIED = StateGauge(
+    "vmbackup_backup_copied_bytes", "Bytes that the running backup of a domain has copied.", _DOMAIN, 1
+)
+_TOTAL = StateGauge("vmbackup_backup_total_bytes", "Bytes that the running backup of a domain has to copy.", _DOMAIN, 1)
 _MERGED = StateGauge(
-    "vmbackup_backup_merged_bytes", "What the running backup of a domain has merged into its bases.", _DOMAIN, 1
+    "vmbackup_backup_merged_bytes", "Bytes that the running backup of a domain has merged into its bases.", _DOMAIN, 1
 )
 _QUARANTINED = StateGauge("vmbackup_quarantined", "1 while the chain of a domain is quarantined.", _DOMAIN, 1)
-_OVERLAY = StateGauge("vmbackup_overlay_bytes", "What the overlay of a disk takes on disk.", _DISK, 2)
+_OVERLAY = StateGauge("vmbackup_overlay_bytes", "Disk space that the overlay of a disk occupies.", _DISK, 2)
 _OVERLAY_FREE = StateGauge(
-    "vmbackup_overlay_free_bytes", "What is free on the file system of the overlay of a disk.", _DISK, 2
+    "vmbackup_overlay_free_bytes", "Free space on the file system of the overlay of a disk.", _DISK, 2
 )
 _OVERLAY_AGE = StateGauge("vmbackup_overlay_age_seconds", "How long a disk has been on its overlay.", _DISK, 2)
 _STALLED = StateGauge(
     "vmbackup_commit_stalled", "1 while the commit of a disk is past commit.deadlineSeconds.", _DISK, 2
 )
-_SUSPENDED = StateGauge("vmbackup_guest_suspended_seconds", "How long a guest has been suspended by us.", _DOMAIN, 1)
+_SUSPENDED = StateGauge("vmbackup_guest_suspended_seconds", "How long vmbackup has kept a guest suspended.", _DOMAIN, 1)
 _SUSPENDED_LIMIT = StateGauge(
     "vmbackup_guest_suspended_limit_seconds",
     "How long the backup may keep the guest suspended: commit.stallPauseSeconds during a Pause, else 0.",
     _DOMAIN,
     1,
 )
-_SUCCESS = StateGauge("vmbackup_last_success_timestamp_seconds", "When a domain was last backed up.", _DOMAIN, 1)
+_SUCCESS = StateGauge(
+    "vmbackup_last_success_timestamp_seconds", "Time of the snapshot of the last good backup of a domain.", _DOMAIN, 1
+)
 _FAILURE = StateGauge(
     "vmbackup_last_failure_timestamp_seconds",
-    "When the backup of a domain last failed; gone as soon as one has succeeded.",
+    "When the last backup of a domain failed; absent if it succeeded.",
     _DOMAIN,
     1,
 )
@@ -78,19 +82,19 @@ _GAUGES = (
 
 
 class Metrics:
-    """What happened, told by methods named for it; every counter starts at 0 for every label value.
+    """One method for each thing that happens; every counter starts at 0 for every label value.
 
     All methods may be called from any thread. All times are seconds, all points in time seconds since the epoch.
     """
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series for each counter, of no use to Prometheus
+        disable_created_metrics()  # a second series for each counter, useless to Prometheus
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Info("vmbackup_build", "The version that is running.", registry=registry).info({"version": __version__})
         self._commit_seconds = Histogram(
             "vmbackup_commit_duration_seconds",
-            "From the start of a commit to the guest on its base again, one disk and attempt.",
+            "Time from the start of a commit until the guest uses its base again; for each disk and attempt.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -113,12 +117,12 @@ class Metrics:
         )
         self._orphans = Gauge(
             "vmbackup_orphan_overlays",
-            "Overlays on this node that no VMBackup brings home at present.",
+            "Overlays on this node that no VMBackup will merge.",
             registry=registry,
         )
         self._policies = Gauge(
             "vmbackup_policies",
-            "VMBackupPolicies there are. With 0 every namespace may back up every domain of this node.",
+            "Number of VMBackupPolicies. With 0 every namespace may back up every domain of this node.",
             registry=registry,
         )
         self._policies.set(math.nan)  # until they were read: 0 says that all is allowed
@@ -130,33 +134,33 @@ class Metrics:
             self._retries.labels(reason)
         Gauge(
             "vmbackup_report_lag_seconds",
-            "For how long the API server has not taken a status that waits for it.",
+            "How long the oldest unwritten status has been waiting for the API server.",
             registry=registry,
         ).set_function(self._lag)
         self._gauges = StateGauges(_GAUGES)
         registry.register(self._gauges)
         self._lock = threading.Lock()
-        self._succeeded: dict[str, float] = {}  # the snapshot of the last good backup, by domain
-        self._ended: dict[str, float] = {}  # and when that backup was over
+        self._succeeded: dict[str, float] = {}  # time of the snapshot of the last good backup, by domain
+        self._ended: dict[str, float] = {}  # when that backup ended
         self._failed: dict[str, float] = {}
         self._unreported: dict[str, float] = {}
         self._here: frozenset[str] | None = None  # None: not known yet, so it counts as here
 
     def committed(self, seconds: float, merged_bytes: int) -> None:
-        """One disk is home: a commit took this long and merged this much."""
+        """A disk came home: the duration of its commit, and the bytes that were merged."""
         self._commit_seconds.observe(seconds)
         self._merged.inc(merged_bytes)
 
     def phase_left(self, phase: Phase, seconds: float) -> None:
-        """A backup was in this phase for so long."""
+        """A backup left a phase after this time."""
         self._phase_seconds.labels(phase).observe(seconds)
 
     def frozen(self, seconds: float) -> None:
-        """A guest's file systems were frozen for so long, and are thawed."""
+        """The file systems of a guest were thawed after this time."""
         self._freeze_seconds.observe(seconds)
 
     def copied(self, count: int) -> None:
-        """This many more bytes are copied."""
+        """More bytes were copied."""
         self._copied.inc(count)
 
     def finished(self, outcome: Outcome) -> None:
@@ -195,7 +199,7 @@ class Metrics:
         self._gauges.drop(_QUARANTINED, domain)
 
     def overlay(self, domain: str, target: str, path: Path, since: float) -> None:
-        """A disk runs on this overlay since then. Its size is looked up at each scrape."""
+        """A disk has been on this overlay since then. Its size is read at each scrape."""
         disk = (domain, target)
         self._gauges.put(_OVERLAY, disk, partial(_taken, path))
         self._gauges.put(_OVERLAY_FREE, disk, partial(_free, path))
@@ -211,21 +215,21 @@ class Metrics:
         self._gauges.put(_STALLED, (domain, target))
 
     def converged(self, domain: str, target: str) -> None:
-        """It is not any more."""
+        """The commit of a disk has converged."""
         self._gauges.drop(_STALLED, domain, target)
 
     def suspended(self, domain: str, since: float, limit: float = 0.0) -> None:
-        """A guest is suspended by us since then; `limit`: seconds that it may be, as the backup's spec asks for."""
+        """We have suspended a guest since then. `limit`: how long the backup's spec allows that, in seconds."""
         self._gauges.put(_SUSPENDED, (domain,), partial(_age, since))
         self._gauges.put(_SUSPENDED_LIMIT, (domain,), limit)
 
     def resumed(self, domain: str) -> None:
-        """A guest runs again, or is off: no longer suspended by us."""
+        """A guest runs again or is off, so we no longer suspend it."""
         self._gauges.drop(_SUSPENDED, domain)
         self._gauges.drop(_SUSPENDED_LIMIT, domain)
 
     def succeeded(self, domain: str, at: float, ended: float) -> None:
-        """A backup of a domain succeeded: its snapshot is of `at`, and it was over at `ended`.
+        """A backup of a domain succeeded: snapshot taken at `at`, ended at `ended`.
 
         Also called for old backups after a restart, in any order: the latest one counts.
         """
@@ -241,14 +245,14 @@ class Metrics:
             self._tell_last(domain)
 
     def domains(self, names: Iterable[str]) -> None:
-        """These domains are on this node, by name or UUID: of others it is not told when they were backed up last."""
+        """The domains of this node, by name or UUID. The last backups of other domains are not shown."""
         with self._lock:
             self._here = frozenset(names)
             for domain in {*self._succeeded, *self._failed}:
                 self._tell_last(domain)
 
     def unreported(self, uid: str, since: float | None) -> None:
-        """The status of a VMBackup has not arrived since then; None: it has."""
+        """The status of a VMBackup has been waiting to be written since then; None: it was written."""
         with self._lock:
             if since is None:
                 self._unreported.pop(uid, None)
@@ -256,11 +260,11 @@ class Metrics:
                 self._unreported[uid] = since
 
     def policies(self, count: int) -> None:
-        """How many VMBackupPolicies there are."""
+        """The number of VMBackupPolicies."""
         self._policies.set(count)
 
     def orphans(self, count: int) -> None:
-        """How many overlays on this node no VMBackup brings home at present."""
+        """The number of overlays on this node that no VMBackup will merge."""
         self._orphans.set(count)
 
     def _tell_last(self, domain: str) -> None:
@@ -282,7 +286,7 @@ class Metrics:
 
 
 def _taken(path: Path) -> float | None:
-    """What a file takes on disk, in bytes; None where that cannot be seen."""
+    """Disk space that a file occupies, in bytes; None if it cannot be read."""
     try:
         return path.stat().st_blocks * _ST_BLOCKS_UNIT
     except OSError:
@@ -290,7 +294,7 @@ def _taken(path: Path) -> float | None:
 
 
 def _free(path: Path) -> float | None:
-    """What is free on the file system of a file, in bytes; None where that cannot be seen."""
+    """Free space on the file system of a file, in bytes; None if it cannot be read."""
     try:
         return free_bytes(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""An HTTP server that a whole network may see: a bounded number of connections, TLS if asked for."""
+"""An HTTP server that is safe on a network: a limited number of connections, and optional TLS."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Certificate:
         self._context: ssl.SSLContext | None = None
 
     def context(self) -> ssl.SSLContext:
-        """With what is in the files. While they are being replaced, with what was; PermanentError if nothing was."""
+        """The current context. While the files are unusable: the previous one, or PermanentError if there is none."""
         with self._lock:
             try:
                 stamp = [(found.st_mtime_ns, found.st_ino, found.st_size) for found in map(Path.stat, self._files)]
@@ -42,18 +42,18 @@ class Certificate:
                 if self._context is None:
                     files = " and ".join(map(str, self._files))
                     raise PermanentError(
-                        f"{files} are no certificate and its key: {error}; correct --metrics-tls-cert and "
+                        f"{files} are not a certificate and its key: {error}; correct --metrics-tls-cert and "
                         "--metrics-tls-key",
                         reason="BadCertificate",
                     ) from error
-                _log.warning("the new certificate of /metrics cannot be used, the old one stays: %s", error)
+                _log.warning("the new certificate of /metrics cannot be used; keeping the old one: %s", error)
             return self._context
 
 
 class Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread for each connection, and so many at most: a new one closes the oldest.
+    """A thread for each connection. At the limit, a new connection closes the oldest.
 
-    So nobody who opens connections and says nothing, or says it slowly, keeps a probe or a scrape from being answered.
+    So clients that open connections and send nothing, or send slowly, cannot block a probe or a scrape.
     """
 
     daemon_threads = True
@@ -69,7 +69,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__(address, _QuietHandler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start its thread."""
+        """Start the thread of a connection."""
         with self._lock:
             self._connections.append(request)
             oldest = self._connections.popleft() if len(self._connections) > _MOST_CONNECTIONS else None
@@ -79,7 +79,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """In the thread of the connection, so that nobody waits for the handshake of another."""
+        """The TLS handshake runs in the thread of the connection, so that it delays no other connection."""
         if self._tls is None:
             super().finish_request(request, client_address)
             return
@@ -88,13 +88,13 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
             super().finish_request(encrypted, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """At its end."""
+        """Forget a connection that has ended."""
         with self._lock, suppress(ValueError):
             self._connections.remove(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever breaks off gets no lines in the log for it."""
+        """Do not log aborted connections."""
         _log.debug("a request of %s failed", client_address, exc_info=True)
 
     def server_bind(self) -> None:
@@ -106,7 +106,7 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 10  # seconds: a client that says nothing does not keep its thread for ever
+    timeout = 10  # seconds: a silent client does not keep its thread for ever
 
     def log_message(self, format: str, *args: Any) -> None:
         """No line for each probe and scrape."""

@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, help="of an earlier run, for the same choices (default: another one)")
     parser.add_argument("--guests", type=int, default=len(KINDS), help="how many at once (default: one of each kind)")
-    parser.add_argument("--only", metavar="GUEST:NUMBER", default="", help="this plan alone, again and again")
+    parser.add_argument("--only", metavar="GUEST:NUMBER", default="", help="only this plan, again and again")
     parser.add_argument("--log", type=Path, help="where every choice and every end go as JSON lines")
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed

@@ -279,7 +279,7 @@ class Campaign:
                 self._fault_clock = self._now()
                 self._measure_from_now()
 
-    # -- humans, who also look how long the guest stands still
+    # -- humans, who also watch how long the guest is suspended
 
     def _look(self) -> None:
         self.host.notice_crashes()

@@ -84,7 +84,7 @@ def prove_tidy(subject: Subject, marks: Path) -> int:
     """No journal holds the guest, no lock is left; the persistent XML and the limits of the disks are the user's."""
     for record in records(subject.state_dir):
         if record.guard is not Guard.NONE or record.freeze in (Freeze.FROZEN, Freeze.THAW_DUE) or record.call:
-            raise ProofError(f"the journal of {record.uid} has not let go: {record}")
+            raise ProofError(f"the journal of {record.uid} still works on the domain: {record}")
     if held := [path for path in (subject.directory / "locks").glob("*") if _is_held(path)]:
         raise ProofError(f"locks are held: {held}")
     xml = subject.host.patiently(subject.guest.persistent_xml) or ""

@@ -61,7 +61,7 @@ def abort_job(scene: Scene, fault: Fault) -> None:
     raise NotNowError
 
 
-# Whoever ends QEMU while an image has no name loses what is in it: so each of these is for a guest on its overlay.
+# If QEMU ends while an image has no name, its contents are lost: so each of these is for a guest on its overlay.
 
 
 def put_overlay_on_top(scene: Scene, fault: Fault) -> Undo:

@@ -1,4 +1,4 @@
-# A guest in one sector: no operating system, next to no CPU time, and yet it runs, stands still, is reset and dies as
+# A guest in one sector: no operating system, next to no CPU time, and yet it runs, is paused, is reset and dies as
 # any guest does. It goes on behind the last record that it finds, and every 220 ms, for each disk in turn:
 #
 #   1. overwrites 32 KiB of its bulk (block NUMBER * 37 mod 256, from BULK on) with NUMBER in every 32 bits,

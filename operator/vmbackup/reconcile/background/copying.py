@@ -63,7 +63,7 @@ class Copying:
         return None if result is None or result.published is None else _stored(record, result.published)
 
     def make_way(self) -> None:
-        """End a copy, having let go of every image: no reader may be left on the base when a commit begins.
+        """End a copy, and release every image: no reader may be left on the base when a commit begins.
 
         A shipment, which touches no image in use, goes on.
         """
@@ -95,7 +95,7 @@ class Copying:
     def _take(self, record: Record, store: Store, control: CopyControl) -> _Result:
         taken: list[TakenDisk] = []
         with ExitStack() as others:
-            for disk in record.disks:  # all at once: nobody commits to one while another is copied
+            for disk in record.disks:  # all at once: no commit to one may start while another is copied
                 others.enter_context(reading(Path(disk.base), control))
             for disk in record.disks:
                 watched = replace(control, progress=self._watch(disk.target))
@@ -117,9 +117,9 @@ class Copying:
 
 
 def delete_stored(record: Record, open_store: Callable[[], Store]) -> None:
-    """Delete what is stored of a backup: also of a failed one that was published a moment before it was given up.
+    """Delete the stored backup; also a failed one that was published just before it was given up.
 
-    Raises PermanentError or TransientError where what is known to be stored is not deleted.
+    Raises PermanentError or TransientError if the backup is known to be stored and cannot be deleted.
     """
     if record.copy is Copy.STORED:
         try:

@@ -32,7 +32,7 @@ def compare(disk: DiskRecord, control: CopyControl) -> str:
 
 
 class Merging:
-    """Works on one overlay at a time; one that was merged is held against every start until it is let go."""
+    """Merges one overlay at a time, and keeps the lock of a merged one until it is released: the guest cannot start."""
 
     def __init__(self, observer: Observer, wake: Callable[[], None]) -> None:
         self._observer = observer
@@ -76,7 +76,7 @@ class Merging:
     def compare(self, disk: DiskRecord, action: Action) -> str | None:
         """Start comparing, or see how far it is: None while it runs, else as `compare`, whose errors it raises.
 
-        What was begun for another action, by which P named the other image, counts for nothing.
+        A comparison begun for another action, when P named the other image, is discarded.
         """
         if self._compare is None or self._compares != action:
             self.let_go()
@@ -91,12 +91,12 @@ class Merging:
         return compared.result()
 
     def make_way(self, *, keep_merged: bool, keep_comparison: bool) -> None:
-        """Let go of what the next step does not need: a guest may start on it again."""
+        """Release the overlays that the next step does not need: a guest may start on them again."""
         if not (keep_merged if self._compare is None else keep_comparison):
             self.let_go()
 
     def let_go(self) -> None:
-        """End what runs, and let guests start on what was merged."""
+        """End running work, and release the merged overlays: guests may start on them."""
         if self._compare is not None:
             self._compare.cancel()
         if self._merge is not None:

@@ -43,14 +43,14 @@ class Transfer(Generic[Result]):
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """End it, and wait until it has let go of every image: by force where it is stuck in a store that is dead."""
+        """End it, and wait until it has released every image. If it is stuck in a dead store, release them by force."""
         self._control.cancelled.set()
         self._thread.join(_PATIENCE)
         if self._thread.is_alive():
             self._control.abandon()
 
     def result(self) -> Result:
-        """What came of it, waiting for the end. Raises what it raised, and PermanentError if it was cancelled."""
+        """Its result; waits for the end. Raises the error of the work, and PermanentError if it was cancelled."""
         self._thread.join()
         if self._error is not None:
             raise self._error

@@ -136,7 +136,7 @@ def _clear_stale_mark(leftovers: Leftovers, records: Iterable[Record]) -> None:
         guest.mark(None)
 
 
-def nobody_works_on(node: Node, domain_uuid: str) -> bool:
+def no_process_works_on(node: Node, domain_uuid: str) -> bool:
     """Whether no process, this one or another, works on this domain."""
     with _try_lock(node, domain_uuid) as held:
         return held

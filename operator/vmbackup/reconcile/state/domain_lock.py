@@ -18,8 +18,8 @@ DIRECTORY = Path("/run/vmbackup")
 def domain_lock(domain_uuid: str, wait: Callable[[], bool], directory: Path = DIRECTORY) -> Generator[bool]:
     """Hold the domain's lock. While another holds it, `wait` is called again and again, and waits a while.
 
-    Yields whether the lock is held: False when `wait` said so by returning False. It goes with the process; its file
-    goes with an orderly end. Raises PermanentError where the directory cannot be written.
+    Yields whether the lock is held: False when `wait` returned False. The lock ends with the process; an orderly
+    end removes its file. Raises PermanentError if the directory cannot be written.
     """
     path = directory / f"{domain_uuid}.lock"
     fd = _acquire(path)

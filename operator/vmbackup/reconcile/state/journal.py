@@ -101,7 +101,7 @@ class Journal:
         self._length += len(line)
 
     def _open(self) -> int | None:
-        """The file, without what is torn at its end; None where somebody has removed or emptied it."""
+        """The file, without an incomplete last line; None if somebody has removed or emptied it."""
         if self._fd is None:
             try:
                 self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -123,18 +123,18 @@ class Journal:
         self._compact_at = self._length + _COMPACT_BYTES
 
     def give_up(self, record: Record) -> None:
-        """From now on only remember: the guest is suspended by us, and must not wait for a disk that is full."""
+        """Keep the record only in memory from now on: a guest that we have suspended must not wait for a full disk."""
         self._given_up = True
         self.record = record
 
     def close(self) -> None:
-        """Let go of the file, which the next write opens again."""
+        """Close the file; the next write opens it again."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
     def remove(self) -> None:
-        """The backup left nothing behind: forget it."""
+        """Remove the journal: the backup left nothing behind."""
         forget(self.path.parent, self.record.uid)
 
     def keep_nvram(self) -> str:
@@ -163,9 +163,9 @@ def record_of(directory: Path, uid: str) -> Record | None:
 
 
 def set_aside(directory: Path, uid: str) -> Path | None:
-    """Rename an unreadable journal, so that nobody reads it as a journal. Returns its new path.
+    """Rename an unreadable journal, so that it is not read as a journal again. Returns its new path.
 
-    None if there is none. Raises PermanentError where that cannot be done.
+    None if there is none. Raises PermanentError if it cannot be renamed.
     """
     path = directory / f"{uid}{_SUFFIX}"
     aside = path.with_name(f"{path.name}{_GARBLED_SUFFIX}")

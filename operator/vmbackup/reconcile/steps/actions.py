@@ -1,4 +1,4 @@
-"""Every action and its step: `STEPS[action.do]`. The others below change the record alone, wait, or end the run."""
+"""Every action and its step: `STEPS[action.do]`. Steps defined here change only the record, wait, or end the run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SHORTEST = 0.05
 
 
 def perform(run: Run, task: Task) -> Next:
-    """Carry out one action, having ended what runs in the background and is in its way."""
+    """Carry out one action, after ending the background work that is in its way."""
     step = STEPS[task.action.do]
     make_way(run, step, task.view.seen)
     return step.perform(run, task)
 
 
 def make_way(run: Run, step: Step, seen: Observation) -> None:
-    """End what runs in the background and must not go on beside this step."""
+    """End background work that must not continue during this step."""
     if not step.beside_copy:
         run.copying.make_way()
     if not seen.call_in_flight:
@@ -63,7 +63,7 @@ def _follow_jobs(run: Run, task: Task) -> None:
 
 
 def _record(run: Run, task: Task) -> Next:
-    """Change the record alone."""
+    """Change only the record."""
     run.write(recorded(run.record, task.action))
     run.announcer.recorded(run.record, task.action)
     return AT_ONCE
@@ -71,7 +71,7 @@ def _record(run: Run, task: Task) -> Next:
 
 def _finish(run: Run, _task: Task) -> Next:
     if run.record.copy is Copy.FAILED and run.record.snapshot is Snapshot.DONE:
-        run.copying.cancel()  # a shipment of what is discarded must not publish the rest of it
+        run.copying.cancel()  # a shipment must not publish files that are being discarded
         try:
             run.open_store().discard(run.record.identity)
         except VMBackupError as error:
@@ -81,7 +81,7 @@ def _finish(run: Run, _task: Task) -> Next:
 
 
 def _release(run: Run, task: Task) -> Next:
-    """The VMBackup may go: so do the stored data if asked for, and the journal if nothing is left to do."""
+    """Release the VMBackup; delete the stored data if asked for, and the journal if nothing is left to do."""
     if task.request.delete_data:
         delete_stored(run.record, run.open_store)
     run.announcer.forget(run.record)

@@ -1,4 +1,4 @@
-"""COPY, SHIP, FAIL_BACKUP: from the frozen base into the store, or the end of that."""
+"""COPY, SHIP, FAIL_BACKUP: from the frozen base into the store, or giving that up."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _ship(run: Run, _task: Task) -> Next:
 
 
 def _fail_backup(run: Run, task: Task) -> Next:
-    """The way home goes on. Where the VMBackup was deleted, that is the reason, whatever else is wrong."""
+    """The way home continues. If the VMBackup was deleted, that is the reason that is reported."""
     reason = Reason.DELETED if task.request.deleted else task.action.cause
     if reason is None and task.view.seen.migrated:
         reason = Reason.DOMAIN_MIGRATED

@@ -1,4 +1,4 @@
-"""REDEFINE, SYNC_CONFIG: settling P (PROTOCOL R2). Redefine the persistent XML, and prove that the file says so too."""
+"""REDEFINE, SYNC_CONFIG: settling P (PROTOCOL R2). Redefine the persistent XML, and verify the file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sync_config(run: Run, task: Task) -> Next:
 
 
 def _sync(run: Run, action: Action) -> str | None:
-    """Make the file durable that names these images. None if it does, else what is wrong."""
+    """Make the file durable that names these images. None on success, else the problem."""
     paths = {target: _path(run, target, image) for target, image in action.images}
     try:
         durable = run.guest.sync_config(paths)

@@ -1,4 +1,4 @@
-"""FREEZE, THAW, SUSPEND, RESUME: holding a guest still, and the mark on its domain that says that we hold it.
+"""FREEZE, THAW, SUSPEND, RESUME: suspending and freezing a guest, and the mark on its domain that says so.
 
 Decided by take_snapshot, resume_guest, thaw and escalate (protocol/guest_on.py). The mark is written before the guest
 is frozen or suspended, and removed when it runs again.

@@ -26,7 +26,7 @@ def plan(run: Run, request: Request) -> Next:
     run.write(run.planner.plan(run.record, request.spec, run.guest, run.open_store, run.earlier()))
     if run.record.snapshot is Snapshot.ADOPTED:
         run.announcer.recorded(run.record, Action(Do.ADOPT))
-        run.doubt = True  # nobody knows how the earlier backup left it
+        run.doubt = True  # the state in which the earlier backup left it is unknown
     return AT_ONCE
 
 

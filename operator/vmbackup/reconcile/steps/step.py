@@ -58,7 +58,7 @@ AT_ONCE = Next()
 
 @dataclass
 class Run:
-    """What every step of one backup works with, and what is remembered from one step to the next."""
+    """The tools of every step of one backup, and the state that is kept from one step to the next."""
 
     journal: Journal
     guest: Guest
@@ -149,7 +149,7 @@ _LATER = 5.0  # seconds
 
 
 def try_again(_run: Run, _task: Task, failure: Failure) -> Next:
-    """What failed is decided again after a moment."""
+    """Decide again after a moment."""
     return Next.wait(_AGAIN if failure.count < _MANY else _LATER)
 
 
@@ -167,10 +167,10 @@ class CallStep:
 
     call: Callable[[Run, Task], object]
     failed: Callable[[Run, Task, Failure], Next] = try_again
-    noted: Callable[[Run, Task], Record] = _no_change  # what must be known of this moment; raises OSError
-    answered: Callable[[Run, Task], None] = _nothing  # what is announced when it was carried out
-    unknown: Callable[[Run, Task], None] = _nothing  # what is announced when its outcome is unknown
-    lost_answer: str = ""  # where an unknown outcome counts as a failure: the message
+    noted: Callable[[Run, Task], Record] = _no_change  # the record to journal before the call; raises OSError
+    answered: Callable[[Run, Task], None] = _nothing  # announces that it was carried out
+    unknown: Callable[[Run, Task], None] = _nothing  # announces that its outcome is unknown
+    lost_answer: str = ""  # the message, if an unknown outcome counts as a failure
 
     def perform(self, run: Run, task: Task) -> Next:
         """Send it. Raises UnknownOutcomeError, and PermanentError where the journal cannot be written."""
@@ -217,7 +217,7 @@ def send(journal: Journal, action: Action, call: Callable[[], object]) -> None:
 
 
 def _close(journal: Journal, record: Record) -> None:
-    """The call has its answer, whether or not that can be written down."""
+    """The call was answered, even if that cannot be journalled."""
     try:
         journal.write(record, durable=False)
     except PermanentError:

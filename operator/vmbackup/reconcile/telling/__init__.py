@@ -1,1 +1,1 @@
-"""What people and metrics hear of a backup."""
+"""Reports of a backup: status, events, log and metrics."""

@@ -112,7 +112,7 @@ class Announcer:
         self._metrics.idle(record.domain)
 
     def recorded(self, record: Record, action: Action) -> None:
-        """A decision that changed the record alone."""
+        """A decision that changed only the record."""
         if action.do in (Do.CLEAR_GUARD, Do.FORGET_GUEST):
             self._metrics.resumed(record.domain)
         if action.do is Do.ADOPT and (record.guard is Guard.OURS or record.freeze is Freeze.THAW_DUE):
@@ -207,7 +207,7 @@ class Announcer:
                    f"({cure}): {why}", warning=True)  # fmt: skip
 
     def merged(self, target: str, overlay: Path) -> int:
-        """Bytes that the commit of a disk has merged: by its job, or what its overlay takes on disk."""
+        """Bytes that the commit of a disk has merged: by its job, or the disk space of its overlay."""
         if target in self._merged:
             return self._merged[target]
         try:

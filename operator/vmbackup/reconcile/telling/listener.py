@@ -33,27 +33,27 @@ class BackupMetrics(Protocol):
         ...
 
     def phase_left(self, phase: Phase, seconds: float) -> None:
-        """A backup was in this phase for so long."""
+        """A backup left a phase after this time."""
         ...
 
     def copied(self, count: int) -> None:
-        """This many more bytes are copied."""
+        """More bytes were copied."""
         ...
 
     def frozen(self, seconds: float) -> None:
-        """A guest's file systems were frozen for so long, and are thawed."""
+        """The file systems of a guest were thawed after this time."""
         ...
 
     def suspended(self, domain: str, since: float, limit: float = 0.0) -> None:
-        """A guest is suspended by us since then, for at most `limit` seconds where its spec sets a limit."""
+        """We have suspended a guest since then, for at most `limit` seconds if its spec sets a limit."""
         ...
 
     def resumed(self, domain: str) -> None:
-        """A guest is no longer suspended by us."""
+        """We no longer suspend a guest."""
         ...
 
     def overlay(self, domain: str, target: str, path: Path, since: float) -> None:
-        """A disk runs on this overlay since then."""
+        """A disk has been on this overlay since then."""
         ...
 
     def overlay_gone(self, domain: str, target: str) -> None:

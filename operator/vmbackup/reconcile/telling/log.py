@@ -16,7 +16,7 @@ class LogReporter:
         self._name = name
 
     def report(self, report: Report) -> None:
-        """Nobody sees the status."""
+        """A log has no status."""
 
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
         """A line in the log."""

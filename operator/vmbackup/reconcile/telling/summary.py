@@ -72,7 +72,7 @@ def chain_home(record: Record, seen: Observation | None) -> bool:
 
 
 def phase_of(record: Record, *, home: bool) -> Phase:
-    """The phase, for human eyes."""
+    """The phase, which is only for humans."""
     if record.quarantined or (record.finished and (record.gave_up or record.copy is not Copy.STORED)):
         return Phase.FAILED
     if record.snapshot in (Snapshot.NONE, Snapshot.ADOPTED):

@@ -11,13 +11,13 @@ from vmbackup.errors import PermanentError
 from vmbackup.imaging.errors import classified, errors_of
 from vmbackup.paths import held, name_of, open_plain
 
-FOLDER_MODE = 0o700  # guests' disks are for the administrator alone
+FOLDER_MODE = 0o700  # only the administrator may read guests' disks
 FILE_MODE = 0o600
 
 
 @contextmanager
 def opened_folder(root: Path, *names: str, make: bool = False) -> Generator[Path]:
-    """As paths.held. `make` creates missing folders, for the administrator alone. Errors of opening are ours."""
+    """As paths.held. `make` creates missing folders, only for the administrator. Errors of opening are ours."""
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(held(root, *names, make_mode=FOLDER_MODE if make else None))

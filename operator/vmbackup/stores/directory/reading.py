@@ -1,4 +1,4 @@
-"""What a directory store has published: the list of its backups, their manifests, and their files."""
+"""The published backups of a directory store: their list, their manifests, and their files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def list_backups(root: Path) -> Iterator[StoredBackup | DamagedBackup]:
 
 
 def _folders(path: Path) -> list[str]:
-    """The folders in a folder, without links to folders and what is unfinished. Raises OSError."""
+    """The folders in a folder, without links to folders and unfinished ones. Raises OSError."""
     with os.scandir(path) as entries:
         return sorted(each.name for each in entries if each.is_dir(follow_symlinks=False) and each.name[0] != ".")
 

@@ -1,4 +1,4 @@
-"""The README of a backup's folder: how to restore it without vmbackup."""
+"""The README.txt in the folder of a backup: how to restore the backup without vmbackup."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FILE_NAME = "README.txt"
 
 
 def readme(manifest: Manifest) -> str:
-    """How to restore this backup by hand, with its names in every command."""
+    """The text: how to restore this backup by hand, with its names in every command."""
     disks = "\n".join(f"  {disk.file} is the disk {disk.target}, format {disk.format}" for disk in manifest.disks)
     nvram = f"; {manifest.nvram} is its UEFI variable store" if manifest.nvram else ""
     copies = "\n".join(f"   {_copy(disk)}" for disk in manifest.disks)

@@ -140,7 +140,7 @@ class DirectoryStore:
                 here.notes.unlink(missing_ok=True)
 
     def delete(self, location: str, uid: str) -> None:
-        """See Store. The folder disappears by rename, so that nobody ever sees half a backup."""
+        """See Store. The folder disappears by rename, so that half a backup is never visible."""
         places = Places.of_location(self._root, location, uid)
         if not os.path.lexists(places.namespace):
             return
@@ -273,7 +273,7 @@ def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], contro
 
 
 def _look_at_every_image(partial: Path, taken: Iterable[TakenDisk]) -> None:
-    """The manifest names no file that is not there, whole and ours: a mount or another tool may have taken it away."""
+    """Check that every file that the manifest names is there, whole and ours: another tool may have removed it."""
     for image in {image.file: image for disk in taken for image in disk.images}.values():
         path = partial / image.file
         with errors_of(path), suppress(FileNotFoundError):

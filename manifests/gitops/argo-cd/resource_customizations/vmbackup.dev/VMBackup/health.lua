@@ -1,5 +1,5 @@
--- The health of a VMBackup in Argo CD: Healthy once it can be restored and every disk is home (Ready=True), Degraded
--- once it has failed (Ready=False), Progressing until then.
+-- The health of a VMBackup in Argo CD. Healthy: it can be restored and every disk is home (Ready=True).
+-- Degraded: it has failed (Ready=False). Progressing: anything else.
 local finalizers = obj.metadata.finalizers or {}
 local status = obj.status or {}
 local ready = {}
@@ -10,7 +10,7 @@ for _, condition in ipairs(status.conditions or {}) do
 end
 
 if obj.metadata.deletionTimestamp ~= nil then
-  -- A hook that was deleted, as by its ttlSecondsAfterFinished, is held by Argo CD until it knows how that ended.
+  -- Argo CD holds a deleted hook, for example after its ttlSecondsAfterFinished, until it knows how the hook ended.
   local hook = false
   for _, finalizer in ipairs(finalizers) do
     hook = hook or finalizer == "argocd.argoproj.io/hook-finalizer"

@@ -1,4 +1,4 @@
-"""Whose guest it is that stands still: the mark on its domain, beside the journals that are here."""
+"""Which backup has suspended a guest: the mark on its domain, compared with the journals of this node."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_others_write_into_metadata_is_no_mark(metadata: str) -> None:
     ("uid", "fields", "expected"),
     [
         ("uid-2", {"guard": Guard.OURS, "snapshot": Snapshot.DONE}, MarkState.LOST),
-        ("uid-1", {}, MarkState.LOST),  # started anew after its journal was lost
+        ("uid-1", {}, MarkState.LOST),  # started over after its journal was lost
         ("uid-1", {"guard": Guard.OURS, "snapshot": Snapshot.INTENDED}, MarkState.KNOWN),
         ("uid-1", {"freeze": Freeze.FROZEN}, MarkState.KNOWN),
         ("uid-1", {"freeze": Freeze.THAW_DUE, "snapshot": Snapshot.DONE}, MarkState.KNOWN),
