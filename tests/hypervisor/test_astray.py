@@ -12,6 +12,7 @@ from tests.support.backups import BackupFactory
 from tests.support.domains import DomainFactory
 from vmbackup.api.status import Outcome
 from vmbackup.hypervisor.guest import Guest
+from vmbackup.reconcile.leftovers.reader import read_leftovers
 
 
 def while_the_name_leads_elsewhere(base: Path, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,6 +35,7 @@ def test_a_guest_whose_qemu_has_another_file_than_base_open_is_never_called_home
     domain: DomainFactory, backup: BackupFactory, monkeypatch: pytest.MonkeyPatch, call: str
 ):
     guest = domain({"vda": "raw"}, size="8M")
+    guest.libvirtd.virsh("resume", guest.name)
     base = Path(guest.bases["vda"])
     guest.write("vda", 0x11)
     monkeypatch.setattr(Guest, call, while_the_name_leads_elsewhere(base, getattr(Guest, call)))
@@ -61,3 +63,12 @@ def test_a_backup_of_an_undisturbed_guest_sees_qemus_locks_on_the_very_file(
     running = backup(guest.name)
     assert running.end().outcome is Outcome.SUCCEEDED
     assert all(disk.base_locked for disk in running.record.disks)
+
+
+@pytest.mark.fault(51)
+def test_a_disk_that_a_lost_backup_left_on_its_overlay_has_an_identity_again(domain: DomainFactory):
+    guest = domain({"vda": "raw"}, size="8M")
+    guest.snapshot("vda")
+    (disk,) = read_leftovers(guest.guest).disks([])
+    assert disk.base_locked
+    assert disk.base_inode == Path(guest.bases["vda"]).stat().st_ino

@@ -30,7 +30,8 @@ class Invariants:
         if decided in SWITCHING and before.migrating:
             return "MIGRATION a switch of images goes on meanwhile"
         disturbed = any(others(disk) or disk.astray or disk.kept for disk in before.disks)
-        alone = not self.setting.residual and not before.edited and not disturbed
+        undisturbed = not before.edited and not disturbed and not self.setting.swaps  # a swap is seen while QEMU lives
+        alone = not self.setting.residual and undisturbed
         newly = decided is Do.QUARANTINE and not before.record.it.quarantined
         if newly and alone and all(d.writes == d.live for d in before.disks):
             return "ALARM quarantine, though libvirt and QEMU agree"

@@ -21,7 +21,7 @@ TOLD = {
     "job unknown": (advice.job_unknown(DISK), "shut the guest down and start it again"),
     "foreign image": (advice.foreign_image(DISK), "virsh blockcommit"),
     "base changed": (advice.base_changed(DISK), "Put the original back"),
-    "written astray": (advice.written_astray(DISK), "virsh blockcopy"),
+    "written astray": (advice.written_astray(DISK, on_base=True), "virsh blockcopy"),
     "holds a snapshot": (advice.holds_snapshot(DISK), "virsh snapshot-delete"),
     "foreign definition": (advice.foreign_definition(DISK), "virsh edit"),
     "foreign job": (advice.foreign_job(DISK), "virsh blockjob"),
@@ -42,7 +42,7 @@ def test_it_names_disk_file_and_cure(told: str, cure: str) -> None:
 
 def test_who_is_to_name_an_image_is_told_how_the_chain_below_it_stays_whole() -> None:
     named = [told for told, cure in TOLD.values() if "virsh edit" in told or cure == "define the domain again"]
-    assert len(named) == 5
+    assert len(named) == 6
     assert all("no <backingStore>" in told for told in named)
 
 

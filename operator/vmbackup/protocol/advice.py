@@ -86,7 +86,8 @@ def foreign_image(disk: DiskRecord) -> str:
     """L is neither B nor O, and O is there."""
     return (
         f"disk {disk.target}: the guest uses another image than {disk.base} and {disk.overlay}, which may be below it: "
-        "remove it (usually a snapshot: virsh blockcommit, virsh snapshot-delete); the backup then continues"
+        "remove it (usually a snapshot: virsh blockcommit, virsh snapshot-delete); the backup then continues. If you "
+        f"moved the guest there yourself (virsh blockcopy), move {disk.overlay} away once you do not need it"
     )
 
 
@@ -99,13 +100,18 @@ def base_changed(disk: DiskRecord) -> str:
     )
 
 
-def written_astray(disk: DiskRecord) -> str:
-    """QEMU has opened B by its name while that led to another file, and writes that file now (a deleted one, say)."""
+def written_astray(disk: DiskRecord, *, on_base: bool) -> str:
+    """QEMU has opened B by its name while that led to another file, and uses that file now (a deleted one, say)."""
+    save = (
+        f"virsh blockcopy DOMAIN {disk.target} NEW-FILE --wait --pivot --transient-job; if a block job is running on "
+        f"it, first virsh blockjob DOMAIN {disk.target} --abort"
+    )
+    kept = f"{disk.base} has the data up to the switch" if on_base else f"{disk.overlay} has what the guest wrote"
     return (
         f"disk {disk.target}: QEMU does not write the file {disk.base}, but one that had this name for a moment, and "
         f"that may be deleted already: something replaced {disk.base} during the backup (rsync, mv). Do not stop the "
-        f"guest: save what it writes (virsh blockcopy DOMAIN {disk.target} NEW-FILE --wait --pivot), and leave "
-        f"{disk.overlay} in its place until you have compared the files"
+        f"guest. Save what it sees now ({save}); {kept}. Compare the two, set the right one in the domain's definition "
+        f"({_EDIT}), then move {disk.overlay} away"
     )
 
 

@@ -80,7 +80,12 @@ def commit_and_pivot(s: Situation) -> Action | None:
 
 
 def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
-    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that."""
+    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that.
+
+    But the commits of the other disks come first: for them the guest may be suspended or throttled.
+    """
+    if s.pausing or any(s.under_way(disk) for disk in s.on_overlay):
+        return None
     if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
         return Action(Do.SHIP)
     return release_deleted(s)

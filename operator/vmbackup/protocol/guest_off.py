@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vmbackup.protocol import advice
 from vmbackup.protocol.record import Copy, Guard, Image, Settled, Snapshot
 from vmbackup.protocol.situation import (
@@ -209,11 +211,19 @@ def merge_offline(s: Situation) -> Action | None:
             return action
     if actions:
         until = [action.until for action in actions if action.until is not None]
-        others = any(action.others for action in actions)
-        return Action(Do.WAIT, reason=actions[0].reason, until=min(until, default=None), others=others)
+        waiting = next((action for action in actions if action.others), actions[0])
+        meanwhile = _while_a_snapshot_is_kept(s) if waiting.others else None
+        return meanwhile or replace(waiting, target="", until=min(until, default=None))
     if not left:
         return None
     return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or release_deleted(s) or Action(Do.DONE)
+
+
+def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
+    """As while the guest is on: neither the stored copy nor a deleted VMBackup waits for its user."""
+    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
+        return Action(Do.SHIP)
+    return release_deleted(s)
 
 
 def _merge(s: Situation, disk: Case) -> Action:

@@ -317,6 +317,8 @@ def take_snapshot(s: Situation) -> Action | None:
     for disk in s.disks:
         if disk.seen.base_changed or Image.OTHER in (disk.seen.live, disk.seen.persistent):
             return Action(Do.REFUSE, reason=advice.image_changed(disk.record))
+        if disk.seen.astray:
+            return Action(Do.REFUSE, reason=advice.written_astray(disk.record, on_base=True))
     if s.record.snapshot is Snapshot.NONE and s.seen.power is Power.IO_ERROR:
         return Action(
             Do.REFUSE, reason="the guest is paused by an I/O error: fix its disk (virsh domblkerror), resume it"

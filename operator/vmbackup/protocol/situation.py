@@ -217,10 +217,16 @@ def spare_changed_base(s: Situation) -> Action | None:
     "QEMU opens B by its name: it writes the file to which B's name led then, so B lacks what the guest wrote",
 )
 def spare_astray_base(s: Situation) -> Action | None:
-    """QEMU opens base by its name: if that led to another file then, neither the overlay nor base may be touched."""
+    """QEMU opens base by its name: if that led to another file then, neither the overlay nor base may be touched.
+
+    The overlay is no longer done with, whatever is seen after the next start of the guest: a human must compare.
+    """
     for disk in s.disks:
-        if disk.seen.astray:
-            return quarantine(s, advice.written_astray(disk.record))
+        if not disk.seen.astray or snapshot_wanted(s):  # before the snapshot it is refused
+            continue
+        if disk.record.pivot_intended and not disk.on_overlay and not s.suspended_by_us:
+            return Action(Do.CLEAR_PIVOT, disk.target)
+        return quarantine(s, advice.written_astray(disk.record, on_base=not disk.on_overlay))
     return None
 
 

@@ -17,7 +17,7 @@ from vmbackup.imaging.image import qcow_state
 from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.imaging.merge import is_unwritten
 from vmbackup.protocol.decide import needs_truth
-from vmbackup.protocol.record import Copy, DiskRecord, Image, Record, Snapshot
+from vmbackup.protocol.record import Copy, DiskRecord, Guard, Image, Record, Snapshot
 from vmbackup.protocol.terms import DiskSeen, Mirror, Observation, OverlayFile, Power
 from vmbackup.reconcile.admission import overlay_space as room
 from vmbackup.reconcile.state.clock import boot_id, boottime, may_be_in_flight
@@ -52,7 +52,12 @@ class Observer:
             power, domain_id = self._power()
             view = self._look(record, power)
             if self._power() == (power, domain_id):
-                return self._with_truth(record, view, doubt=doubt)
+                view = self._with_truth(record, view, doubt=doubt)
+                if not any(disk.astray for disk in view.seen.disks):
+                    return view
+                again = {disk.target for disk in self._look(record, power).seen.disks if disk.astray}
+                if self._power() == (power, domain_id):
+                    return _astray_only(view, again)
         raise TransientError(f"domain {record.domain} keeps changing its state", reason="StateChanged")
 
     def _power(self) -> tuple[Power, int | None]:
@@ -83,7 +88,9 @@ class Observer:
                 base_changed=_base_changed(disk),
             )
             seen = _with_job(seen, disk.base, live.get(disk.target), job)
-            disks.append(replace(seen, astray=_is_astray(disk, seen)))
+            # A guest that somebody else has paused may have been saved or migrated: QEMU then holds no lock at all.
+            locks = power is Power.RUNNING or (power is Power.PAUSED and record.guard is Guard.OURS)
+            disks.append(replace(seen, astray=locks and _is_astray(disk, seen, live.get(disk.target))))
         copying = record.snapshot is Snapshot.DONE and record.copy is Copy.OPEN
         defined_off = persistent_xml is not None and not on
         now = boottime()
@@ -146,13 +153,7 @@ class Observer:
             return view
         written = self.guest.written_images()
         disks = tuple(
-            replace(
-                disk,
-                written=_named(record.disk(disk.target), written.get(disk.target)),
-                # Only QEMU's answer shows that it is alive: a dead QEMU holds no lock either.
-                astray=disk.astray and _is_astray(record.disk(disk.target), disk),
-            )
-            for disk in seen.disks
+            replace(disk, written=_named(record.disk(disk.target), written.get(disk.target))) for disk in seen.disks
         )
         return replace(view, seen=replace(seen, disks=disks))
 
@@ -182,7 +183,13 @@ def _base_changed(disk: DiskRecord) -> bool:
     return status.st_ino != disk.base_inode or status.st_size < disk.base_bytes
 
 
-def _is_astray(disk: DiskRecord, seen: DiskSeen) -> bool:
+def _astray_only(view: View, again: set[str]) -> View:
+    """The view in which a disk is astray only if that was seen twice, with QEMU's answer in between: it is alive."""
+    disks = tuple(replace(disk, astray=disk.astray and disk.target in again) for disk in view.seen.disks)
+    return replace(view, seen=replace(view.seen, disks=disks))
+
+
+def _is_astray(disk: DiskRecord, seen: DiskSeen, live: chain.Disk | None) -> bool:
     """Whether QEMU, while on, has another file open than base: then its locks are not on base.
 
     QEMU opens base by its name at the snapshot, at the start of a commit and at the pivot (measured on 7.2), and keeps
@@ -190,6 +197,8 @@ def _is_astray(disk: DiskRecord, seen: DiskSeen) -> bool:
     """
     if not disk.base_locked or seen.base_changed or seen.live not in (Image.BASE, Image.OVERLAY):
         return False
+    if seen.live is Image.OVERLAY and not (live and live.chain and _named(disk, live.chain[0].path) is Image.BASE):
+        return False  # QEMU does not use base at all: somebody has merged it into the overlay (virsh blockpull)
     writes = seen.live is Image.BASE or seen.job
     try:
         return not (has_writer if writes else is_locked)(Path(disk.base))

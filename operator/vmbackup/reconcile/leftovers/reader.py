@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -14,6 +15,7 @@ from vmbackup.hypervisor import chain
 from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark
 from vmbackup.imaging import image
+from vmbackup.imaging.locks import has_writer, is_locked
 from vmbackup.protocol.record import DiskRecord, Record, Snapshot
 from vmbackup.protocol.terms import Power
 
@@ -122,7 +124,30 @@ class Leftovers:
                     backing=tuple((below.path, below.format) for below in disk.chain),
                     persistent_disk_xml=chain.disk_xml(self.live, disk.target),
                 )
-        return tuple(replace(disk, failures=0, retry_at=0.0, commit_running=False) for disk in left.values())
+        live = {disk.target: disk.source for disk in chain.disks(self.live or _NO_DOMAIN)}
+        return tuple(
+            with_identity(replace(disk, failures=0, retry_at=0.0, commit_running=False), live.get(disk.target))
+            for disk in left.values()
+        )
+
+
+def with_identity(disk: DiskRecord, written: str | None) -> DiskRecord:
+    """The disk, with which file its base is, where that is not known and QEMU's locks show that it uses that very file.
+
+    `written`: the image that the guest writes now, by its live XML; None if it is off.
+    """
+    if disk.base_inode or written not in (disk.base, disk.overlay):
+        return disk
+    base = Path(disk.base)
+    try:
+        if not (has_writer if written == disk.base else is_locked)(base):
+            return disk
+        status = base.stat()
+    except (VMBackupError, OSError):  # it cannot be inspected now: nothing is known of it, as before
+        return disk
+    if not stat.S_ISREG(status.st_mode):
+        return disk
+    return replace(disk, base_inode=status.st_ino, base_bytes=status.st_size, base_locked=True)
 
 
 def read_leftovers(guest: Guest) -> Leftovers:

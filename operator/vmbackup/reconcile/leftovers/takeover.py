@@ -13,7 +13,7 @@ from vmbackup.hypervisor.guest import Guest
 from vmbackup.hypervisor.mark import Mark, MarkedDisk
 from vmbackup.protocol.record import Copy, DiskRecord, Freeze, Guard, Record, Snapshot
 from vmbackup.protocol.terms import Power
-from vmbackup.reconcile.leftovers.reader import Leftovers, MarkState, mark_state, read_leftovers
+from vmbackup.reconcile.leftovers.reader import Leftovers, MarkState, mark_state, read_leftovers, with_identity
 from vmbackup.reconcile.node import Node
 from vmbackup.reconcile.state.clock import boot_id
 from vmbackup.reconcile.state.domain_lock import domain_lock
@@ -64,7 +64,7 @@ def _on_base(lost: MarkedDisk, disk: chain.Disk, mark: Mark, live: str, persiste
     """A marked disk that is on its base. Those on their overlay are found by the overlay's name."""
     defined = {each.target: each.source for each in chain.disks(persistent)} if persistent else {}
     same = persistent is not None and defined.get(disk.target) == disk.source
-    return DiskRecord(
+    taken_over = DiskRecord(
         disk.target,
         base=disk.source or "",
         overlay=lost.overlay,
@@ -74,6 +74,7 @@ def _on_base(lost: MarkedDisk, disk: chain.Disk, mark: Mark, live: str, persiste
         persistent_disk_xml=chain.disk_xml(persistent if same and persistent else live, disk.target),
         pivot_intended=lost.pivoting,
     )
+    return with_identity(taken_over, disk.source)
 
 
 def replaces_lost_journal(record: Record) -> bool:
