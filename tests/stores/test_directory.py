@@ -454,3 +454,10 @@ class TestEveryFileIsLookedAt:
         with pytest.raises(PermanentError, match=re.escape(first.images[0].file)):
             store.publish(KEY, taken, FACTS, CONTROL)
         assert not store.list()
+
+    def test_a_share_maps_our_user_to_another_for_files_and_folders_alike(
+        self, store: Store, guest: GuestImages, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        taken = take_all(store, guest)
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert store.publish(KEY, taken, FACTS, CONTROL).location

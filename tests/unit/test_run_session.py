@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from typing import Any, cast
 
 import pytest
@@ -74,6 +75,22 @@ def test_a_warning_before_the_snapshot_that_is_no_refusal_is_printed_in_its_plac
     code, lines = run(monkeypatch, Report(), warnings[0], copying, warnings[1], REFUSED)
     assert code == verdict.REFUSED
     assert lines[:2] == ["GuestHeld resuming it", "OverlaySpaceLow copy given up"]
+
+
+def test_a_warning_that_nothing_follows_waits_for_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a second `vmbackup run`, which waits for the first."""
+    shown = threading.Event()
+    monkeypatch.setattr(Lines, "line", lambda _self, word, _message, style="": shown.set() if word == "Held" else None)
+    monkeypatch.setattr(session, "Backup", lambda *_args, **_options: None)
+    running = session.Session(cast("Node", None), FILE, None, cast("Screen", Lines()), retry=False)
+    running.event("Held", "another process runs it", warning=True)
+    assert shown.wait(60)
+
+
+def test_a_refusal_whose_event_comes_after_its_report_is_printed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    garbled = ("JournalGarbled", "kept as x")
+    _, lines = run(monkeypatch, Report(), garbled, REFUSED, ("DomainNotRunning", "domain web-01 is off"))
+    assert lines == ["JournalGarbled kept as x", "Refused DomainNotRunning: domain web-01 is off"]
 
 
 def test_a_copy_is_told_with_its_size_in_units_and_its_digest() -> None:

@@ -76,11 +76,10 @@ def qcow_state(path: Path) -> QcowState | None:
     if not os.path.lexists(path):
         return None
     with errors_of(path), os.fdopen(open_trusted(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        locked = is_locked_by_another(file.fileno())  # before anything is read: what is read while unlocked is final
         snapshot = _holds_snapshot(file)
-        if is_locked_by_another(file.fileno()):
-            return QcowState(locked=True, empty=None, holds_snapshot=snapshot)
         file.seek(0)
-        return QcowState(locked=False, empty=_is_empty_qcow2(file), holds_snapshot=snapshot)
+        return QcowState(locked, empty=None if locked else _is_empty_qcow2(file), holds_snapshot=snapshot)
 
 
 def _holds_snapshot(file: BinaryIO) -> bool:

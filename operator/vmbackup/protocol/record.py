@@ -195,7 +195,7 @@ class Record:
     @property
     def done(self) -> bool:
         """Nothing is left to do for its chain."""
-        return self.finished and not self.left_behind
+        return self.finished and not self.left_behind and not self.holds_guest
 
     @property
     def begun(self) -> bool:

@@ -114,7 +114,8 @@ class Backup:
                 self._ask(journal.record, guest)
         except RefusedError as error:
             if guest is not None and journal.record.holds_guest and not self._released(journal, guest):
-                return Ending.INTERRUPTED
+                message = f"refused ({error}), but its guest is still suspended or frozen and is resumed first"
+                raise TransientError(message, reason="GuestHeld") from error
             return self._refused(journal, error)
         if guest is None:
             return self._ended_before_start(journal)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from uuid import uuid4
 
@@ -26,6 +27,7 @@ from vmbackup.stores.registry import open_store
 _log = logging.getLogger(__name__)
 
 _OFF_GRACE = 15.0  # seconds: a guest that is off on its overlay may be about to start again
+_HOLD_SECONDS = 0.5  # for which a warning may wait for the report that says the same
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TOLD_BY_THE_VERDICT = (Phase.FAILED, Reason.COMMIT_LIMIT_REACHED)
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -58,6 +60,7 @@ class Session:
         try:
             ending = asyncio.run(self._attended())
         except VMBackupError as error:
+            self._tell_held()
             return print_broken(str(error), self._record(), unknown=error.reason == Cause.JOURNAL_VERSION)
         except Exception:
             _log.exception("internal error of vmbackup")
@@ -98,7 +101,7 @@ class Session:
     def report(self, report: Report) -> None:
         """See Reporter."""
         self._last = report
-        if report.outcome is Outcome.REFUSED:
+        if report.outcome is Outcome.REFUSED and self._held == (report.reason, report.message):
             self._held = None  # the verdict says it
         self._tell_held()
         self._screen.report(report)
@@ -107,18 +110,23 @@ class Session:
             self._backup.wake()
 
     def event(self, reason: str, message: str, *, warning: bool = False) -> None:
-        """See Reporter. A warning before the snapshot waits for the next report: it may be the refusal."""
+        """See Reporter. A warning before the snapshot waits a moment for the next report: it may be the refusal."""
         self._tell_held()
-        if warning and self._last.phase is Phase.PENDING:
+        last = self._last
+        if last.outcome is Outcome.REFUSED and (reason, message) == (last.reason, last.message):
+            return  # the verdict says it
+        if warning and last.phase is Phase.PENDING:
             self._held = (reason, message)
+            later = threading.Timer(_HOLD_SECONDS, self._tell_held)
+            later.daemon = True
+            later.start()
         elif reason not in _TOLD_BY_THE_VERDICT:
             self._screen.line(reason, message, style="yellow" if warning else "")
 
     def _tell_held(self) -> None:
-        if self._held is not None:
-            reason, message = self._held
-            self._held = None
-            self._screen.line(reason, message, style="yellow")
+        held, self._held = self._held, None
+        if held is not None:
+            self._screen.line(*held, style="yellow")
 
     def _needs_a_human(self, report: Report) -> bool:
         """Quarantined; or off on its overlay, with nothing left to do but to wait for its start."""

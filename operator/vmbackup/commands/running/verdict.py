@@ -61,7 +61,8 @@ def broken(why: str, record: Record | None, *, unknown: bool = False) -> tuple[i
     Returns the exit code and a line for stderr.
     """
     begun = record is not None and record.snapshot is not Snapshot.NONE and (record.gave_up or not record.finished)
-    if unknown or begun:
+    held = record is not None and record.holds_guest
+    if unknown or begun or held:
         return ON_OVERLAY, f"vmbackup run: {why}; the guest may be on its overlay: fix the cause, then run again"
     return REFUSED, f"vmbackup run: {why}; nothing was touched"
 

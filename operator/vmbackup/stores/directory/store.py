@@ -273,12 +273,17 @@ def _with_digests(partial: Path, noted: Path, taken: Sequence[TakenDisk], contro
 
 
 def _look_at_every_image(partial: Path, taken: Iterable[TakenDisk]) -> None:
-    """Check that every file that the manifest names is there, whole and ours: another tool may have removed it."""
+    """Check that every file that the manifest names is there, whole and ours: another tool may have removed it.
+
+    Ours is what belongs to the owner of the folder: a share may map our user to any other, for files and folders alike.
+    """
+    with errors_of(partial):
+        owner = partial.stat().st_uid
     for image in {image.file: image for disk in taken for image in disk.images}.values():
         path = partial / image.file
         with errors_of(path), suppress(FileNotFoundError):
             found = path.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size == image.bytes:
+            if stat.S_ISREG(found.st_mode) and found.st_uid == owner and found.st_size == image.bytes:
                 continue
         raise PermanentError(
             f"{name_of(path)} is not there as it was copied, with {image.bytes} bytes: check that the store is mounted "
