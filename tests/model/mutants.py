@@ -12,10 +12,10 @@ from unittest.mock import patch
 from tests.model import merging
 from tests.model.agent import Agent
 from tests.model.world import Setting, Step, World, put
-from vmbackup.protocol import commit_rules, situation
 from vmbackup.protocol import decide as machine
 from vmbackup.protocol import guest_off as rules_off
 from vmbackup.protocol import guest_on as rules_on
+from vmbackup.protocol import situation
 from vmbackup.protocol.record import Freeze, Guard, Image, Record, Snapshot
 from vmbackup.protocol.situation import Case, Rule, Situation
 from vmbackup.protocol.terms import Action, Do, Intent, Mirror, Observation, Power
@@ -282,9 +282,7 @@ MUTANTS = (
     Mutant(
         "I5",
         "deleted, it is released without recording the orphan",
-        tuple(
-            (module, "release_deleted", _release_at_once) for module in (situation, rules_on, rules_off, commit_rules)
-        ),
+        tuple((module, "release_deleted", _release_at_once) for module in (situation, rules_on, rules_off)),
         Setting(faults=2, writes=0),
     ),
     Mutant(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vmbackup.protocol import advice
-from vmbackup.protocol.record import Copy, Guard
+from vmbackup.protocol.record import Guard
 from vmbackup.protocol.situation import (
     Case,
     Situation,
     guard_for_switch,
     guarded,
     quarantine,
-    release_deleted,
     settle_live,
+    while_a_snapshot_is_kept,
 )
 from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, Do, Mirror, Power
@@ -75,20 +75,8 @@ def commit_and_pivot(s: Situation) -> Action | None:
     if s.pausing:
         until.append(s.record.pause_until)
     waiting = next((action for action in actions if action.others), Action(Do.WAIT, reason="the commit is running"))
-    meanwhile = _while_a_snapshot_is_kept(s) if any(disk.holds_snapshot for disk in s.on_overlay) else None
+    meanwhile = while_a_snapshot_is_kept(s) if any(disk.holds_snapshot for disk in s.on_overlay) else None
     return meanwhile or replace(waiting, until=min(until, default=None))
-
-
-def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
-    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that.
-
-    But the commits of the other disks come first: for them the guest may be suspended or throttled.
-    """
-    if s.pausing or any(s.under_way(disk) for disk in s.on_overlay):
-        return None
-    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
-        return Action(Do.SHIP)
-    return release_deleted(s)
 
 
 def _way_home(s: Situation, disk: Case) -> Action:

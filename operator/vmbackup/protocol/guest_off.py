@@ -19,6 +19,7 @@ from vmbackup.protocol.situation import (
     settled,
     snapshot_wanted,
     spare_changed_base,
+    while_a_snapshot_is_kept,
 )
 from vmbackup.protocol.table import row
 from vmbackup.protocol.terms import Action, Do
@@ -212,18 +213,11 @@ def merge_offline(s: Situation) -> Action | None:
     if actions:
         until = [action.until for action in actions if action.until is not None]
         waiting = next((action for action in actions if action.others), actions[0])
-        meanwhile = _while_a_snapshot_is_kept(s) if waiting.others else None
+        meanwhile = while_a_snapshot_is_kept(s) if waiting.others else None
         return meanwhile or replace(waiting, target="", until=min(until, default=None))
     if not left:
         return None
     return (None if s.record.gave_up else Action(Do.GIVE_UP)) or end(s) or release_deleted(s) or Action(Do.DONE)
-
-
-def _while_a_snapshot_is_kept(s: Situation) -> Action | None:
-    """As while the guest is on: neither the stored copy nor a deleted VMBackup waits for its user."""
-    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
-        return Action(Do.SHIP)
-    return release_deleted(s)
 
 
 def _merge(s: Situation, disk: Case) -> Action:

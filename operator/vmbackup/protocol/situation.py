@@ -230,6 +230,18 @@ def spare_astray_base(s: Situation) -> Action | None:
     return None
 
 
+def while_a_snapshot_is_kept(s: Situation) -> Action | None:
+    """Its user may keep it for days: neither the stored copy nor a deleted VMBackup waits for that.
+
+    But the commits of the other disks come first: for them the guest may be suspended or throttled.
+    """
+    if s.pausing or any(s.under_way(disk) for disk in s.on_overlay):
+        return None
+    if s.record.copy is Copy.TAKEN and not s.intent.unwanted:
+        return Action(Do.SHIP)
+    return release_deleted(s)
+
+
 def thaw_guest(s: Situation) -> Action | None:
     """Frozen by us: thaw. An agent that does not answer is asked again later, and blocks nothing."""
     due = s.record.frozen and s.seen.power is Power.RUNNING and s.seen.now >= s.seen.thaw_after
